@@ -1,0 +1,244 @@
+"""The anchor generator: sparse anchors from patches, coarse to fine (specification section 3; paper section 3.2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from asag.config import PATCH_SIDE, STRIDES, DetectorConfig
+from asag.geometry import content_scale
+from asag.layers import MLP
+from asag.ops import adaptive_probing, gather_anchors
+
+FIXED_SIDE = 2 * PATCH_SIDE
+"""Cells along each side of the resized P5 map: two patches."""
+
+SMALLEST_ANCHOR = 3.0
+"""Pixels; an anchor narrower or lower than this gets confidence 0."""
+
+LEVEL_STRIDES = dict(zip(("P2", "P3", "P4", "P5"), STRIDES, strict=True))
+
+
+@dataclass
+class FixedLevel:
+    """Anchors of P5 and P6, which every image has."""
+
+    p5: Tensor
+    """[B, 4, k, 5] boxes after the sigmoid, relative to their quarter; confidence before it."""
+    p6: Tensor
+    """[B, 1, k, 5] likewise, relative to the content."""
+    anchors: Tensor
+    """[B, 5k, 5] (cx, cy, w, h in pixels, confidence in 0..1)."""
+
+
+@dataclass
+class ProbedLevel:
+    """Anchors of a probed level with room for K patches per image."""
+
+    predictions: Tensor
+    """[B, K, k, 5] boxes after the sigmoid, relative to their patch; confidence before it."""
+    corners: Tensor
+    """[B, K, 2] int64 (x, y) cells."""
+    valid: Tensor
+    """[B, K] bool."""
+    anchors: Tensor
+    """[B, K*k, 5] (cx, cy, w, h in pixels, confidence in 0..1)."""
+    overflow: Tensor
+    """[B] int32: candidates left unexplored."""
+
+    @property
+    def anchor_valid(self) -> Tensor:
+        """[B, K*k] bool."""
+        return self.valid.repeat_interleave(self.predictions.shape[2], dim=1)
+
+
+@dataclass
+class Anchors:
+    """All that the generator found out about a batch."""
+
+    boxes: Tensor
+    """[B, Q, 4] `cxcywh` in pixels."""
+    valid: Tensor
+    """[B, Q] bool."""
+    fixed: FixedLevel
+    probed: dict[str, ProbedLevel]
+    """By level name, "P4" then "P3"; a level that no image explored is missing."""
+
+    @property
+    def overflow(self) -> Tensor:
+        """[B] int32: candidates of all levels that found no place."""
+        none = torch.zeros(self.boxes.shape[0], dtype=torch.int32, device=self.boxes.device)
+        return sum((level.overflow for level in self.probed.values()), none)
+
+
+class AnchorGenerator(nn.Module):
+    """P3..P5 and content sizes -> anchors. See :class:`Anchors`."""
+
+    def __init__(self, config: DetectorConfig) -> None:
+        super().__init__()
+        self.config = config
+        size, budget = config.size, config.budget
+        cells, channels = PATCH_SIDE**2, size.patch_channels
+        self.compress = nn.ModuleDict(
+            {
+                level: nn.Sequential(
+                    nn.Conv2d(size.channels, size.compressed_channels, 1),
+                    nn.GELU(),
+                    nn.Conv2d(size.compressed_channels, channels, 3, padding=1),
+                )
+                for level in ("P3", "P4", "P5")
+            }
+        )
+        self.p6 = nn.Conv2d(channels, channels, 3, stride=2, padding=2, dilation=2)
+        self.norm = nn.ModuleDict({level: nn.LayerNorm((cells, channels)) for level in ("P5", "P4", "P3")})
+        self.position = nn.ParameterDict(
+            {level: nn.Parameter(torch.randn(cells, channels) * 0.02) for level in ("P5", "P4", "P3")}
+        )
+        hidden = (size.anchor_hidden, size.anchor_hidden)
+        self.fixed_mlp = MLP((cells * channels, *hidden, budget.fixed_anchors * 5))
+        self.probed_mlp = MLP((cells * channels, *hidden, budget.probed_anchors * 5))
+
+    def forward(
+        self, features: list[Tensor], sizes: Tensor, capacity: tuple[int, int] | None = None
+    ) -> Anchors:
+        """features: P2..P5, each [B, C, H, W]; sizes: [B, 2] (height, width) of the content in pixels.
+
+        capacity: places for patches per image on P4 and P3, so that every shape is static; None takes as many as the fullest
+        image needs and drops query places that no image uses.
+        """
+        fixed = self.fixed_level(features, sizes)
+        levels = self.config.probed_levels
+        anchors, valid = fixed.anchors, torch.ones_like(fixed.anchors[..., 0], dtype=torch.bool)
+        collected, selectable, probed = [], [], {}
+        for level, places in zip(levels, capacity or (None, None), strict=False):
+            result, candidate = self.probe(level, features, anchors, valid, sizes, places)
+            collected.append(anchors)
+            selectable.append(valid & ~candidate)
+            if result is None:
+                break
+            probed[level] = result
+            anchors, valid = result.anchors, result.anchor_valid
+        else:
+            collected.append(anchors)
+            selectable.append(valid)
+        boxes, chosen = self.gather(collected, selectable)
+        if capacity is None:
+            used = int(chosen.sum(dim=1).max())
+            boxes, chosen = boxes[:, :used], chosen[:, :used]
+        return Anchors(boxes, chosen, fixed, probed)
+
+    def gather(self, anchors: list[Tensor], selectable: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """The levels' anchors [B, A, 5] and which may be queries [B, A] -> boxes [B, Q, 4] and valid [B, Q]."""
+        budget = self.config.budget
+        return gather_anchors(
+            torch.cat(anchors, 1),
+            torch.cat(selectable, 1),
+            anchors[0].shape[1],
+            budget.keep_threshold,
+            budget.fewest,
+            budget.most,
+        )
+
+    def compressed(self, level: str, features: list[Tensor]) -> Tensor:
+        """The 8-channel map [B, 8, H, W] of "P3", "P4" or "P5"."""
+        return self.compress[level](features[int(level[1]) - 2])
+
+    def predict(self, patches: Tensor, level: str) -> Tensor:
+        """Patches [..., 225, 8] of `level` (P6 patches use "P5") -> [..., k, 5]: sigmoid boxes, confidence logits."""
+        tokens = self.norm[level](patches) + self.position[level]
+        mlp = self.fixed_mlp if level == "P5" else self.probed_mlp
+        raw = mlp(tokens.flatten(-2)).unflatten(-1, (-1, 5))
+        return torch.cat((raw[..., :4].sigmoid(), raw[..., 4:]), dim=-1)
+
+    def fixed_maps(self, features: list[Tensor], sizes: Tensor) -> tuple[Tensor, Tensor]:
+        """The content of P5 resized to [B, 8, 30, 30], and the P6 map [B, 8, 15, 15]."""
+        p5 = resize_content(self.compressed("P5", features), sizes / LEVEL_STRIDES["P5"], FIXED_SIDE)
+        return p5, self.p6(F.relu(p5))
+
+    def fixed_level(self, features: list[Tensor], sizes: Tensor) -> FixedLevel:
+        """The anchors of the four quarters of P5 and of P6."""
+        p5_map, p6_map = self.fixed_maps(features, sizes)
+        p5 = self.predict(split_quarters(p5_map), "P5")
+        p6 = self.predict(p6_map.flatten(2).transpose(1, 2).unsqueeze(1), "P5")
+        return FixedLevel(p5, p6, fixed_anchors_to_pixels(p5, p6[:, :1], sizes))
+
+    def probe(
+        self,
+        level: str,
+        features: list[Tensor],
+        anchors: Tensor,
+        valid: Tensor,
+        sizes: Tensor,
+        capacity: int | None,
+    ) -> tuple[ProbedLevel | None, Tensor]:
+        """Explore `level` where the coarser anchors [B, A, 5] ask for it.
+
+        Returns the level, or None when no image explores it, and the mask [B, A] of anchors that asked.
+        """
+        stride = LEVEL_STRIDES[level]
+        limit = self.config.budget.patch_limit
+        limited = limit is not None and (capacity is None or capacity >= limit)
+        found = adaptive_probing(
+            anchors, valid, self.compressed(level, features), sizes, stride, limit if limited else capacity
+        )
+        if found.valid.shape[1] == 0 or (capacity is None and not bool(found.valid.any())):
+            return None, found.candidate
+        predictions = self.predict(found.patches, level)
+        pixels = probed_anchors_to_pixels(predictions, found.corners, stride, sizes.unsqueeze(1).unsqueeze(1))
+        overflow = torch.zeros_like(found.overflow) if limited else found.overflow
+        return ProbedLevel(predictions, found.corners, found.valid, pixels.flatten(1, 2), overflow), found.candidate
+
+
+def resize_content(feature: Tensor, cells: Tensor, side: int) -> Tensor:
+    """Crop each map to its content and resize it bilinearly (half-pixel centres, no antialias).
+
+    feature: [B, C, H, W]; cells: [B, 2] (height, width) of the content in cells, rounded half to even, at least one
+    -> [B, C, side, side]. Written as two matrix products, so that a crop whose size depends on the image keeps
+    every shape static: the weight of a source cell is the hat function of its distance to the sampling position.
+    """
+    count = cells.round().clamp(min=1)
+
+    def hat(extent: int, length: Tensor) -> Tensor:
+        target = torch.arange(side, device=feature.device, dtype=torch.float32) + 0.5
+        source = (target * (length / side).unsqueeze(1) - 0.5).clamp(min=0)
+        source = torch.minimum(source, (length - 1).unsqueeze(1))
+        cell = torch.arange(extent, device=feature.device, dtype=torch.float32)
+        return (1 - (source.unsqueeze(2) - cell).abs()).clamp(min=0)
+
+    rows = hat(feature.shape[2], count[:, 0]).unsqueeze(1)
+    columns = hat(feature.shape[3], count[:, 1]).unsqueeze(1)
+    return rows @ feature @ columns.transpose(2, 3)
+
+
+def split_quarters(feature: Tensor) -> Tensor:
+    """[B, C, 30, 30] -> [B, 4, 225, C]: top-left, top-right, bottom-left, bottom-right, row-major."""
+    batch, channels = feature.shape[:2]
+    quarters = feature.reshape(batch, channels, 2, PATCH_SIDE, 2, PATCH_SIDE).permute(0, 2, 4, 3, 5, 1)
+    return quarters.reshape(batch, 4, PATCH_SIDE**2, channels)
+
+
+def fixed_anchors_to_pixels(p5: Tensor, p6: Tensor, sizes: Tensor) -> Tensor:
+    """Predictions [B, 4, k, 5] of the quarters and [B, 1, k, 5] of P6 -> anchors [B, 5k, 5] in pixels."""
+    corner = p5.new_tensor([[0, 0, 0, 0], [0.5, 0, 0, 0], [0, 0.5, 0, 0], [0.5, 0.5, 0, 0]])
+    boxes = torch.cat((p5[..., :4] / 2 + corner.unsqueeze(1), p6[..., :4]), dim=1).flatten(1, 2)
+    confidence = torch.cat((p5[..., 4], p6[..., 4]), dim=1).flatten(1, 2).sigmoid()
+    boxes = boxes * content_scale(sizes)
+    confidence = torch.where((boxes[..., 2:] < SMALLEST_ANCHOR).any(dim=-1), 0.0, confidence)
+    return torch.cat((boxes, confidence.unsqueeze(-1)), dim=-1)
+
+
+def probed_anchors_to_pixels(predictions: Tensor, corners: Tensor, stride: int, sizes: Tensor) -> Tensor:
+    """Predictions [..., k, 5] of patches at corners [..., 2] (cells) -> anchors [..., k, 5] in pixels.
+
+    sizes: (height, width) of the content, broadcastable to [..., k, 2]. An anchor centred at or past the content's right or
+    bottom edge, or under 3 pixels, gets confidence 0.
+    """
+    offset = F.pad(corners.to(predictions.dtype) * stride, (0, 2)).unsqueeze(-2)
+    boxes = predictions[..., :4] * (PATCH_SIDE * stride) + offset
+    outside = (boxes[..., :2] >= sizes.flip(-1)).any(dim=-1)
+    small = (boxes[..., 2:] < SMALLEST_ANCHOR).any(dim=-1)
+    confidence = torch.where(outside | small, 0.0, predictions[..., 4].sigmoid())
+    return torch.cat((boxes, confidence.unsqueeze(-1)), dim=-1)

@@ -1,0 +1,107 @@
+"""Small parts that the anchor generator, the proposals and the heads share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from asag.geometry import cxcywh_to_xyxy, decode_xyzr, intersection_over_foreground, position_embedding
+
+
+class MLP(nn.Sequential):
+    """Linear layers of the given widths with the exact GELU between them: [..., widths[0]] -> [..., widths[-1]]."""
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        layers: list[nn.Module] = []
+        for inputs, outputs in zip(widths[:-1], widths[1:], strict=True):
+            layers += [nn.Linear(inputs, outputs), nn.GELU()]
+        super().__init__(*layers[:-1])
+
+
+def branch(channels: int, depth: int) -> nn.Sequential:
+    """(Linear without bias, LayerNorm, GELU) `depth` times: [..., C] -> [..., C]."""
+    layers: list[nn.Module] = []
+    for _ in range(depth):
+        layers += [nn.Linear(channels, channels, bias=False), nn.LayerNorm(channels), nn.GELU()]
+    return nn.Sequential(*layers)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention, [B, N, C] -> [B, N, C].
+
+    `mask` [B, 1 or heads, N, N] float is added to the scores; a row of it must not be minus infinity throughout.
+    """
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.in_projection = nn.Linear(channels, 3 * channels)
+        self.out_projection = nn.Linear(channels, channels)
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        batch, count, channels = tokens.shape
+        qkv = self.in_projection(tokens).reshape(batch, count, 3, self.heads, channels // self.heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return self.out_projection(attended.transpose(1, 2).reshape(batch, count, channels))
+
+
+def exclude(bias: Tensor, allowed: Tensor) -> Tensor:
+    """Bias [B, H, N, N] with the lowest finite number where `allowed` ([B, 1, N or 1, N] bool) is false.
+
+    Finite, so that a row without any allowed key stays a number.
+    """
+    return bias.masked_fill(~allowed, torch.finfo(bias.dtype).min)
+
+
+class GeometryAttention(nn.Module):
+    """Self-attention that knows where the boxes are: queries [B, N, C] -> [B, N, C] (specification section 4).
+
+    `a = q + pe(xyzr)`; scores get `tau * log(iof + 1e-7)` per head; the result is `LN(attention(a) + a)`.
+    """
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.attention = SelfAttention(channels, heads)
+        self.tau = nn.Parameter(torch.linspace(0.0, 4.0, heads))
+        self.norm = nn.LayerNorm(channels)
+
+    def forward(self, queries: Tensor, xyzr: Tensor, allowed: Tensor) -> Tensor:
+        """xyzr: [B, N, 4]; allowed: [B, 1, N or 1, N] bool, which keys a query may attend to."""
+        queries = queries + position_embedding(xyzr, queries.shape[-1])
+        overlap = intersection_over_foreground(cxcywh_to_xyxy(decode_xyzr(xyzr)))
+        bias = self.tau[:, None, None] * torch.log(overlap + 1e-7).unsqueeze(1)
+        return self.norm(self.attention(queries, exclude(bias, allowed)) + queries)
+
+
+class FeedForward(nn.Module):
+    """`LN(q + MLP(q))`: [B, N, C] -> [B, N, C]."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.mlp = MLP((channels, hidden, channels))
+        self.norm = nn.LayerNorm(channels)
+
+    def forward(self, queries: Tensor) -> Tensor:
+        return self.norm(queries + self.mlp(queries))
+
+
+class Branches(nn.Module):
+    """Class logits [B, N, classes] and box deltas [B, N, 4] of queries [B, N, C]."""
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        self.class_branch = branch(channels, 1)
+        self.class_logits = nn.Linear(channels, classes)
+        self.box_branch = branch(channels, 3)
+        self.box_deltas = nn.Linear(channels, 4)
+        # Rare positives: every class starts at probability 0.01 (Lin et al., "Focal Loss", section 4.1).
+        nn.init.constant_(self.class_logits.bias, -4.595)
+        nn.init.zeros_(self.box_deltas.weight)
+        nn.init.zeros_(self.box_deltas.bias)
+
+    def forward(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        return self.class_logits(self.class_branch(queries)), self.box_deltas(self.box_branch(queries))

@@ -1,0 +1,81 @@
+"""SamplingMixing: 3D feature sampling and adaptive mixing of the AdaMixer head (specification section 5).
+
+Gao et al., "AdaMixer: A Fast-Converging Query-Based Object Detector", sections 3.2 and 3.3.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from asag.config import STRIDES
+from asag.geometry import XYZR_UNIT
+
+
+def sample_pyramid(features: tuple[Tensor, ...], points: Tensor) -> Tensor:
+    """Bilinear samples of each group's channels, the four levels summed with weights from z.
+
+    features: P2..P5, each [B, G*C, H, W]; points: [B, Q, G, P, 3]: x, y in units of 4 pixels, z in pyramid levels
+    -> [B, Q, G, P, C]. A map of W x H cells at stride s spans W*s x H*s pixels; zeros outside.
+    """
+    batch, queries, groups, count = points.shape[:4]
+    levels = torch.arange(len(features), device=points.device, dtype=points.dtype)
+    weights = torch.softmax(-((points[..., 2:] - levels) ** 2) / 2, dim=-1)
+    weights = weights.transpose(1, 2).reshape(batch * groups, 1, queries, count, len(features))
+    pixels = (points[..., :2] * XYZR_UNIT).transpose(1, 2).reshape(batch * groups, queries, count, 2)
+    total = None
+    for level, (feature, stride) in enumerate(zip(features, STRIDES, strict=True)):
+        height, width = feature.shape[-2:]
+        extent = pixels.new_tensor((width * stride, height * stride))
+        grid = pixels / extent * 2 - 1
+        grouped = feature.reshape(batch * groups, -1, height, width)
+        sampled = F.grid_sample(grouped, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        weighted = sampled * weights[..., level]
+        total = weighted if total is None else total + weighted
+    assert total is not None
+    return total.unflatten(0, (batch, groups)).permute(0, 3, 1, 4, 2)
+
+
+def adaptive_mixing(samples: Tensor, parameters: Tensor, mixed_points: int) -> Tensor:
+    """`o = act(LN(x M))`, `o = act(LN(S o))`, both norms over the last two axes, without parameters.
+
+    samples: [B, Q, G, P, C]; parameters: [B, Q, G*(C*C + mixed_points*P)], per group M then S, row-major
+    -> [B, Q, G*mixed_points*C], flattened (group, point, channel). The activation is the exact GELU.
+    """
+    count, channels = samples.shape[-2:]
+    per_group = parameters.unflatten(2, (samples.shape[2], -1))
+    channel_matrix = per_group[..., : channels * channels].unflatten(-1, (channels, channels))
+    point_matrix = per_group[..., channels * channels :].unflatten(-1, (mixed_points, count))
+    mixed = F.gelu(F.layer_norm(samples @ channel_matrix, (count, channels)))
+    mixed = F.gelu(F.layer_norm(point_matrix @ mixed, (mixed_points, channels)))
+    return mixed.flatten(2)
+
+
+def sampling_mixing_definition(
+    p2: Tensor, p3: Tensor, p4: Tensor, p5: Tensor, points: Tensor, parameters: Tensor, mixed_points: int
+) -> Tensor:
+    """:func:`sample_pyramid` followed by :func:`adaptive_mixing`; shapes as there."""
+    return adaptive_mixing(sample_pyramid((p2, p3, p4, p5), points), parameters, mixed_points)
+
+
+@torch.library.custom_op("asag::sampling_mixing", mutates_args=())
+def _sampling_mixing(
+    p2: Tensor, p3: Tensor, p4: Tensor, p5: Tensor, points: Tensor, parameters: Tensor, mixed_points: int
+) -> Tensor:
+    return sampling_mixing_definition(p2, p3, p4, p5, points, parameters, mixed_points)
+
+
+@_sampling_mixing.register_fake
+def _(
+    p2: Tensor, p3: Tensor, p4: Tensor, p5: Tensor, points: Tensor, parameters: Tensor, mixed_points: int
+) -> Tensor:
+    return points.new_empty((*points.shape[:2], p2.shape[1] * mixed_points))
+
+
+def sampling_mixing(features: list[Tensor], points: Tensor, parameters: Tensor, mixed_points: int) -> Tensor:
+    """:func:`sampling_mixing_definition` of P2..P5, as one op where no gradient is needed."""
+    p2, p3, p4, p5 = features
+    if torch.is_grad_enabled() and (p2.requires_grad or points.requires_grad or parameters.requires_grad):
+        return sampling_mixing_definition(p2, p3, p4, p5, points, parameters, mixed_points)
+    return torch.ops.asag.sampling_mixing(p2, p3, p4, p5, points, parameters, mixed_points)

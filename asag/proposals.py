@@ -1,0 +1,60 @@
+"""Dynamic proposals: each anchor's features become a query and a refined box (specification section 4)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from asag.config import DetectorConfig
+from asag.geometry import XYZR_UNIT, content_scale, decode_xyzr, encode_xyzr, refine_xyzr
+from asag.layers import Branches, FeedForward, GeometryAttention
+from asag.ops import pyramid_roi_align
+from asag.ops.pyramid_roi_align import ROI_SIDE
+
+
+class Proposals(NamedTuple):
+    """What the decoder starts from."""
+
+    queries: Tensor
+    """[B, N, C]"""
+    logits: Tensor
+    """[B, N, classes]"""
+    boxes: Tensor
+    """[B, N, 4] `cxcywh` as fractions of the content."""
+    xyzr: Tensor
+    """[B, N, 4] the same boxes as `xyzr`."""
+
+
+def normalized_boxes(xyzr: Tensor, sizes: Tensor) -> Tensor:
+    """[B, N, 4] `xyzr` -> `cxcywh` as fractions of each image's own content; sizes: [B, 2] (height, width) pixels."""
+    return decode_xyzr(xyzr) * XYZR_UNIT / content_scale(sizes)
+
+
+class DynamicProposals(nn.Module):
+    """P2..P5 and anchors -> :class:`Proposals`."""
+
+    def __init__(self, config: DetectorConfig) -> None:
+        super().__init__()
+        size = config.size
+        self.roi_projection = nn.Linear(size.channels * ROI_SIDE**2, size.channels)
+        self.roi_norm = nn.LayerNorm(size.channels)
+        self.attention = GeometryAttention(size.channels, size.attention_heads)
+        self.feed_forward = FeedForward(size.channels, size.feed_forward)
+        self.branches = Branches(size.channels, config.classes)
+
+    def forward(self, features: list[Tensor], anchors: Tensor, allowed: Tensor, sizes: Tensor) -> Proposals:
+        """anchors: [B, N, 4] `cxcywh` in pixels; allowed: [B, 1, N or 1, N] bool attention mask; sizes: [B, 2]."""
+        rois = pyramid_roi_align(features, anchors)
+        queries = self.roi_norm(self.roi_projection(rois.flatten(2)))
+        xyzr = encode_xyzr(anchors)
+        queries = self.feed_forward(self.attention(queries, xyzr, allowed))
+        logits, deltas = self.branches(queries)
+        xyzr = refine_xyzr(xyzr, deltas)
+        return Proposals(queries, logits, normalized_boxes(xyzr, sizes), xyzr)
+
+
+def attention_allowed(valid: Tensor) -> Tensor:
+    """valid [B, N] bool -> [B, 1, 1, N]: padding queries are never attended to."""
+    return valid[:, None, None, :] if valid.dtype == torch.bool else valid.bool()[:, None, None, :]

@@ -1,0 +1,72 @@
+"""The Sparse R-CNN head of ASAG-S (specification section 5; Sun et al., "Sparse R-CNN", section 3.3)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from asag.config import DetectorConfig
+from asag.geometry import content_scale
+from asag.layers import Branches, FeedForward, SelfAttention, exclude
+from asag.ops import pyramid_roi_align
+from asag.ops.pyramid_roi_align import ROI_SIDE
+from asag.proposals import Proposals
+
+DELTA_WEIGHTS = (2.0, 2.0, 1.0, 1.0)
+LARGEST_LOG_SIZE = math.log(100000.0 / 16)
+
+
+class DynamicConvolution(nn.Module):
+    """Each query filters its own box's features: [B, N, C] and [B, N, C, 7, 7] -> [B, N, C]."""
+
+    def __init__(self, channels: int, inner: int) -> None:
+        super().__init__()
+        self.inner = inner
+        self.parameters_of_query = nn.Linear(channels, 2 * channels * inner)
+        self.inner_norm = nn.LayerNorm(inner)
+        self.outer_norm = nn.LayerNorm(channels)
+        self.out_projection = nn.Linear(channels * ROI_SIDE**2, channels)
+        self.out_norm = nn.LayerNorm(channels)
+
+    def forward(self, queries: Tensor, rois: Tensor) -> Tensor:
+        channels = queries.shape[-1]
+        first, second = self.parameters_of_query(queries).chunk(2, dim=-1)
+        x = rois.flatten(3).transpose(2, 3)
+        x = F.relu(self.inner_norm(x @ first.unflatten(-1, (channels, self.inner))))
+        x = F.relu(self.outer_norm(x @ second.unflatten(-1, (self.inner, channels))))
+        return F.relu(self.out_norm(self.out_projection(x.flatten(2))))
+
+
+class SparseRCNNHead(nn.Module):
+    """Proposals -> class logits [B, N, classes] and boxes [B, N, 4] (`cxcywh`, fractions of the content)."""
+
+    def __init__(self, config: DetectorConfig) -> None:
+        super().__init__()
+        size = config.size
+        self.attention = SelfAttention(size.channels, size.attention_heads)
+        self.attention_norm = nn.LayerNorm(size.channels)
+        self.dynamic_convolution = DynamicConvolution(size.channels, size.dynamic_channels)
+        self.convolution_norm = nn.LayerNorm(size.channels)
+        self.feed_forward = FeedForward(size.channels, size.feed_forward)
+        self.branches = Branches(size.channels, config.classes)
+
+    def forward(
+        self, features: list[Tensor], queries: Tensor, proposals: Proposals, allowed: Tensor, sizes: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """queries: [B, N, C], the proposals' plus this head's embedding; allowed: attention mask; sizes: [B, 2]."""
+        rois = pyramid_roi_align(features, proposals.boxes * content_scale(sizes))
+        nothing = torch.zeros((1, 1, 1, 1), device=queries.device)
+        queries = self.attention_norm(queries + self.attention(queries, exclude(nothing, allowed)))
+        queries = self.convolution_norm(queries + self.dynamic_convolution(queries, rois))
+        logits, deltas = self.branches(self.feed_forward(queries))
+        return logits, apply_deltas(proposals.boxes, deltas)
+
+
+def apply_deltas(boxes: Tensor, deltas: Tensor) -> Tensor:
+    """Both [..., 4]; boxes `cxcywh`: `c += d*size`, `size *= exp(min(d, log(100000/16)))`, deltas over (2, 2, 1, 1)."""
+    deltas = deltas / deltas.new_tensor(DELTA_WEIGHTS)
+    centre = boxes[..., :2] + deltas[..., :2] * boxes[..., 2:]
+    return torch.cat((centre, boxes[..., 2:] * deltas[..., 2:].clamp(max=LARGEST_LOG_SIZE).exp()), dim=-1)

@@ -1,0 +1,34 @@
+"""From artifacts to detections: sessions, image processing, evaluation, parity, benchmark and reports.
+
+Importing this package imports no backend and never PyTorch; names are loaded when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from runtime.metadata import ModelMetadata
+    from runtime.postprocessing import Detections
+    from runtime.session import BackendUnavailable, Session, open_session
+
+_HOMES = {
+    "BackendUnavailable": "runtime.session",
+    "Detections": "runtime.postprocessing",
+    "ModelMetadata": "runtime.metadata",
+    "Session": "runtime.session",
+    "open_session": "runtime.session",
+}
+
+__all__ = ["BackendUnavailable", "Detections", "ModelMetadata", "Session", "open_session"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,0 +1,151 @@
+"""Images to model input: reading, resizing, padding (specification section 1).
+
+Training uses the same functions, so that a detector sees the same pixels in every room.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from runtime.errors import one_line
+from runtime.metadata import ModelMetadata
+
+ImageLike = str | os.PathLike[str] | NDArray[np.uint8] | Image.Image
+
+
+def load_image(path: str | os.PathLike[str]) -> Image.Image:
+    """Read an image file as 8-bit RGB, turned upright as its EXIF orientation says.
+
+    Grey, palette, CMYK and 16-bit images are converted; transparency is dropped. Raises FileNotFoundError when there
+    is no such file, and ValueError when it cannot be read whole as an image.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name an image file")
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return to_rgb(ImageOps.exif_transpose(image))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"image not found: {path}") from None
+    except Image.UnidentifiedImageError:
+        raise ValueError(f"{path} is not an image in a known format") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders of damaged files raise anything: SyntaxError, struct.error, IndexError, ...
+        raise ValueError(f"cannot read image {path}, it is damaged or unsupported: {one_line(error)}") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert a PIL image of any mode to 8-bit RGB; 16-bit grey values are scaled to 8 bits, not clipped.
+
+    Raises ValueError for a floating-point image, whose range nothing tells.
+    """
+    if image.mode == "RGB":
+        return image
+    if image.mode == "F":
+        raise ValueError("images of floating-point pixels are not supported; save it with 8 or 16 bits")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.int64)
+        if values.size and (values.min() < 0 or values.max() > 65535):
+            raise ValueError("images of 32-bit pixels are not supported; save it with 8 or 16 bits")
+        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        return image.convert("RGBA").convert("RGB")
+    return image.convert("RGB")
+
+
+def as_image(image: ImageLike) -> Image.Image:
+    """An RGB PIL image of a path, a PIL image, or an array [H, W, 3] of uint8 RGB values.
+
+    Raises ValueError for an array of another shape or type, or an empty one, and what :func:`load_image` raises.
+    """
+    if isinstance(image, Image.Image):
+        return to_rgb(image)
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
+            raise ValueError(
+                f"an image array must be uint8 RGB of shape [height, width, 3], not {image.dtype} {list(image.shape)}"
+            )
+        return Image.fromarray(image)
+    return load_image(image)
+
+
+def resized_size(
+    height: int, width: int, shorter_side: int, longer_side: int, limit: tuple[int, int] | None = None
+) -> tuple[int, int]:
+    """(height, width) in pixels that an image of ``height`` x ``width`` is resized to (specification section 1).
+
+    The shorter side becomes ``shorter_side`` unless the longer one would exceed ``longer_side``. With ``limit`` =
+    (height, width) of a fixed input, an image that would not fit is shrunk until it does, keeping its aspect. No side
+    falls under 1 pixel.
+    """
+    if height < 1 or width < 1:
+        raise ValueError(f"an image must have pixels, its size is {height} x {width}")
+    shorter, longer = min(height, width), max(height, width)
+    size = shorter_side
+    if longer / shorter * size > longer_side:
+        size = round(longer_side * shorter / longer)
+    # An image so thin that its shorter side rounds to nothing keeps one pixel of it.
+    other = int(size * longer / shorter) if size else longer_side
+    size = max(1, size)
+    resized = (other, size) if height > width else (size, other)
+    if limit is not None and (resized[0] > limit[0] or resized[1] > limit[1]):
+        return _fit(height, width, limit)
+    return resized
+
+
+def _fit(height: int, width: int, limit: tuple[int, int]) -> tuple[int, int]:
+    """Largest (height, width) of the image's aspect inside ``limit``."""
+    if limit[0] * width <= limit[1] * height:
+        return limit[0], max(1, limit[0] * width // height)
+    return max(1, limit[1] * height // width), limit[1]
+
+
+def default_input_size(shorter_side: int, longer_side: int, multiple: int = 32) -> tuple[int, int]:
+    """(height, width) of the fixed input for landscape images: both sides rounded up to a multiple."""
+    return -(-shorter_side // multiple) * multiple, -(-longer_side // multiple) * multiple
+
+
+def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Resize to ``size`` = (height, width) pixels with PIL's bilinear filter (antialiased when shrinking)."""
+    height, width = size
+    if image.size == (width, height):
+        return image
+    return image.resize((width, height), Image.Resampling.BILINEAR)
+
+
+def normalize(pixels: NDArray[np.uint8], mean: Sequence[float], std: Sequence[float]) -> NDArray[np.float32]:
+    """Scale uint8 RGB ``pixels`` [..., 3] to 0..1, subtract ``mean`` and divide by ``std``, in float32."""
+    scaled = pixels.astype(np.float32)
+    scaled /= np.float32(255)
+    scaled -= np.asarray(mean, np.float32)
+    scaled /= np.asarray(std, np.float32)
+    return scaled
+
+
+def prepare(images: Sequence[Image.Image], metadata: ModelMetadata) -> dict[str, NDArray]:
+    """Model inputs of a batch: ``images`` [B, 3, H, W] (uint8 or float32) and ``sizes`` [B, 2] float32.
+
+    Each image is resized, placed at the top left and padded with zeros; ``sizes`` are its (height, width) in pixels
+    of the input. ``images`` must be RGB.
+    """
+    dtype = np.uint8 if metadata.input_type == "uint8" else np.float32
+    batch = np.zeros((len(images), 3, *metadata.input_size), dtype)
+    sizes = np.zeros((len(images), 2), np.float32)
+    for index, image in enumerate(images):
+        size = resized_size(
+            image.height, image.width, metadata.shorter_side, metadata.longer_side, limit=metadata.input_size
+        )
+        pixels = np.asarray(resize(image, size))
+        if metadata.input_type == "float32":
+            pixels = normalize(pixels, metadata.mean, metadata.std)
+        batch[index, :, : size[0], : size[1]] = pixels.transpose(2, 0, 1)
+        sizes[index] = size
+    return {"images": batch, "sizes": sizes}

@@ -1,0 +1,79 @@
+"""Running a checkpoint with PyTorch, the reference that other backends are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.errors import BackendUnavailable
+from runtime.metadata import ModelMetadata
+from runtime.postprocessing import OUTPUT_NAMES
+from runtime.preprocessing import default_input_size
+from runtime.session import INPUT_NAMES, Session
+
+if TYPE_CHECKING:
+    import torch
+
+
+class PyTorchSession(Session):
+    """A deployed detector (``asag.deploy.DeployedDetector``) run eagerly, on the CPU or a CUDA GPU.
+
+    ``deployed`` is put into evaluation mode on ``device``; its ``describe()`` gives the metadata.
+    """
+
+    def __init__(self, deployed: torch.nn.Module, name: str, device: str = "cpu") -> None:
+        import torch
+
+        metadata = ModelMetadata(**deployed.describe())
+        self._device = torch.device(device)
+        self._deployed: Any = deployed.to(self._device).eval()
+        super().__init__(
+            name=name,
+            backend="pytorch" if self._device.type == "cpu" else f"pytorch-{self._device.type}",
+            precision=metadata.precision,
+            metadata=metadata,
+            versions={"torch": torch.__version__},
+        )
+
+    def run(self, tensors: Mapping[str, NDArray]) -> dict[str, NDArray]:
+        import torch
+
+        inputs = [torch.from_numpy(np.ascontiguousarray(tensors[name])).to(self._device) for name in INPUT_NAMES]
+        with torch.inference_mode():
+            outputs = self._deployed(*inputs)
+        return {name: value.cpu().numpy() for name, value in zip(OUTPUT_NAMES, outputs, strict=True)}
+
+    def close(self) -> None:
+        self._deployed = None
+
+
+def open_pytorch(
+    path: Path, kind: str, device_index: int, threads: int | None, input_size: tuple[int, int] | None
+) -> PyTorchSession:
+    """Load a safetensors checkpoint; ``input_size`` (height, width) defaults to that of an exported file.
+
+    ``threads`` sets PyTorch's number of CPU threads, which holds for the whole process.
+    """
+    try:
+        import torch
+
+        from asag.checkpoint import load_detector
+        from asag.deploy import DeployedDetector
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"{path} needs PyTorch, which is not installed here ({error.name}): pip install torch torchvision,"
+            " or use an exported .onnx file"
+        ) from None
+
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise BackendUnavailable("PyTorch sees no CUDA GPU on this machine")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    detector, info = load_detector(path)
+    size = input_size or default_input_size(info.shorter_side, info.longer_side)
+    deployed = DeployedDetector(detector, info, input_size=size, input_type="uint8")
+    return PyTorchSession(deployed, path.name, "cpu" if kind == "cpu" else f"cuda:{device_index}")

@@ -1,0 +1,169 @@
+"""One interface over every backend: open a model file, detect objects in images."""
+
+from __future__ import annotations
+
+import abc
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+
+from numpy.typing import NDArray
+
+from runtime.errors import BackendUnavailable
+from runtime.metadata import ModelMetadata
+from runtime.postprocessing import Detections, postprocess
+from runtime.preprocessing import ImageLike, as_image, prepare
+
+__all__ = ["BackendUnavailable", "Session", "check_device", "open_session"]
+
+INPUT_NAMES = ("images", "sizes")
+
+
+class Session(abc.ABC):
+    """A model ready to run. Backends add only :meth:`run`; images go in and detections come out the same way.
+
+    ``name`` is the file's name, ``backend`` and ``precision`` what a table shows, ``max_batch`` the largest batch the
+    model takes (None: any). A session serves one thread at a time.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        backend: str,
+        precision: str,
+        metadata: ModelMetadata,
+        versions: Mapping[str, str],
+        max_batch: int | None = None,
+    ) -> None:
+        self.name = name
+        self.backend = backend
+        self.precision = precision
+        self.metadata = metadata
+        self.versions = dict(versions)
+        self.max_batch = max_batch
+
+    @abc.abstractmethod
+    def run(self, tensors: Mapping[str, NDArray]) -> dict[str, NDArray]:
+        """Run one batch.
+
+        Takes ``images`` [B, 3, H, W] (the metadata's type and size) and ``sizes`` [B, 2] float32 (height, width in
+        pixels of the content). Returns ``boxes`` [B, N, 4] ``xyxy`` fractions of the content, ``scores`` [B, N],
+        ``labels`` [B, N] category ids, ``overflow`` [B].
+        """
+
+    def close(self) -> None:
+        """Release what the backend holds; the session cannot run afterwards."""
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def detect(
+        self, images: Iterable[ImageLike], batch_size: int = 1, score_threshold: float = 0.0
+    ) -> list[Detections]:
+        """Detections of each image, in order; see :meth:`stream`."""
+        return list(self.stream(images, batch_size, score_threshold))
+
+    def stream(
+        self, images: Iterable[ImageLike], batch_size: int = 1, score_threshold: float = 0.0
+    ) -> Iterator[Detections]:
+        """Detections of each image, in order, reading no more than one batch ahead.
+
+        An image is a path, a uint8 RGB array [H, W, 3] or a PIL image. Raises what reading an image raises, and
+        ValueError for a batch size that the model does not take.
+        """
+        if isinstance(images, str | os.PathLike) or hasattr(images, "getbbox"):
+            raise ValueError("detect takes a list of images; put a single one into a list")
+        if batch_size < 1:
+            raise ValueError(f"the batch size must be at least 1, it is {batch_size}")
+        if self.max_batch is not None and batch_size > self.max_batch:
+            raise ValueError(f"{self.name} takes at most {self.max_batch} images at once, not {batch_size}")
+        remaining = iter(images)
+        while batch := [as_image(image) for image in islice(remaining, batch_size)]:
+            outputs = self.run(prepare(batch, self.metadata))
+            yield from postprocess(
+                outputs, [(image.height, image.width) for image in batch], self.metadata, score_threshold
+            )
+
+
+def open_session(
+    path: str | os.PathLike[str],
+    device: str = "cpu",
+    precision: str | None = None,
+    threads: int | None = None,
+    input_size: tuple[int, int] | None = None,
+) -> Session:
+    """Open a model file with the backend that its suffix names.
+
+    ``.onnx``: ONNX Runtime; ``.safetensors``: PyTorch; ``.engine``: TensorRT-RTX. ``device`` is ``cpu``, ``cuda`` or
+    ``cuda:<index>`` (an engine always runs on a GPU). ``precision`` must be the file's own where that is fixed.
+    ``threads`` bounds the CPU threads. ``input_size`` (height, width in pixels) is for PyTorch models only, whose input
+    is not fixed by the file; its default is that of an exported file.
+
+    Raises FileNotFoundError for a missing file, ValueError for one that is damaged, unknown or not an asag model, and
+    BackendUnavailable where the backend cannot run on this machine.
+    """
+    path = Path(path)
+    kind, device_index = check_device(device)
+    if threads is not None and threads < 1:
+        raise ValueError(f"the number of threads must be at least 1, it is {threads}")
+    opener = _OPENERS.get(path.suffix.lower())
+    if opener is None:
+        raise ValueError(f"unknown kind of model {path}: expected {', '.join(_OPENERS)}")
+    if not path.exists():
+        raise FileNotFoundError(f"model not found: {path}")
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file; name a model file")
+    if input_size is not None and path.suffix.lower() != ".safetensors":
+        raise ValueError(f"the input size of {path} is fixed in the file; export again with the size you want")
+    session = opener(path, kind, device_index, precision, threads, input_size)
+    if precision is not None and session.precision != precision:
+        session.close()
+        raise ValueError(f"{path} is {session.precision}, not {precision}; export or build it with that precision")
+    return session
+
+
+def check_device(device: str) -> tuple[str, int]:
+    """Split ``cpu``, ``cuda`` or ``cuda:<index>`` into kind and index; ValueError for anything else."""
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda") or (index and (kind == "cpu" or not index.isdecimal())) or device.endswith(":"):
+        raise ValueError(f"unknown device {device!r}: use cpu, cuda or cuda:<index>")
+    return kind, int(index or 0)
+
+
+def _open_onnxruntime(
+    path: Path, kind: str, index: int, precision: str | None, threads: int | None, size: tuple[int, int] | None
+) -> Session:
+    from runtime.onnxruntime_session import OnnxRuntimeSession
+
+    return OnnxRuntimeSession(path, kind, index, threads)
+
+
+def _open_pytorch(
+    path: Path, kind: str, index: int, precision: str | None, threads: int | None, size: tuple[int, int] | None
+) -> Session:
+    from runtime.pytorch_session import open_pytorch
+
+    return open_pytorch(path, kind, index, threads, size)
+
+
+def _open_tensorrt_rtx(
+    path: Path, kind: str, index: int, precision: str | None, threads: int | None, size: tuple[int, int] | None
+) -> Session:
+    from runtime.tensorrt_rtx_session import TensorRTRTXSession
+
+    return TensorRTRTXSession(path, index)
+
+
+_Opener = Callable[[Path, str, int, str | None, int | None, tuple[int, int] | None], Session]
+_OPENERS: dict[str, _Opener] = {
+    ".onnx": _open_onnxruntime,
+    ".safetensors": _open_pytorch,
+    ".engine": _open_tensorrt_rtx,
+}

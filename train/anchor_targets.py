@@ -1,0 +1,80 @@
+"""Which objects a patch of the anchor generator owns, in the patch's own coordinates (specification section 7).
+
+A patch owns the objects whose centre lies in it (its left and top edge belong to it, its right and bottom edge do
+not, so that neighbouring quarters share no object), clipped to the patch and given as ``cxcywh`` fractions of it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from train.matching import TargetGroups, box_corners, coarse_area_factor, object_area_factor
+
+PATCH_CELLS = 15
+FLIPS = ((False, False), (True, False), (False, True), (True, True))
+"""The views of the P6 patch, each (mirrored left-right, mirrored top-bottom): identity, horizontal, vertical, both."""
+QUARTERS = ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0))
+"""Top-left corners (x, y) of the P5 quarters in units of a quarter, in the order of specification section 3."""
+
+
+def flip_boxes(boxes: Tensor) -> Tensor:
+    """Mirror ``cxcywh`` fraction boxes [..., T, 4] into the four views [..., 4, T, 4] of ``FLIPS``."""
+    x, y, width, height = boxes.unbind(-1)
+    views = [
+        torch.stack([1 - x if horizontal else x, 1 - y if vertical else y, width, height], -1)
+        for horizontal, vertical in FLIPS
+    ]
+    return torch.stack(views, -3)
+
+
+def flip_groups(images: TargetGroups) -> TargetGroups:
+    """Targets of the four views of each image's P6 patch: B images of T objects -> 4B groups, image-major.
+
+    The patch covers the whole content, so it owns every object; large ones weigh most.
+    """
+    boxes = flip_boxes(images.boxes).flatten(0, 1)
+    valid = images.valid.repeat_interleave(len(FLIPS), 0)
+    return _groups(boxes, valid, coarse_area_factor(boxes))
+
+
+def quarter_groups(images: TargetGroups) -> TargetGroups:
+    """Targets of the four P5 quarters of each image: B images of T objects -> 4B groups, image-major."""
+    corners = images.boxes.new_tensor(QUARTERS)[None, :, None]
+    size = images.boxes[:, None, :, 2:].expand(-1, len(QUARTERS), -1, -1) * 2
+    local = torch.cat([images.boxes[:, None, :, :2] * 2 - corners, size], -1).flatten(0, 1)
+    valid = images.valid.repeat_interleave(len(QUARTERS), 0) & _centre_inside(local)
+    return _clipped_groups(local, valid)
+
+
+def patch_groups(
+    images: TargetGroups, image_sizes: Tensor, corners: Tensor, image_index: Tensor, strides: Tensor
+) -> TargetGroups:
+    """Targets of N probed patches of any levels, which own only objects that a patch can hold.
+
+    ``image_sizes`` [B, 2] (height, width) of the contents in pixels; per patch ``corners`` [N, 2] its top-left cell
+    (x, y), ``image_index`` [N] and ``strides`` [N] the pixels of a cell. An object is owned when its centre lies in
+    the patch and its sides, before clipping, are at most the patch's.
+    """
+    scale = image_sizes.to(images.boxes).flip(-1).repeat(1, 2)[:, None]
+    pixels = (images.boxes * scale)[image_index]
+    cell = strides.to(pixels)[:, None, None]
+    local = torch.cat([pixels[..., :2] - corners[:, None] * cell, pixels[..., 2:]], -1) / (PATCH_CELLS * cell)
+    valid = images.valid[image_index] & _centre_inside(local) & (local[..., 2:] <= 1).all(-1)
+    return _clipped_groups(local, valid)
+
+
+def _centre_inside(local: Tensor) -> Tensor:
+    centre = local[..., :2]
+    return ((centre >= 0) & (centre < 1)).all(-1)
+
+
+def _clipped_groups(local: Tensor, valid: Tensor) -> TargetGroups:
+    left, top, right, bottom = (edge.clamp(0, 1) for edge in box_corners(local))
+    boxes = torch.stack([(left + right) / 2, (top + bottom) / 2, right - left, bottom - top], -1)
+    return _groups(boxes, valid, object_area_factor(boxes))
+
+
+def _groups(boxes: Tensor, valid: Tensor, area_factor: Tensor) -> TargetGroups:
+    labels = torch.zeros(valid.shape, dtype=torch.int64, device=boxes.device)
+    return TargetGroups(boxes, labels, valid, area_factor)

@@ -1,0 +1,97 @@
+"""Denoising: extra queries made from noised objects (specification section 7, "Denoising").
+
+The slots of an image hold its objects, repeated as often as fits; slot i belongs to object i mod n. One repetition is
+a *group*. The slots left over after the last whole repetition are padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from train.matching import Matches
+
+SLOTS = 200
+PADDING_GROUP = -1
+
+
+@dataclass(frozen=True)
+class NoisedQueries:
+    """``boxes`` [B, S, 4] float32 ``cxcywh``, fractions of the content; ``group`` [B, S] int64, the repetition that a
+    slot belongs to, -1 for padding. Padding slots hold the whole content, a box that is safe to compute with."""
+
+    boxes: Tensor
+    group: Tensor
+
+    @property
+    def valid(self) -> Tensor:
+        """[B, S] bool, False for padding."""
+        return self.group != PADDING_GROUP
+
+
+def noise_scale(epoch: int, falling: bool = False) -> float:
+    """0.4 throughout, or ``0.8 - 0.04 * epoch`` (epochs from 0, never under 0) where it falls."""
+    return max(0.8 - 0.04 * epoch, 0.0) if falling else 0.4
+
+
+def assign_slots(counts: Sequence[int], slots: int) -> tuple[Tensor, Tensor]:
+    """Object [B, S] and group [B, S] (-1: padding) of every slot, int64, for images of ``counts`` objects.
+
+    An image without objects, or with more objects than slots, gets padding alone.
+    """
+    count = torch.tensor(counts, dtype=torch.int64).reshape(-1, 1)
+    several = count.clamp(min=1)
+    slot = torch.arange(slots).expand(len(counts), -1)
+    used = (slot < slots // several * several) & (count > 0)
+    return slot % several, torch.where(used, slot // several, PADDING_GROUP)
+
+
+def noised_queries(
+    targets: Sequence[Mapping[str, Tensor]],
+    scale: float,
+    generator: torch.Generator | None = None,
+    slots: int = SLOTS,
+) -> NoisedQueries:
+    """Repeat and move each image's ``boxes`` [n, 4] (``cxcywh``, fractions of the content).
+
+    The centre moves uniformly by up to ``scale`` times half the size, the size by up to ``scale`` times itself; the
+    four numbers are then clamped to [0, 1]. The random numbers are drawn on the generator's device, so a CPU
+    generator gives the same queries on every device.
+    """
+    device = targets[0]["boxes"].device if targets else torch.device("cpu")
+    drawn_on = generator.device if generator is not None else device
+    objects, group = (index.to(device) for index in assign_slots([len(t["boxes"]) for t in targets], slots))
+    boxes = torch.tensor([0.5, 0.5, 1.0, 1.0], device=device).repeat(len(targets), slots, 1)
+    noise = torch.rand(len(targets), slots, 4, generator=generator, device=drawn_on).to(device) * 2 - 1
+    for image, target in enumerate(targets):
+        used = group[image] != PADDING_GROUP
+        clean = target["boxes"].to(torch.float32)[objects[image, used]]
+        reach = torch.cat([clean[:, 2:] / 2, clean[:, 2:]], 1)
+        boxes[image, used] = (clean + noise[image, used] * scale * reach).clamp(0, 1)
+    return NoisedQueries(boxes, group)
+
+
+def denoising_attention_mask(group: Tensor, valid: Tensor) -> Tensor:
+    """Which pairs self-attention may *not* use, [B, S+Q, S+Q] bool (row: the one that looks, column: looked at).
+
+    ``group`` [B, S] as in `NoisedQueries`, ``valid`` [B, Q] the ordinary queries that are real; the noised queries
+    come first. A noised query sees its own group and the ordinary queries, an ordinary query sees ordinary ones
+    alone, and nothing sees padding. A padding slot sees the ordinary queries, which keeps its softmax finite.
+    """
+    same = (group[:, :, None] == group[:, None, :]) & (group != PADDING_GROUP)[:, None, :]
+    slots, ordinary = group.shape[1], valid.shape[1]
+    seen_by_all = valid[:, None, :].expand(-1, slots + ordinary, -1)
+    none = same.new_zeros(len(group), ordinary, slots)
+    return ~torch.cat([torch.cat([same, none], 1), seen_by_all], 2)
+
+
+def repetition_matches(counts: Sequence[int], slots: int, device: torch.device) -> tuple[Tensor, Matches]:
+    """The fixed assignment of the noised queries: which slots count, [B, S] bool, and the object of each of them."""
+    objects, group = assign_slots(counts, slots)
+    valid = group != PADDING_GROUP
+    image, slot = valid.nonzero(as_tuple=True)
+    matches = Matches(image.to(device), slot.to(device), objects[image, slot].to(device))
+    return valid.to(device), matches

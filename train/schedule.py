@@ -1,0 +1,53 @@
+"""Optimizer groups and the learning rate over the steps (specification section 7, Schedule)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from train.config import TrainConfig
+
+BACKBONE_PREFIX = "backbone."
+
+
+def build_optimizer(detector: nn.Module, config: TrainConfig) -> AdamW:
+    """AdamW over the parameters that train, the backbone's (names under ``backbone.``) with their own rate.
+
+    Raises ValueError when no parameter trains.
+    """
+    groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
+    for name, parameter in detector.named_parameters():
+        if parameter.requires_grad:
+            groups[name.startswith(BACKBONE_PREFIX)].append(parameter)
+    rates = {False: config.learning_rate, True: config.backbone_learning_rate}
+    filled = [{"params": groups[key], "lr": rates[key]} for key in groups if groups[key]]
+    if not filled:
+        raise ValueError("the detector has no parameter that trains")
+    return AdamW(filled, lr=config.learning_rate, weight_decay=config.weight_decay)
+
+
+def learning_rate_factor(config: TrainConfig, total_steps: int, steps_per_epoch: int) -> Callable[[int], float]:
+    """The share of the base rate at a step (from 0): linear warm-up times the chosen decay."""
+
+    def warmup(step: int) -> float:
+        if step >= config.warmup_steps:
+            return 1.0
+        return config.warmup_start + (1 - config.warmup_start) * step / config.warmup_steps
+
+    def decay(step: int) -> float:
+        if config.schedule == "cosine":
+            progress = min(step / max(1, total_steps - 1), 1.0)
+            return config.final_rate + (1 - config.final_rate) * 0.5 * (1 + math.cos(math.pi * progress))
+        passed = sum(step >= round(milestone * steps_per_epoch) for milestone in config.milestones)
+        return config.decay_factor**passed
+
+    return lambda step: warmup(step) * decay(step)
+
+
+def build_schedule(optimizer: AdamW, config: TrainConfig, total_steps: int, steps_per_epoch: int) -> LambdaLR:
+    """The schedule as a torch scheduler that is stepped once per optimizer step."""
+    return LambdaLR(optimizer, learning_rate_factor(config, total_steps, steps_per_epoch))

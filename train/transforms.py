@@ -1,0 +1,91 @@
+"""Augmentation, batches and normalization of training images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.ops import box_convert
+from torchvision.transforms.v2 import functional
+
+from runtime.preprocessing import resize, resized_size
+from train.dataset import Target
+
+PADDING_MULTIPLE = 32
+"""Sides of a batch are rounded up to this many pixels, the stride of the coarsest map."""
+
+
+class Sample(NamedTuple):
+    """One augmented image: `pixels` uint8 [3, h, w]; `boxes` normalized ``cxcywh`` [n, 4]; `labels` int64 [n]."""
+
+    pixels: Tensor
+    boxes: Tensor
+    labels: Tensor
+
+
+class Batch(NamedTuple):
+    """Images of a step: `images` uint8 [B, 3, H, W] (zero-padded at the bottom and right), `sizes` float32 [B, 2] (height,
+    width of the content in pixels), `targets` with boxes as normalized ``cxcywh`` over the image's own content."""
+
+    images: Tensor
+    sizes: Tensor
+    targets: list[Target]
+
+
+@dataclass(frozen=True)
+class TrainingTransform:
+    """Random horizontal flip, then the resize of specification section 1 to one of `shorter_sides`, drawn at random.
+
+    Pixels are resized by the same function as for inference. Only the passed generator decides: a generator in the
+    same state gives the same sample.
+    """
+
+    shorter_sides: tuple[int, ...]
+    longer_side: int
+    flip_probability: float = 0.5
+
+    def __call__(self, image: Image.Image, target: Target, generator: np.random.Generator) -> Sample:
+        """`image` RGB; `target` with boxes ``xyxy`` in its pixels."""
+        size = (image.height, image.width)
+        boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=size)  # type: ignore[call-overload]
+        if generator.random() < self.flip_probability:
+            image = functional.horizontal_flip(image)
+            boxes = functional.horizontal_flip(boxes)
+        shorter_side = self.shorter_sides[int(generator.integers(len(self.shorter_sides)))]
+        pixels = np.asarray(resize(image, resized_size(*size, shorter_side, self.longer_side)))
+        extent = torch.tensor([size[1], size[0], size[1], size[0]], dtype=torch.float32)
+        normalized = box_convert(boxes.as_subclass(Tensor) / extent, "xyxy", "cxcywh")
+        return Sample(torch.from_numpy(pixels.transpose(2, 0, 1).copy()), normalized, target["labels"])
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Pad samples with zeros to one size whose sides are multiples of 32 pixels. Raises ValueError without samples."""
+    if not samples:
+        raise ValueError("a batch needs at least one image")
+    sizes = [sample.pixels.shape[1:] for sample in samples]
+    height, width = (-(-max(side) // PADDING_MULTIPLE) * PADDING_MULTIPLE for side in zip(*sizes, strict=True))
+    images = torch.zeros(len(samples), 3, height, width, dtype=torch.uint8)
+    for index, sample in enumerate(samples):
+        images[index, :, : sizes[index][0], : sizes[index][1]] = sample.pixels
+    targets = [Target(boxes=sample.boxes, labels=sample.labels) for sample in samples]
+    return Batch(images, torch.tensor(sizes, dtype=torch.float32), targets)
+
+
+def normalize_images(images: Tensor, sizes: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """uint8 [B, 3, H, W] to float32: scaled to 0..1, minus `mean`, divided by `std`, and zero outside the content.
+
+    `sizes` [B, 2] are the contents' (height, width) in pixels. Runs on the images' device.
+    """
+    shape = (1, 3, 1, 1)
+    scaled = images.float().div_(255)
+    scaled.sub_(scaled.new_tensor(mean).view(shape)).div_(scaled.new_tensor(std).view(shape))
+    rows = torch.arange(images.shape[2], device=images.device)
+    columns = torch.arange(images.shape[3], device=images.device)
+    content = (rows < sizes[:, 0, None])[:, :, None] & (columns < sizes[:, 1, None])[:, None, :]
+    return scaled.mul_(content[:, None])
