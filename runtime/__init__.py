@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from runtime.metadata import ModelMetadata
     from runtime.postprocessing import Detections
-    from runtime.session import BackendUnavailable, Session, open_session
+    from runtime.session import BackendUnavailableError, Session, open_session
 
 _HOMES = {
-    "BackendUnavailable": "runtime.session",
+    "BackendUnavailableError": "runtime.session",
     "Detections": "runtime.postprocessing",
     "ModelMetadata": "runtime.metadata",
     "Session": "runtime.session",
     "open_session": "runtime.session",
 }
 
-__all__ = ["BackendUnavailable", "Detections", "ModelMetadata", "Session", "open_session"]
+__all__ = ["BackendUnavailableError", "Detections", "ModelMetadata", "Session", "open_session"]
 
 
 def __getattr__(name: str) -> Any:

@@ -67,6 +67,7 @@ class CocoFolder:
 
     @property
     def image_ids(self) -> tuple[int, ...]:
+        """Ids of the images, in the file's order."""
         return tuple(self.images)
 
     def __len__(self) -> int:
@@ -110,7 +111,7 @@ def open_coco(path: str | os.PathLike[str], split: str = "val2017") -> CocoFolde
         raise FileNotFoundError(f"dataset not found: {root} is not a folder")
     annotations, images = root / "annotations" / f"instances_{split}.json", root / split
     if not annotations.is_file() or not images.is_dir():
-        raise FileNotFoundError(f"{root} is not a COCO dataset with a {split} split: looked for {annotations}, {images}/")
+        raise FileNotFoundError(f"no COCO split {split} in {root}: looked for {annotations} and the folder {images}")
     return CocoFolder(images, annotations)
 
 
@@ -138,8 +139,8 @@ def evaluate(dataset: CocoFolder, detections: Mapping[int, Detections]) -> CocoR
         evaluation.accumulate()
         evaluation.summarize()
     # pycocotools writes -1 where there is nothing to compute a value of.
-    values = [float(value) if value >= 0 else math.nan for value in evaluation.stats[:6]]
-    return CocoResult(*values, images=len(detections))
+    ap, ap50, ap75, aps, apm, apl = (float(value) if value >= 0 else math.nan for value in evaluation.stats[:6])
+    return CocoResult(ap, ap50, ap75, aps, apm, apl, len(detections))
 
 
 def evaluate_session(
@@ -166,7 +167,12 @@ def coco_records(image_id: int, detections: Detections) -> list[dict[str, Any]]:
     boxes = detections.boxes.astype(np.float64)
     boxes[:, 2:] -= boxes[:, :2]
     return [
-        {"image_id": image_id, "category_id": int(label), "bbox": [float(value) for value in box], "score": float(score)}
+        {
+            "image_id": image_id,
+            "category_id": int(label),
+            "bbox": [float(value) for value in box],
+            "score": float(score),
+        }
         for box, score, label in zip(boxes, detections.scores, detections.labels, strict=True)
     ]
 

@@ -50,6 +50,7 @@ def detect_files(
     session: Session,
     paths: Iterable[str | os.PathLike[str]],
     output_dir: str | os.PathLike[str],
+    *,
     score_threshold: float = 0.3,
     progress: Callable[[int, int], None] | None = None,
     batch_size: int = 1,
@@ -67,7 +68,7 @@ def detect_files(
     output = Path(output_dir)
     if output.exists() and not output.is_dir():
         raise ValueError(f"cannot write to {output}: it is a file; name a folder")
-    writer = _Writer(session, output, score_threshold)
+    writer = _Writer(session, output, score_threshold, files)
     for start in range(0, len(files), batch_size):
         loaded = writer.load(files[start : start + batch_size])
         found = session.detect([image for _, image in loaded], batch_size, score_threshold)
@@ -81,14 +82,16 @@ def detect_files(
 class _Writer:
     """Collects the results of one run."""
 
-    def __init__(self, session: Session, output: Path, score_threshold: float) -> None:
+    def __init__(self, session: Session, output: Path, score_threshold: float, inputs: Iterable[Path]) -> None:
         self._session = session
         self._output = output
         self._score_threshold = score_threshold
         self._images: list[dict[str, Any]] = []
         self._detections: list[dict[str, Any]] = []
         self._errors: list[tuple[Path, str]] = []
-        self._pictures: dict[str, Path] = {}
+        self._pictures: list[Path] = []
+        # Names that a picture must not take: those of earlier pictures and, in the input's own folder, of the inputs.
+        self._taken = {path.resolve() for path in inputs}
 
     def load(self, paths: Sequence[Path]) -> list[tuple[Path, Image.Image]]:
         """The images of the files that can be read; the others are noted."""
@@ -121,13 +124,14 @@ class _Writer:
             self._detections.append({**record, "category_name": name})
 
     def _picture_path(self, path: Path) -> Path:
-        """A name in the output folder that no other image of this run has, and never that of the input itself."""
+        """A path in the output folder that no other picture of this run has, and no input."""
         number = 1
         picture = self._output / f"{path.stem}.jpg"
-        while picture.name in self._pictures or picture.resolve() == path.resolve():
+        while picture.resolve() in self._taken:
             number += 1
             picture = self._output / f"{path.stem}-{number}.jpg"
-        self._pictures[picture.name] = picture
+        self._taken.add(picture.resolve())
+        self._pictures.append(picture)
         return picture
 
     def finish(self) -> DetectionSummary:
@@ -142,5 +146,5 @@ class _Writer:
         json_path = self._output / "detections.json"
         write_json(json_path, content)
         return DetectionSummary(
-            json_path, tuple(self._pictures.values()), len(self._images), len(self._detections), tuple(self._errors)
+            json_path, tuple(self._pictures), len(self._images), len(self._detections), tuple(self._errors)
         )

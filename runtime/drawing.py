@@ -44,7 +44,8 @@ def draw_detections(
         known = int(label) in metadata.category_ids
         colour = class_colour(metadata.category_ids.index(int(label)) if known else int(label))
         draw.rectangle((left, top, right, bottom), outline=colour, width=line_width)
-        _draw_label(draw, (left, top), f"{metadata.category_name(int(label))} {score:.2f}", colour, font, canvas.size)
+        text = f"{metadata.category_name(int(label))} {score:.2f}"
+        _draw_label(draw, (left, top), text, colour=colour, font=font, canvas_size=canvas.size)
     return canvas
 
 
@@ -52,11 +53,12 @@ def _draw_label(
     draw: ImageDraw.ImageDraw,
     corner: tuple[float, float],
     text: str,
+    *,
     colour: Colour,
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
     canvas_size: tuple[int, int],
 ) -> None:
-    """Text on a filled background above the box's top-left corner, or moved inside the image where it would leave it."""
+    """Text on a filled background above the box's top-left corner, moved inside the image where it would leave it."""
     left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
     padding = 2
     width, height = right - left + 2 * padding, bottom - top + 2 * padding

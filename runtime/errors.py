@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-class BackendUnavailable(RuntimeError):
+class BackendUnavailableError(RuntimeError):
     """A backend cannot run on this machine, for a reason a person can act on (no driver, wrong GPU, not installed).
 
     Tables show it as a row with its reason; commands that need the backend report its text.

@@ -33,6 +33,7 @@ class Machine:
         return f"{self.processor}, {self.cores} cores{memory}, {', '.join(self.gpus) or 'no GPU'}; {self.date}"
 
     def to_json(self) -> dict[str, Any]:
+        """The description as JSON values."""
         return dataclasses.asdict(self)
 
 

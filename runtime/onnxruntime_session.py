@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.errors import BackendUnavailable, one_line
+from runtime.errors import BackendUnavailableError, one_line
 from runtime.metadata import ModelMetadata
 from runtime.postprocessing import OUTPUT_NAMES
 from runtime.session import INPUT_NAMES, Session
@@ -24,7 +24,7 @@ class OnnxRuntimeSession(Session):
         try:
             import onnxruntime
         except ImportError:
-            raise BackendUnavailable("ONNX Runtime is not installed: pip install onnxruntime") from None
+            raise BackendUnavailableError("ONNX Runtime is not installed: pip install onnxruntime") from None
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # errors arrive as exceptions; the log would repeat them on the terminal
@@ -38,7 +38,9 @@ class OnnxRuntimeSession(Session):
                 f"ONNX Runtime cannot open {path}, export it again with `asag export`: {one_line(error)}"
             ) from None
         if kind == "cuda" and "CUDAExecutionProvider" not in self._session.get_providers():
-            raise BackendUnavailable("ONNX Runtime could not start on CUDA; check the NVIDIA driver and CUDA libraries")
+            raise BackendUnavailableError(
+                "ONNX Runtime could not start on CUDA; check the NVIDIA driver and CUDA libraries"
+            )
         try:
             metadata = ModelMetadata.from_properties(self._session.get_modelmeta().custom_metadata_map)
             max_batch = self._check_contract(metadata)
@@ -54,7 +56,7 @@ class OnnxRuntimeSession(Session):
         )
 
     def _check_contract(self, metadata: ModelMetadata) -> int | None:
-        """Compare inputs and outputs with the model contract; returns the fixed batch size, or None for a dynamic one."""
+        """Compare inputs and outputs with the model contract; the fixed batch size, or None for a dynamic one."""
         inputs = {value.name: value for value in self._session.get_inputs()}
         outputs = {value.name for value in self._session.get_outputs()}
         if set(inputs) != set(INPUT_NAMES) or not set(OUTPUT_NAMES) <= outputs:
@@ -71,10 +73,12 @@ class OnnxRuntimeSession(Session):
         return images.shape[0] if isinstance(images.shape[0], int) else None
 
     def run(self, tensors: Mapping[str, NDArray]) -> dict[str, NDArray]:
+        """Run one batch; see :meth:`runtime.session.Session.run`."""
         feeds = {name: np.ascontiguousarray(tensors[name]) for name in INPUT_NAMES}
         return dict(zip(OUTPUT_NAMES, self._session.run(list(OUTPUT_NAMES), feeds), strict=True))
 
     def close(self) -> None:
+        """Release the model and its memory."""
         self._session = None
 
 
@@ -82,6 +86,6 @@ def _providers(onnxruntime: Any, kind: str, device_index: int) -> list[Any]:
     if kind == "cpu":
         return ["CPUExecutionProvider"]
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        raise BackendUnavailable("this ONNX Runtime has no CUDA: pip install onnxruntime-gpu in its place")
-    cuda = ("CUDAExecutionProvider", {"device_id": device_index})
+        raise BackendUnavailableError("this ONNX Runtime has no CUDA: pip install onnxruntime-gpu in its place")
+    cuda = ("CUDAExecutionProvider", {"device_id": device_index, "use_tf32": 0})
     return [cuda, "CPUExecutionProvider"]

@@ -33,9 +33,7 @@ class Detections:
 
     def select(self, which: NDArray) -> Detections:
         """The detections of a boolean mask or an index array."""
-        return dataclasses.replace(
-            self, boxes=self.boxes[which], scores=self.scores[which], labels=self.labels[which]
-        )
+        return dataclasses.replace(self, boxes=self.boxes[which], scores=self.scores[which], labels=self.labels[which])
 
     def above(self, score_threshold: float) -> Detections:
         """The detections whose score is at least ``score_threshold``."""

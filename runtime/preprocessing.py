@@ -108,11 +108,6 @@ def _fit(height: int, width: int, limit: tuple[int, int]) -> tuple[int, int]:
     return max(1, limit[1] * height // width), limit[1]
 
 
-def default_input_size(shorter_side: int, longer_side: int, multiple: int = 32) -> tuple[int, int]:
-    """(height, width) of the fixed input for landscape images: both sides rounded up to a multiple."""
-    return -(-shorter_side // multiple) * multiple, -(-longer_side // multiple) * multiple
-
-
 def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Resize to ``size`` = (height, width) pixels with PIL's bilinear filter (antialiased when shrinking)."""
     height, width = size

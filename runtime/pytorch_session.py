@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.errors import BackendUnavailable
+from runtime.errors import BackendUnavailableError
 from runtime.metadata import ModelMetadata
 from runtime.postprocessing import OUTPUT_NAMES
-from runtime.preprocessing import default_input_size
 from runtime.session import INPUT_NAMES, Session
 
 if TYPE_CHECKING:
-    import torch
+    from asag.deploy import DeployedDetector
 
 
 class PyTorchSession(Session):
@@ -25,7 +24,7 @@ class PyTorchSession(Session):
     ``deployed`` is put into evaluation mode on ``device``; its ``describe()`` gives the metadata.
     """
 
-    def __init__(self, deployed: torch.nn.Module, name: str, device: str = "cpu") -> None:
+    def __init__(self, deployed: DeployedDetector, name: str, device: str = "cpu") -> None:
         import torch
 
         metadata = ModelMetadata(**deployed.describe())
@@ -40,6 +39,7 @@ class PyTorchSession(Session):
         )
 
     def run(self, tensors: Mapping[str, NDArray]) -> dict[str, NDArray]:
+        """Run one batch; see :meth:`runtime.session.Session.run`."""
         import torch
 
         inputs = [torch.from_numpy(np.ascontiguousarray(tensors[name])).to(self._device) for name in INPUT_NAMES]
@@ -48,13 +48,14 @@ class PyTorchSession(Session):
         return {name: value.cpu().numpy() for name, value in zip(OUTPUT_NAMES, outputs, strict=True)}
 
     def close(self) -> None:
+        """Release the model and its memory."""
         self._deployed = None
 
 
 def open_pytorch(
     path: Path, kind: str, device_index: int, threads: int | None, input_size: tuple[int, int] | None
 ) -> PyTorchSession:
-    """Load a safetensors checkpoint; ``input_size`` (height, width) defaults to that of an exported file.
+    """Load a safetensors checkpoint; ``input_size`` (height, width) defaults to the checkpoint's, as in an export.
 
     ``threads`` sets PyTorch's number of CPU threads, which holds for the whole process.
     """
@@ -63,17 +64,19 @@ def open_pytorch(
 
         from asag.checkpoint import load_detector
         from asag.deploy import DeployedDetector
-    except ImportError as error:
-        raise BackendUnavailable(
+    except ModuleNotFoundError as error:
+        raise BackendUnavailableError(
             f"{path} needs PyTorch, which is not installed here ({error.name}): pip install torch torchvision,"
             " or use an exported .onnx file"
         ) from None
 
     if kind == "cuda" and not torch.cuda.is_available():
-        raise BackendUnavailable("PyTorch sees no CUDA GPU on this machine")
+        raise BackendUnavailableError("PyTorch sees no CUDA GPU on this machine")
+    if kind == "cuda":
+        # The reference is true float32; by default convolutions round their inputs to TF32.
+        torch.backends.cudnn.allow_tf32 = False
     if threads is not None:
         torch.set_num_threads(threads)
     detector, info = load_detector(path)
-    size = input_size or default_input_size(info.shorter_side, info.longer_side)
-    deployed = DeployedDetector(detector, info, input_size=size, input_type="uint8")
+    deployed = DeployedDetector(detector, info, input_size=input_size, input_type="uint8")
     return PyTorchSession(deployed, path.name, "cpu" if kind == "cpu" else f"cuda:{device_index}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
@@ -11,12 +12,12 @@ from types import TracebackType
 
 from numpy.typing import NDArray
 
-from runtime.errors import BackendUnavailable
+from runtime.errors import BackendUnavailableError
 from runtime.metadata import ModelMetadata
 from runtime.postprocessing import Detections, postprocess
 from runtime.preprocessing import ImageLike, as_image, prepare
 
-__all__ = ["BackendUnavailable", "Session", "check_device", "open_session"]
+__all__ = ["BackendUnavailableError", "Session", "check_device", "open_session"]
 
 INPUT_NAMES = ("images", "sizes")
 
@@ -34,6 +35,7 @@ class Session(abc.ABC):
         backend: str,
         precision: str,
         metadata: ModelMetadata,
+        *,
         versions: Mapping[str, str],
         max_batch: int | None = None,
     ) -> None:
@@ -53,7 +55,7 @@ class Session(abc.ABC):
         ``labels`` [B, N] category ids, ``overflow`` [B].
         """
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 (nothing to release is the common case)
         """Release what the backend holds; the session cannot run afterwards."""
 
     def __enter__(self) -> Session:
@@ -107,7 +109,7 @@ def open_session(
     is not fixed by the file; its default is that of an exported file.
 
     Raises FileNotFoundError for a missing file, ValueError for one that is damaged, unknown or not an asag model, and
-    BackendUnavailable where the backend cannot run on this machine.
+    BackendUnavailableError where the backend cannot run on this machine.
     """
     path = Path(path)
     kind, device_index = check_device(device)
@@ -122,7 +124,7 @@ def open_session(
         raise ValueError(f"{path} is not a file; name a model file")
     if input_size is not None and path.suffix.lower() != ".safetensors":
         raise ValueError(f"the input size of {path} is fixed in the file; export again with the size you want")
-    session = opener(path, kind, device_index, precision, threads, input_size)
+    session = opener(path, _Options(kind, device_index, threads, input_size))
     if precision is not None and session.precision != precision:
         session.close()
         raise ValueError(f"{path} is {session.precision}, not {precision}; export or build it with that precision")
@@ -137,32 +139,35 @@ def check_device(device: str) -> tuple[str, int]:
     return kind, int(index or 0)
 
 
-def _open_onnxruntime(
-    path: Path, kind: str, index: int, precision: str | None, threads: int | None, size: tuple[int, int] | None
-) -> Session:
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """What :func:`open_session` hands to a backend."""
+
+    device_kind: str
+    device_index: int
+    threads: int | None
+    input_size: tuple[int, int] | None
+
+
+def _open_onnxruntime(path: Path, options: _Options) -> Session:
     from runtime.onnxruntime_session import OnnxRuntimeSession
 
-    return OnnxRuntimeSession(path, kind, index, threads)
+    return OnnxRuntimeSession(path, options.device_kind, options.device_index, options.threads)
 
 
-def _open_pytorch(
-    path: Path, kind: str, index: int, precision: str | None, threads: int | None, size: tuple[int, int] | None
-) -> Session:
+def _open_pytorch(path: Path, options: _Options) -> Session:
     from runtime.pytorch_session import open_pytorch
 
-    return open_pytorch(path, kind, index, threads, size)
+    return open_pytorch(path, options.device_kind, options.device_index, options.threads, options.input_size)
 
 
-def _open_tensorrt_rtx(
-    path: Path, kind: str, index: int, precision: str | None, threads: int | None, size: tuple[int, int] | None
-) -> Session:
+def _open_tensorrt_rtx(path: Path, options: _Options) -> Session:
     from runtime.tensorrt_rtx_session import TensorRTRTXSession
 
-    return TensorRTRTXSession(path, index)
+    return TensorRTRTXSession(path, options.device_index)
 
 
-_Opener = Callable[[Path, str, int, str | None, int | None, tuple[int, int] | None], Session]
-_OPENERS: dict[str, _Opener] = {
+_OPENERS: dict[str, Callable[[Path, _Options], Session]] = {
     ".onnx": _open_onnxruntime,
     ".safetensors": _open_pytorch,
     ".engine": _open_tensorrt_rtx,

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import BackendUnavailable, one_line
+from runtime.errors import BackendUnavailableError, one_line
 from runtime.files import atomic_path, write_json
 from runtime.metadata import ModelMetadata
 
@@ -69,11 +69,11 @@ def manifest_path(engine_path: str | os.PathLike[str]) -> Path:
 
 
 def import_tensorrt_rtx() -> Any:
-    """The TensorRT-RTX module; BackendUnavailable with the way to install it when it is not there."""
+    """The TensorRT-RTX module; BackendUnavailableError with the way to install it when it is not there."""
     try:
         import tensorrt_rtx_bindings
     except (ImportError, OSError) as error:
-        raise BackendUnavailable(
+        raise BackendUnavailableError(
             "TensorRT-RTX is not installed: pip install tensorrt-rtx-cu13-libs tensorrt-rtx-cu13-bindings"
             f" ({one_line(error, 120)})"
         ) from None
@@ -93,7 +93,7 @@ def build_engine(
     all, after its manifest.
 
     Raises FileNotFoundError or ValueError for an input that is missing, damaged or not an asag model, ValueError with
-    the builder's first error where it refuses the network, and BackendUnavailable without TensorRT-RTX.
+    the builder's first error where it refuses the network, and BackendUnavailableError without TensorRT-RTX.
     """
     if not 1 <= batch[0] <= batch[1] <= batch[2]:
         raise ValueError(f"batch sizes must rise from at least 1 (smallest, preferred, largest), they are {batch}")
@@ -106,7 +106,7 @@ def build_engine(
     content, inlined, metadata, fixed_batch = _inlined_model(onnx_path)
     if fixed_batch is not None and batch != (fixed_batch,) * 3:
         raise ValueError(f"{onnx_path} has a fixed batch of {fixed_batch}; export it with a dynamic batch")
-    engine, warnings = _build(tensorrt_rtx, inlined, onnx_path, metadata, batch, progress)
+    engine, warnings = _build(tensorrt_rtx, inlined, onnx_path, metadata=metadata, batch=batch, progress=progress)
     manifest = EngineManifest(
         backend=BACKEND,
         version=tensorrt_rtx.__version__,
@@ -157,7 +157,7 @@ def _inlined_model(onnx_path: Path) -> tuple[bytes, bytes, ModelMetadata, int | 
         import onnx
         import onnx.inliner
     except ImportError:
-        raise BackendUnavailable("building an engine needs the onnx package: pip install onnx") from None
+        raise BackendUnavailableError("building an engine needs the onnx package: pip install onnx") from None
 
     if not onnx_path.exists():
         raise FileNotFoundError(f"model not found: {onnx_path}")
@@ -195,6 +195,7 @@ def _build(
     tensorrt_rtx: Any,
     model: bytes,
     onnx_path: Path,
+    *,
     metadata: ModelMetadata,
     batch: tuple[int, int, int],
     progress: ProgressCallback | None,
@@ -221,7 +222,7 @@ def _build(
         config.progress_monitor = monitor
     serialized = builder.build_serialized_network(network, config)
     if serialized is None:
-        reason = (logger.errors + ["no reason was given"])[0]
+        reason = [*logger.errors, "no reason was given"][0]
         raise ValueError(f"TensorRT-RTX cannot build {onnx_path}: {reason}")
     _report(progress, "built", 1.0)
     return bytes(serialized), tuple(logger.warnings)
@@ -240,7 +241,7 @@ def _report(progress: ProgressCallback | None, phase: str, fraction: float) -> N
 def captured_logger(tensorrt_rtx: Any) -> Any:
     """A logger that keeps errors and warnings instead of printing them."""
 
-    class CapturedLogger(tensorrt_rtx.ILogger):  # type: ignore[misc]
+    class CapturedLogger(tensorrt_rtx.ILogger):
         def __init__(self) -> None:
             tensorrt_rtx.ILogger.__init__(self)
             self.errors: list[str] = []
@@ -259,7 +260,7 @@ def captured_logger(tensorrt_rtx: Any) -> Any:
 def _progress_monitor(tensorrt_rtx: Any, progress: ProgressCallback) -> Any:
     """Pass the steps of the builder's outermost phase on to ``progress``."""
 
-    class Monitor(tensorrt_rtx.IProgressMonitor):  # type: ignore[misc]
+    class Monitor(tensorrt_rtx.IProgressMonitor):
         def __init__(self) -> None:
             tensorrt_rtx.IProgressMonitor.__init__(self)
             self._steps: dict[str, int] = {}

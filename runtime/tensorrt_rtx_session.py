@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.errors import BackendUnavailable, one_line
+from runtime.errors import BackendUnavailableError
 from runtime.postprocessing import OUTPUT_NAMES
 from runtime.session import INPUT_NAMES, Session
 from runtime.tensorrt_rtx import (
@@ -27,7 +27,7 @@ class TensorRTRTXSession(Session):
     """An engine with its buffers, allocated once for the largest batch of its profile.
 
     Opening checks the file against its manifest before anything else, so that a damaged engine is reported as such
-    also on a machine that could not run it. Raises BackendUnavailable without an RTX GPU.
+    also on a machine that could not run it. Raises BackendUnavailableError without an RTX GPU.
     """
 
     def __init__(self, path: Path, device_index: int = 0) -> None:
@@ -44,10 +44,10 @@ class TensorRTRTXSession(Session):
         try:
             self._logger = captured_logger(tensorrt_rtx)
             self._runtime = tensorrt_rtx.Runtime(self._logger)
-            self._engine = self._runtime.deserialize_cuda_engine(content)
-            self._context = self._engine.create_execution_context() if self._engine is not None else None
+            self._engine: Any = self._runtime.deserialize_cuda_engine(content)
+            self._context: Any = self._engine.create_execution_context() if self._engine is not None else None
             if self._context is None:
-                reason = (self._logger.errors + ["no reason was given"])[0]
+                reason = [*self._logger.errors, "no reason was given"][0]
                 raise ValueError(f"TensorRT-RTX cannot open {path}: {reason}; build it again with `asag build`")
             self._allocate(tensorrt_rtx, manifest)
         except BaseException:
@@ -67,9 +67,7 @@ class TensorRTRTXSession(Session):
         """Device buffers for every input and output at the profile's largest batch."""
         self._types: dict[str, np.dtype] = {}
         self._buffers: dict[str, int] = {}
-        largest = {
-            name: self._engine.get_tensor_profile_shape(name, 0)[2] for name in INPUT_NAMES
-        }
+        largest = {name: self._engine.get_tensor_profile_shape(name, 0)[2] for name in INPUT_NAMES}
         for name, shape in largest.items():
             self._context.set_input_shape(name, shape)
         for name in (*INPUT_NAMES, *OUTPUT_NAMES):
@@ -82,6 +80,7 @@ class TensorRTRTXSession(Session):
             self._context.set_tensor_address(name, self._buffers[name])
 
     def run(self, tensors: Mapping[str, NDArray]) -> dict[str, NDArray]:
+        """Run one batch; see :meth:`runtime.session.Session.run`."""
         batch = len(tensors["images"])
         if batch < self._smallest_batch or (self.max_batch is not None and batch > self.max_batch):
             raise ValueError(f"{self.name} takes {self._smallest_batch} to {self.max_batch} images, not {batch}")
@@ -92,7 +91,7 @@ class TensorRTRTXSession(Session):
             self._context.set_input_shape(name, array.shape)
             self._device.copy_in(self._buffers[name], array)
         if not self._context.execute_async_v3(self._device.stream):
-            reason = (self._logger.errors + ["no reason was given"])[-1]
+            reason = [*self._logger.errors, "no reason was given"][-1]
             raise RuntimeError(f"TensorRT-RTX could not run {self.name}: {reason}")
         outputs = {
             name: np.empty(tuple(self._context.get_tensor_shape(name)), self._types[name]) for name in OUTPUT_NAMES
@@ -103,6 +102,7 @@ class TensorRTRTXSession(Session):
         return outputs
 
     def close(self) -> None:
+        """Release the model and its memory."""
         self._context = self._engine = self._runtime = None
         self._device.close()
 
@@ -122,25 +122,25 @@ class _Device:
         try:
             from cuda.bindings import driver, runtime
         except ImportError:
-            raise BackendUnavailable("running an engine needs cuda-bindings: pip install cuda-bindings") from None
+            raise BackendUnavailableError("running an engine needs cuda-bindings: pip install cuda-bindings") from None
         self._runtime = runtime
         self._index = index
         self._allocations: list[int] = []
         try:
             (status,) = driver.cuInit(0)
         except RuntimeError:  # cuda-bindings could not load the driver's library at all
-            raise BackendUnavailable("no NVIDIA driver on this machine; an engine runs on an RTX GPU") from None
+            raise BackendUnavailableError("no NVIDIA driver on this machine; an engine runs on an RTX GPU") from None
         if status != driver.CUresult.CUDA_SUCCESS:
-            raise BackendUnavailable(f"no usable NVIDIA GPU on this machine ({status.name}); an engine needs an RTX GPU")
+            raise BackendUnavailableError(f"no usable NVIDIA GPU ({status.name}); an engine needs an RTX GPU")
         count = self._check(runtime.cudaGetDeviceCount())
         if index >= count:
-            raise BackendUnavailable(f"there is no GPU {index}; this machine has {count}")
+            raise BackendUnavailableError(f"there is no GPU {index}; this machine has {count}")
         properties = self._check(runtime.cudaGetDeviceProperties(index))
         self.name = bytes(properties.name).split(b"\0")[0].decode()
         capability = (properties.major, properties.minor)
         if capability not in RTX_COMPUTE_CAPABILITIES:
             known = ", ".join(f"{major}.{minor}" for major, minor in RTX_COMPUTE_CAPABILITIES)
-            raise BackendUnavailable(
+            raise BackendUnavailableError(
                 f"TensorRT-RTX engines do not run on {self.name} (compute capability {capability[0]}.{capability[1]});"
                 f" they run on {known}"
             )

@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from asag.config import PATCH_SIDE
+from asag.geometry import content_scale
 from train.matching import TargetGroups, box_corners, coarse_area_factor, object_area_factor
 
-PATCH_CELLS = 15
 FLIPS = ((False, False), (True, False), (False, True), (True, True))
 """The views of the P6 patch, each (mirrored left-right, mirrored top-bottom): identity, horizontal, vertical, both."""
 QUARTERS = ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0))
@@ -56,10 +57,9 @@ def patch_groups(
     (x, y), ``image_index`` [N] and ``strides`` [N] the pixels of a cell. An object is owned when its centre lies in
     the patch and its sides, before clipping, are at most the patch's.
     """
-    scale = image_sizes.to(images.boxes).flip(-1).repeat(1, 2)[:, None]
-    pixels = (images.boxes * scale)[image_index]
+    pixels = (images.boxes * content_scale(image_sizes.to(images.boxes)))[image_index]
     cell = strides.to(pixels)[:, None, None]
-    local = torch.cat([pixels[..., :2] - corners[:, None] * cell, pixels[..., 2:]], -1) / (PATCH_CELLS * cell)
+    local = torch.cat([pixels[..., :2] - corners[:, None] * cell, pixels[..., 2:]], -1) / (PATCH_SIDE * cell)
     valid = images.valid[image_index] & _centre_inside(local) & (local[..., 2:] <= 1).all(-1)
     return _clipped_groups(local, valid)
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
+from asag.detector import Detector
 from runtime.files import atomic_path
 from train.config import TrainConfig
 
@@ -26,7 +26,7 @@ _FORMAT = 1
 class TrainingState:
     """Everything that changes while a detector trains. `step` counts the finished optimizer steps."""
 
-    detector: nn.Module
+    detector: Detector
     average: AveragedModel | None
     optimizer: AdamW
     schedule: LambdaLR
@@ -35,9 +35,13 @@ class TrainingState:
     step: int = 0
 
     @property
-    def deployable(self) -> nn.Module:
+    def deployable(self) -> Detector:
         """The detector whose weights are saved for use and evaluated: the average where there is one."""
-        return self.detector if self.average is None else self.average.module
+        if self.average is None:
+            return self.detector
+        averaged = self.average.module
+        assert isinstance(averaged, Detector)
+        return averaged
 
 
 def save_state(path: str | Path, state: TrainingState, config: TrainConfig) -> None:
@@ -53,7 +57,7 @@ def save_state(path: str | Path, state: TrainingState, config: TrainConfig) -> N
         "detector": state.detector.state_dict(),
         "average": None if state.average is None else state.average.state_dict(),
         "optimizer": state.optimizer.state_dict(),
-        "schedule": {key: value for key, value in state.schedule.state_dict().items() if key != "lr_lambdas"},
+        "schedule": state.schedule.state_dict(),
         "random": {
             "generator": state.generator.get_state(),
             "torch": torch.get_rng_state(),
@@ -78,7 +82,7 @@ def load_state(path: str | Path, state: TrainingState, config: TrainConfig) -> N
         if state.average is not None:
             state.average.load_state_dict(content["average"])
         state.optimizer.load_state_dict(content["optimizer"])
-        state.schedule.load_state_dict({**content["schedule"], "lr_lambdas": [None] * len(state.optimizer.param_groups)})
+        state.schedule.load_state_dict(content["schedule"])
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} does not fit this detector ({reason}): train anew in another folder") from None
@@ -107,7 +111,9 @@ def _check_configuration(path: Path, recorded: Mapping[str, Any], config: TrainC
     differing = sorted(name for name in {*recorded, *current} if recorded.get(name) != current.get(name))
     if differing:
         changes = ", ".join(f"{name} {recorded.get(name)} -> {current.get(name)}" for name in differing)
-        raise ValueError(f"{path} belongs to a run with another configuration ({changes}): use the same or another folder")
+        raise ValueError(
+            f"{path} belongs to a run with another configuration ({changes}): use the same or another folder"
+        )
 
 
 def has_run(folder: str | Path) -> bool:

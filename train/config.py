@@ -49,7 +49,7 @@ class TrainConfig:
     steps: int | None = None
     """Optimizer steps in all; overrides `epochs` when given."""
     first_epoch: int = 0
-    """Number that the first epoch counts as. Epoch 0 takes its patches from ground truth; trained weights start at 1."""
+    """Number that the first epoch counts as. Epoch 0 takes its patches from ground truth; trained weights need 1."""
     batch_size: int = 16
 
     learning_rate: float = 2e-4

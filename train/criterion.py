@@ -169,9 +169,7 @@ def _anchor_terms(outputs: Mapping[str, Any], images: TargetGroups) -> list[_Anc
         anchors = torch.cat([outputs[f"{level}_anchors"].float() for level in levels])
         corners = torch.cat([outputs[f"{level}_crop_xy"] for level in levels])
         image_index = torch.cat([outputs[f"{level}_image_index"] for level in levels])
-        strides = torch.cat(
-            [torch.full_like(outputs[f"{level}_image_index"], STRIDES[level]) for level in levels]
-        )
+        strides = torch.cat([torch.full_like(outputs[f"{level}_image_index"], STRIDES[level]) for level in levels])
         groups = patch_groups(images, outputs["image_sizes_hw"], corners, image_index, strides)
         terms.append(_AnchorTerm(anchors[..., 4], anchors[..., :4], groups, probed=True))
     return terms

@@ -19,6 +19,12 @@ from runtime.preprocessing import load_image
 
 logger = logging.getLogger(__name__)
 
+_FIELDS: dict[str, dict[str, type]] = {
+    "images": {"id": int, "file_name": str, "height": int, "width": int},
+    "categories": {"id": int, "name": str},
+    "annotations": {"image_id": int, "category_id": int},
+}
+
 SHORTEST_SIDE = 32
 """Images with a side under this many pixels are left out (specification section 7)."""
 
@@ -75,13 +81,17 @@ class DetectionDataset(Dataset[tuple[Image.Image, Target]]):
         objects, crowd, bad = _objects_by_image(content, self.category_ids, self.annotation_file)
         large = [image for image in content["images"] if min(image["height"], image["width"]) >= SHORTEST_SIDE]
         # Only flat arrays are kept: worker processes share them, where many small objects would be copied by and by.
-        self._files, self._sizes, boxes, labels, starts = [], [], [], [], [0]
+        self._files: list[str] = []
+        self._sizes: list[tuple[int, int]] = []
+        boxes: list[tuple[float, ...]] = []
+        labels: list[int] = []
+        starts = [0]
         for image in large:
             found = objects.get(image["id"])
             if not found:
                 continue
-            self._files.append(str(image["file_name"]))
-            self._sizes.append((int(image["height"]), int(image["width"])))
+            self._files.append(image["file_name"])
+            self._sizes.append((image["height"], image["width"]))
             boxes.extend(box for box, _ in found)
             labels.extend(label for _, label in found)
             starts.append(len(boxes))
@@ -112,8 +122,8 @@ class DetectionDataset(Dataset[tuple[Image.Image, Target]]):
         height, width = self._sizes[index]
         if image.size != (width, height):
             raise ValueError(
-                f"{path} is {image.width} x {image.height} pixels, but {self.annotation_file.name} says {width} x {height}:"
-                " the annotations belong to another picture"
+                f"{path} is {image.width} x {image.height} pixels, but {self.annotation_file.name} says"
+                f" {width} x {height}: the annotations belong to another picture"
             )
         objects = slice(self._starts[index], self._starts[index + 1])
         return image, Target(
@@ -136,7 +146,8 @@ class DetectionDataset(Dataset[tuple[Image.Image, Target]]):
         missing = [name for name in self._files if name not in present and not (self.images_dir / name).is_file()]
         if missing:
             raise FileNotFoundError(
-                f"{len(missing)} images of {self.annotation_file} are missing in {self.images_dir}, the first is {missing[0]}"
+                f"{len(missing)} images of {self.annotation_file} are missing in {self.images_dir},"
+                f" the first is {missing[0]}"
             )
 
 
@@ -164,22 +175,21 @@ def _read_annotations(path: Path) -> dict[str, Any]:
     for key in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise ValueError(f"{path} is not a COCO annotation file: it has no list {key!r}")
-    for key, fields in (("images", ("id", "file_name", "height", "width")), ("categories", ("id", "name"))):
-        for entry in content[key]:
-            lacking = [name for name in fields if not isinstance(entry, Mapping) or name not in entry]
-            if lacking:
-                raise ValueError(f"{path}: an entry of {key!r} lacks {', '.join(lacking)}")
+    for key, fields in _FIELDS.items():
+        for position, entry in enumerate(content[key]):
+            good = isinstance(entry, Mapping)
+            wrong = [name for name, kind in fields.items() if not good or not isinstance(entry.get(name), kind)]
+            if wrong or not good:
+                raise ValueError(f"{path}: entry {position} of {key!r} has no proper {', '.join(wrong) or 'content'}")
     return content
 
 
 def _categories(content: dict[str, Any], path: Path) -> dict[int, str]:
-    names = {category["id"]: str(category["name"]) for category in content["categories"]}
+    names = {category["id"]: category["name"] for category in content["categories"]}
     if not names:
         raise ValueError(f"{path} names no categories")
     if len(names) != len(content["categories"]):
         raise ValueError(f"{path}: a category id is used twice")
-    if not all(isinstance(key, int) for key in names):
-        raise ValueError(f"{path}: category ids must be integers")
     return names
 
 
@@ -197,11 +207,11 @@ def _objects_by_image(
         if annotation.get("iscrowd", 0):
             crowd += 1
             continue
-        category_id = annotation.get("category_id")
+        category_id = annotation["category_id"]
         if category_id not in index_of:
             raise ValueError(f"{path}: annotation {annotation.get('id')} has an unknown category {category_id}")
         # Annotations of images that the file leaves out are common in subsets of a dataset, and harmless.
-        size = sizes.get(annotation.get("image_id"))
+        size = sizes.get(annotation["image_id"])
         if size is None:
             continue
         box = _clipped_box(annotation.get("bbox"), *size)

@@ -7,6 +7,7 @@ n reads exactly what an uninterrupted run reads from step n on, with any number 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,6 +71,7 @@ def steps_per_epoch(images: int, batch_size: int) -> int:
 def make_loader(
     dataset: DetectionDataset,
     transform: TrainingTransform,
+    *,
     batch_size: int,
     steps: int,
     seed: int,
@@ -78,8 +80,9 @@ def make_loader(
     pin_memory: bool = False,
 ) -> DataLoader[Batch]:
     """A loader of the batches of the steps ``first_step`` to ``steps`` - 1, in order."""
+    samples: Dataset[Any] = AugmentedDataset(dataset, transform, seed)
     return DataLoader(
-        AugmentedDataset(dataset, transform, seed),
+        samples,
         batch_sampler=StepSampler(len(dataset), batch_size, steps, seed, first_step),
         collate_fn=collate,
         num_workers=workers,

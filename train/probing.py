@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert, nms
 
-from train.anchor_targets import FLIPS, PATCH_CELLS
+from asag.config import PATCH_SIDE
+from train.anchor_targets import FLIPS
 
 FEWEST_PATCHES = 4
 SUPPRESSION_IOU = 0.25
@@ -47,7 +48,7 @@ def last_corner(content: Sequence[float], stride: int) -> Tensor:
 
     0 along a side that is shorter than a patch.
     """
-    height, width = (max(math.ceil(float(side) / stride) - PATCH_CELLS, 0) for side in content)
+    height, width = (max(math.ceil(float(side) / stride) - PATCH_SIDE, 0) for side in content)
     return torch.tensor([width, height])
 
 
@@ -62,7 +63,7 @@ def ground_truth_corners(
     many as still leave the object inside.
     """
     boxes = boxes_xyxy.detach().cpu().float()
-    boxes = boxes[((boxes[:, 2:] - boxes[:, :2]) < PATCH_CELLS * stride / 2).all(1)]
+    boxes = boxes[((boxes[:, 2:] - boxes[:, :2]) < PATCH_SIDE * stride / 2).all(1)]
     if not len(boxes):
         return torch.empty(0, 2, dtype=torch.int64)
     centres = (boxes[:, :2] + boxes[:, 2:]) / 2
@@ -71,7 +72,7 @@ def ground_truth_corners(
     start = (boxes[:, :2] / stride).floor().long().clamp(min=0)
     start = torch.minimum(start, last_corner(content, stride))
     end = (boxes[:, 2:] / stride).ceil().long()
-    room = torch.minimum(start, start + PATCH_CELLS - end).clamp(min=0)
+    room = torch.minimum(start, start + PATCH_SIDE - end).clamp(min=0)
     return start - _random_cells(room, generator)
 
 
@@ -134,9 +135,7 @@ def training_patches(
         parts += [first, added]
         explored += [torch.ones(len(first), dtype=torch.bool), torch.zeros(len(added), dtype=torch.bool)]
         owners.append(torch.full((len(first) + len(added),), image))
-    return TrainingPatches(
-        torch.cat(parts).to(device), torch.cat(owners).to(device), torch.cat(explored).to(device)
-    )
+    return TrainingPatches(torch.cat(parts).to(device), torch.cat(owners).to(device), torch.cat(explored).to(device))
 
 
 def _random_cells(most: Tensor, generator: torch.Generator | None) -> Tensor:

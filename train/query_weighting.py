@@ -47,9 +47,7 @@ def pair_weights(score: Tensor, iou: Tensor) -> tuple[Tensor, Tensor]:
     return positive, negative
 
 
-def query_losses(
-    logits: Tensor, boxes: Tensor, valid: Tensor, groups: TargetGroups, matches: Matches
-) -> GroupLosses:
+def query_losses(logits: Tensor, boxes: Tensor, valid: Tensor, groups: TargetGroups, matches: Matches) -> GroupLosses:
     """Losses of the proposals or of a head.
 
     ``logits`` [G, Q, C] and ``boxes`` [G, Q, 4] (``cxcywh``, fractions of the content) of the ``valid`` [G, Q] queries.
@@ -66,7 +64,7 @@ def query_losses(
     unmatched[matches.group, matches.query, label] = False
     background = (logits.sigmoid().square() * F.softplus(logits)).masked_fill(~unmatched, 0.0)
     weight = factor * positive
-    return _sum_by_group(background, matched, weight * l1, weight * giou, iou, matches)
+    return _sum_by_group(background, torch.stack([matched, weight * l1, weight * giou]), iou, matches)
 
 
 def anchor_losses(logits: Tensor, boxes: Tensor, iou: Tensor, groups: TargetGroups, matches: Matches) -> GroupLosses:
@@ -88,7 +86,7 @@ def anchor_losses(logits: Tensor, boxes: Tensor, iou: Tensor, groups: TargetGrou
     silent[matches.group, matches.query] = True
     background = (logits.sigmoid().square() * F.softplus(logits)).masked_fill(silent, 0.0)
     weight = factor * pair_weights(score, matched_iou)[0]
-    return _sum_by_group(background, matched, weight * l1, weight * giou, matched_iou, matches)
+    return _sum_by_group(background, torch.stack([matched, weight * l1, weight * giou]), matched_iou, matches)
 
 
 def _box_distances(boxes: Tensor, groups: TargetGroups, matches: Matches) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,15 +97,8 @@ def _box_distances(boxes: Tensor, groups: TargetGroups, matches: Matches) -> tup
     return (predicted - wanted).abs().sum(-1), 1 - giou, iou.detach()
 
 
-def _sum_by_group(
-    background: Tensor, matched: Tensor, l1: Tensor, giou: Tensor, iou: Tensor, matches: Matches
-) -> GroupLosses:
-    """Add the pairs' values [M] up by their group; ``background`` [G, ...] is summed over all but its first axis."""
+def _sum_by_group(background: Tensor, pairs: Tensor, iou: Tensor, matches: Matches) -> GroupLosses:
+    """Sum ``background`` [G, ...] over all but its groups, and the pairs' three losses [3, M] into their groups."""
     negatives = background.flatten(1).sum(1)
-    nothing = torch.zeros_like(negatives)
-    return GroupLosses(
-        negatives.index_add(0, matches.group, matched),
-        nothing.index_add(0, matches.group, l1),
-        nothing.index_add(0, matches.group, giou),
-        iou,
-    )
+    sums = torch.zeros(3, len(negatives), device=pairs.device).index_add(1, matches.group, pairs)
+    return GroupLosses(negatives + sums[0], sums[1], sums[2], iou)

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 
@@ -52,7 +53,7 @@ class Interval:
 
 
 def group_losses(means: Mapping[str, float], weights: Mapping[str, float]) -> dict[str, float]:
-    """Weighted losses added up by part of the detector: anchors, proposals, heads and, where present, noised queries."""
+    """Weighted losses added up by part: anchors, proposals, heads and, where there are some, noised queries."""
     groups: dict[str, float] = {}
     for name, value in means.items():
         part = next((part for part, suffix in _GROUPS.items() if name.endswith(suffix)), "heads")
@@ -119,7 +120,7 @@ class TrainingReport:
         gradient_norm = float(interval.gradient_norm) / interval.steps
         self.last_losses = {"total": total, **means}
         per_step = (time.perf_counter() - self._began) / max(step - self._start, 1)
-        left = time.strftime("%H:%M:%S", time.gmtime(per_step * (self._total - step)))
+        left = timedelta(seconds=round(per_step * (self._total - step)))
         detail = " + ".join(f"{name} {value:.2f}" for name, value in parts.items())
         self.say(
             f"step {step:>{len(str(self._total))}}/{self._total}  epoch {epoch}  loss {total:.2f} ({detail})"

@@ -62,7 +62,7 @@ class SyntheticSettings:
 
 def _image_shape(settings: SyntheticSettings, generator: np.random.Generator) -> tuple[int, int]:
     longer = settings.image_size
-    shorter = int(round(longer * generator.uniform(0.75, 1.0)))
+    shorter = round(longer * generator.uniform(0.75, 1.0))
     portrait = generator.random() < 0.3
     return (longer, shorter) if portrait else (shorter, longer)
 
@@ -74,7 +74,8 @@ def _write_split(
     split = _SPLITS[split_index]
     count = (settings.train_images, settings.val_images)[split_index]
     (folder / split).mkdir()
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for image_id in range(1, count + 1):
         # A generator of its own for every image: its picture does not depend on how many others are made.
         generator = np.random.default_rng([settings.seed, split_index, image_id])
@@ -122,7 +123,9 @@ def _is_already_there(root: Path, settings: SyntheticSettings) -> bool:
         return False
     recorded = _recorded_settings(root)
     if recorded is None:
-        raise ValueError(f"{root} holds something else than a synthetic dataset: name another folder, it stays as it is")
+        raise ValueError(
+            f"{root} holds something else than a synthetic dataset: name another folder, it stays as it is"
+        )
     if recorded != settings.as_json():
         raise ValueError(f"{root} holds a synthetic dataset with other settings: remove it or name another folder")
     return True
@@ -130,6 +133,7 @@ def _is_already_there(root: Path, settings: SyntheticSettings) -> bool:
 
 def write_synthetic_dataset(
     root: str | os.PathLike[str],
+    *,
     train_images: int = 1600,
     val_images: int = 200,
     image_size: int = 320,
@@ -169,7 +173,7 @@ def write_synthetic_dataset(
             (partial / "annotations" / f"instances_{split}.json").write_text(json.dumps(content), encoding="utf-8")
         (partial / SETTINGS_FILE).write_text(json.dumps(settings.as_json(), indent=2) + "\n", encoding="utf-8")
         partial.chmod(0o755)
-        os.replace(partial, root)  # succeeds over an empty folder, never over a full one
+        partial.replace(root)  # succeeds over an empty folder, never over a full one
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return root

@@ -19,7 +19,8 @@ FloatArray = np.ndarray
 CATEGORIES: dict[int, str] = {1: "circle", 2: "square", 3: "triangle", 5: "star", 7: "cross", 11: "ring"}
 
 SMALLEST_OBJECT = 12.0
-_SIZE_CLASSES = ((0.50, 12.0, 40.0), (0.33, 40.0, 96.0), (0.17, 96.0, 190.0))  # share, least, most longer side in pixels
+# Share of the objects, and the least and the most pixels of their longer side.
+_SIZE_CLASSES = ((0.50, 12.0, 40.0), (0.33, 40.0, 96.0), (0.17, 96.0, 190.0))
 _LARGEST_SHARE_OF_IMAGE = 0.62
 _LARGEST_OVERLAP = 0.06
 _LARGEST_ROTATION = np.deg2rad(20.0)
@@ -181,7 +182,7 @@ def _free_place(
     taken: list[tuple[float, float, float, float]],
     generator: np.random.Generator,
 ) -> tuple[int, int] | None:
-    """Top and left, in pixels, at most ``room``, where ``box`` hardly overlaps any taken one; None when none is found."""
+    """Top and left in pixels, at most ``room``, where ``box`` hardly overlaps a taken one; None when none is found."""
     if min(room) < 0:
         return None
     for _ in range(30):
@@ -224,11 +225,12 @@ def paint_image(
     painted: list[PaintedObject] = []
     count = int(generator.integers(objects[0], objects[1] + 1))
     for size in _object_sizes(count, _LARGEST_SHARE_OF_IMAGE * min(height, width), generator):
-        while size >= SMALLEST_OBJECT:
-            placed = _paint_object(canvas, painted, size, generator)
+        smaller = size
+        while smaller >= SMALLEST_OBJECT:
+            placed = _paint_object(canvas, painted, smaller, generator)
             if placed is not None:
                 painted.append(placed)
                 break
-            size *= 0.6
+            smaller *= 0.6
     pixels = np.clip(np.rint(canvas), 0, 255).astype(np.uint8)
     return Image.fromarray(pixels), painted

@@ -30,8 +30,11 @@ class Sample(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Images of a step: `images` uint8 [B, 3, H, W] (zero-padded at the bottom and right), `sizes` float32 [B, 2] (height,
-    width of the content in pixels), `targets` with boxes as normalized ``cxcywh`` over the image's own content."""
+    """Images of a step, zero-padded at the bottom and right.
+
+    `images` uint8 [B, 3, H, W]; `sizes` float32 [B, 2] (height, width of the content in pixels); `targets` with boxes
+    as normalized ``cxcywh`` over the image's own content.
+    """
 
     images: Tensor
     sizes: Tensor
@@ -53,7 +56,7 @@ class TrainingTransform:
     def __call__(self, image: Image.Image, target: Target, generator: np.random.Generator) -> Sample:
         """`image` RGB; `target` with boxes ``xyxy`` in its pixels."""
         size = (image.height, image.width)
-        boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=size)  # type: ignore[call-overload]
+        boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=size)
         if generator.random() < self.flip_probability:
             image = functional.horizontal_flip(image)
             boxes = functional.horizontal_flip(boxes)

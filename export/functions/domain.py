@@ -1,0 +1,11 @@
+"""The operator sets that the bodies are written in."""
+
+from onnxscript import opset20
+from onnxscript.values import Opset
+
+DOMAIN = "asag"
+DOMAIN_VERSION = 1
+OPSET_VERSION = 20
+
+asag = Opset(DOMAIN, DOMAIN_VERSION)
+op = opset20

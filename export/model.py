@@ -1,0 +1,127 @@
+"""A checkpoint becomes one ONNX file that runs anywhere."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import torch
+
+from asag.deploy import DeployedDetector
+from export.functions import HELPER_FUNCTIONS, OP_FUNCTIONS
+from export.functions.domain import DOMAIN, DOMAIN_VERSION, OPSET_VERSION
+from export.translation import translation_table
+from runtime.files import write_bytes
+from runtime.metadata import ModelMetadata
+
+INPUT_NAMES = ("images", "sizes")
+OUTPUT_NAMES = ("boxes", "scores", "labels", "overflow")
+LARGEST_BATCH = 1024
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export wrote and what it left out."""
+
+    path: Path
+    bytes: int
+    nodes: int
+    operations: dict[str, int]
+    """Custom ops by name and how often the graph uses them."""
+    heads_left_out: tuple[str, ...]
+    parameters_left_out: int
+    metadata: ModelMetadata
+
+
+def export_onnx(model: DeployedDetector, path: str | Path, parameters_of_checkpoint: int | None = None) -> ExportReport:
+    """Write `model` to `path` as ONNX with dynamic batch, the custom ops as nodes with model-local bodies, and metadata.
+
+    parameters_of_checkpoint: number of parameters before heads were dropped, for the report.
+    The file is checked before it is written, whole or not at all. Raises ValueError when the exporter or the checker refuses.
+    """
+    path = Path(path)
+    metadata = ModelMetadata(**model.describe())
+    proto = build_onnx(model)
+    for key, value in metadata.to_properties().items():
+        proto.metadata_props.add(key=key, value=value)
+    onnx.checker.check_model(proto)
+    payload = proto.SerializeToString()
+    write_bytes(path, payload)
+    kept = sum(parameter.numel() for parameter in model.parameters())
+    return ExportReport(
+        path=path,
+        bytes=len(payload),
+        nodes=len(proto.graph.node),
+        operations=_count_operations(proto),
+        heads_left_out=tuple(model.left_out),
+        parameters_left_out=max((parameters_of_checkpoint or kept) - kept, 0),
+        metadata=metadata,
+    )
+
+
+def build_onnx(model: DeployedDetector) -> onnx.ModelProto:
+    """The model as ONNX, with the ops' bodies attached and shapes inferred for the standard operators."""
+    model = model.eval()
+    height, width = model.input_size
+    # Two different images: a batch of one would be taken for a constant.
+    images = torch.zeros((2, 3, height, width), dtype=torch.uint8 if model.input_type == "uint8" else torch.float32)
+    sizes = torch.tensor([[height, width], [height // 2, width // 2]], dtype=torch.float32)
+    batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
+    with torch.no_grad(), _quiet():
+        program = torch.onnx.export(
+            model,
+            (images, sizes),
+            dynamo=True,
+            opset_version=OPSET_VERSION,
+            input_names=list(INPUT_NAMES),
+            output_names=list(OUTPUT_NAMES),
+            dynamic_shapes=({0: batch}, {0: batch}),
+            custom_translation_table=translation_table(),
+            verbose=False,
+        )
+    assert program is not None
+    proto = program.model_proto
+    used = {node.op_type for node in proto.graph.node if node.domain == DOMAIN}
+    functions = [function for function in OP_FUNCTIONS if function.name in used] + list(HELPER_FUNCTIONS)
+    del proto.functions[:]
+    proto.functions.extend(function.to_function_proto() for function in functions)
+    if all(entry.domain != DOMAIN for entry in proto.opset_import):
+        proto.opset_import.add(domain=DOMAIN, version=DOMAIN_VERSION)
+    _drop_source_annotations(proto)
+    return proto
+
+
+def _drop_source_annotations(proto: onnx.ModelProto) -> None:
+    """Remove what the exporter notes about Python source lines: it names folders of the exporting machine."""
+    for graph_item in (*proto.graph.node, *proto.graph.value_info, *proto.graph.input, *proto.graph.output):
+        del graph_item.metadata_props[:]
+        graph_item.doc_string = ""
+    del proto.graph.metadata_props[:]
+    del proto.metadata_props[:]
+
+
+def _count_operations(proto: onnx.ModelProto) -> dict[str, int]:
+    names = [node.op_type for node in proto.graph.node if node.domain == DOMAIN]
+    return {name: names.count(name) for name in sorted(set(names))}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's progress and known warnings off the terminal; its errors still come as exceptions."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

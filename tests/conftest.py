@@ -1,0 +1,49 @@
+"""Fixtures that several rooms share, and the skip of tests that need a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import pytest
+
+# Data beside the checkout that is not part of the project.
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def _shared(name: str) -> Path:
+    path = SHARED / name
+    if not path.is_dir():
+        pytest.skip(f"needs {name} in a folder `shared` beside the checkout")
+    return path
+
+
+@pytest.fixture(scope="session")
+def goldens() -> Path:
+    """Folder of the golden cases."""
+    return _shared("goldens")
+
+
+@pytest.fixture(scope="session")
+def coco_tiny() -> Path:
+    """Folder of a small COCO dataset of photographs."""
+    return _shared("data/coco_tiny")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked and (reason := _no_gpu()):
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason=f"needs an NVIDIA GPU: {reason}"))
+
+
+def _no_gpu() -> str | None:
+    """Why there is no GPU, or None where the driver has one."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "no NVIDIA driver on this machine"
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0 or count.value == 0:
+        return "the NVIDIA driver sees no GPU"
+    return None

@@ -1,0 +1,54 @@
+"""What importing and detecting must not import; asked of a fresh interpreter."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+HEAVY = ("torch", "torchvision", "onnx", "asag", "train", "export")
+
+
+def run_python(code: str, *arguments: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_runtime_imports_no_backend() -> None:
+    code = f"import runtime, sys; print([name for name in {(*HEAVY, 'onnxruntime', 'numpy')} if name in sys.modules])"
+    assert run_python(code).strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["session", "preprocessing", "coco_evaluation", "parity", "benchmark", "report", "detect", "tensorrt_rtx"],
+)
+def test_modules_do_not_import_torch(module: str) -> None:
+    code = f"import runtime.{module}, sys; print([name for name in {HEAVY} if name in sys.modules])"
+    assert run_python(code).strip() == "[]"
+
+
+def test_detecting_with_onnx_never_imports_torch(toy_onnx: Path, tmp_path: Path) -> None:
+    image = tmp_path / "image.png"
+    Image.fromarray(np.full((40, 60, 3), 200, np.uint8)).save(image)
+    code = f"""
+import sys
+from runtime import open_session
+from runtime.detect import detect_files
+summary = detect_files(open_session(sys.argv[1]), [sys.argv[2]], sys.argv[3])
+print(summary.images, summary.detections, [name for name in {HEAVY} if name in sys.modules])
+"""
+    assert run_python(code, str(toy_onnx), str(image), str(tmp_path / "out")).strip() == "1 16 []"
+
+
+def test_unknown_name_is_an_attribute_error() -> None:
+    import runtime
+
+    assert set(runtime.__all__) <= set(dir(runtime))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        runtime.nothing  # noqa: B018

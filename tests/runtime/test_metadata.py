@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from conftest import toy_metadata
+
+from runtime.metadata import ModelMetadata
+
+
+def test_properties_round_trip(metadata: ModelMetadata) -> None:
+    changed = dataclasses.replace(metadata, nms_iou=0.7, category_names=("Kreis ○", 'a "b"', "ring"))
+    properties = changed.to_properties()
+    assert all(key.startswith("asag.") and isinstance(value, str) for key, value in properties.items())
+    assert ModelMetadata.from_properties(properties | {"other": "x", "asag.later": "1"}) == changed
+
+
+def test_lists_become_tuples(metadata: ModelMetadata) -> None:
+    values = dataclasses.asdict(metadata) | {"category_ids": [1, 3, 7], "patch_capacity": [8, 16]}
+    assert ModelMetadata(**values) == metadata
+
+
+def test_category_names(metadata: ModelMetadata) -> None:
+    assert metadata.category_name(3) == "square"
+    assert metadata.category_name(2) == "2"
+
+
+def test_foreign_model_is_named_as_such() -> None:
+    with pytest.raises(ValueError, match="not an asag model"):
+        ModelMetadata.from_properties({"author": "somebody"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"asag.mean": "[1, 2"}, "damaged at asag.mean"),
+        ({"asag.mean": "[1, 2]"}, "mean must be"),
+        ({"asag.mean": "7"}, "mean must be a list"),
+        ({"asag.std": "[0.1, 0, 0.1]"}, "std must be positive"),
+        ({"asag.input_height": '"64"'}, "input_height must be int"),
+        ({"asag.input_height": "true"}, "input_height must be int"),
+        ({"asag.queries": "0"}, "queries must be at least 1"),
+        ({"asag.input_type": '"float16"'}, "input_type must be uint8 or float32"),
+        ({"asag.category_ids": "[1, 1, 2]"}, "category ids repeat"),
+        ({"asag.category_ids": "[]"}, "category_ids must be"),
+        ({"asag.category_names": '["a"]'}, "3 category ids but 1 category names"),
+        ({"asag.nms_iou": "1.5"}, "nms_iou must be between 0 and 1"),
+        ({"asag.shorter_side": "2000"}, "larger than longer_side"),
+    ],
+)
+def test_damaged_properties_are_refused(change: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        ModelMetadata.from_properties(toy_metadata().to_properties() | change)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_field_is_named(metadata: ModelMetadata) -> None:
+    properties = metadata.to_properties()
+    del properties["asag.head"]
+    with pytest.raises(ValueError, match="lack head"):
+        ModelMetadata.from_properties(properties)

@@ -1,0 +1,97 @@
+import dataclasses
+import pickle
+
+import pytest
+import torch
+
+from asag.checkpoint import load_detector
+from train.checkpointing import STATE_FILE, TrainingState, has_run, load_state, save_state
+from train.config import TrainConfig
+from train.schedule import build_optimizer, build_schedule
+
+
+@pytest.fixture
+def config(tmp_path):
+    return TrainConfig(preset="micro", data=tmp_path, output=tmp_path, steps=5)
+
+
+def make_state(config, seed):
+    from asag.detector import build_detector
+    from asag.presets import find_preset
+
+    torch.manual_seed(seed)
+    detector = build_detector(find_preset(config.preset).config)
+    optimizer = build_optimizer(detector, config)
+    schedule = build_schedule(optimizer, config, 5, 5)
+    return TrainingState(detector, None, optimizer, schedule, torch.Generator().manual_seed(seed))
+
+
+def step(state):
+    for parameter in state.detector.parameters():
+        parameter.grad = torch.full_like(parameter, 0.1)
+    state.optimizer.step()
+    state.schedule.step()
+    state.step += 1
+
+
+def test_everything_comes_back(micro_preset, config, tmp_path):
+    state = make_state(config, seed=1)
+    step(state)
+    path = tmp_path / STATE_FILE
+    assert not has_run(tmp_path)
+    save_state(path, state, config)
+    assert has_run(tmp_path)
+    expected = (torch.rand(2), torch.rand(2, generator=state.generator))
+    restored = make_state(config, seed=2)
+    load_state(path, restored, dataclasses.replace(config, workers=7, resume=True, log_interval=3))
+    assert restored.step == 1
+    found = (torch.rand(2), torch.rand(2, generator=restored.generator))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    step(state)
+    step(restored)
+    assert restored.schedule.get_last_lr() == state.schedule.get_last_lr()
+    for ours, theirs in zip(restored.detector.parameters(), state.detector.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_an_interrupted_write_keeps_the_older_file(micro_preset, config, tmp_path, monkeypatch):
+    state = make_state(config, seed=1)
+    path = tmp_path / STATE_FILE
+    save_state(path, state, config)
+    before = path.read_bytes()
+
+    def fail(content, file):
+        file.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(KeyboardInterrupt):
+        save_state(path, state, config)
+    assert path.read_bytes() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == [STATE_FILE]
+
+
+def test_damaged_or_foreign_files_are_refused_in_one_line(micro_preset, config, tmp_path):
+    state = make_state(config, seed=1)
+    path = tmp_path / STATE_FILE
+    save_state(path, state, config)
+    path.write_bytes(path.read_bytes()[:1000])
+    foreign = {"damaged": path.read_bytes(), "object": pickle.dumps(config), "empty": b""}
+    for content in foreign.values():
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="anew") as error:
+            load_state(path, state, config)
+        assert "\n" not in str(error.value)
+    torch.save({"format": 0}, path)
+    with pytest.raises(ValueError, match="not a training state"):
+        load_state(path, state, config)
+    with pytest.raises(ValueError, match=r"not a readable|no asag description"):
+        load_detector(path)
+
+
+def test_another_detector_is_refused(micro_preset, config, tmp_path):
+    path = tmp_path / STATE_FILE
+    save_state(path, make_state(config, seed=1), config)
+    larger = make_state(dataclasses.replace(config, preset="asag-a-tiny"), seed=1)
+    with pytest.raises(ValueError, match="does not fit this detector"):
+        load_state(path, larger, config)

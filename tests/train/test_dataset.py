@@ -1,0 +1,215 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision.ops import box_convert
+
+from runtime.preprocessing import resize, resized_size
+from train.dataset import DetectionDataset, open_training_split
+from train.loading import StepSampler, make_loader, steps_per_epoch
+from train.transforms import Sample, TrainingTransform, collate, normalize_images
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def write_dataset(root, images, annotations, categories=({"id": 2, "name": "cat"}, {"id": 7, "name": "dog"})):
+    """A dataset folder; `images` are (id, height, width)."""
+    (root / "annotations").mkdir(parents=True)
+    (root / "train2017").mkdir()
+    records = []
+    for identifier, height, width in images:
+        name = f"{identifier}.png"
+        pixels = np.random.default_rng(identifier).integers(0, 255, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / "train2017" / name)
+        records.append({"id": identifier, "file_name": name, "height": height, "width": width})
+    content = {"images": records, "annotations": annotations, "categories": list(categories)}
+    path = root / "annotations" / "instances_train2017.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def annotation(image_id, box, category_id=2, **more):
+    return {"image_id": image_id, "category_id": category_id, "bbox": box, **more}
+
+
+def test_classes_and_boxes_follow_from_the_file(tmp_path):
+    write_dataset(tmp_path, [(1, 40, 60)], [annotation(1, [50, 30, 20, 5], category_id=7), annotation(1, [1, 2, 3, 4])])
+    dataset = open_training_split(tmp_path)
+    image, target = dataset[0]
+    assert dataset.category_ids == (2, 7)
+    assert dataset.category_names == ("cat", "dog")
+    assert image.size == (60, 40)
+    assert target["labels"].tolist() == [1, 0]
+    assert target["boxes"].tolist() == [[50, 30, 60, 35], [1, 2, 4, 6]]
+
+
+def test_what_is_left_out_is_counted(tmp_path, caplog):
+    bad = [[5, 5, 0, 4], [5, 5, -3, 4], [float("nan"), 1, 2, 2], [100, 0, 5, 5], [1, 2, 3], "box", [-9, 0, 5, 5]]
+    write_dataset(
+        tmp_path,
+        [(1, 40, 40), (2, 31, 200), (3, 40, 40), (4, 40, 40), (5, 32, 32)],
+        [
+            annotation(1, [1, 1, 5, 5]),
+            annotation(1, [1, 1, 20, 20], iscrowd=1),
+            annotation(2, [1, 1, 5, 5]),
+            annotation(3, [1, 1, 20, 20], iscrowd=1),
+            annotation(5, [0, 0, 32, 32]),
+            annotation(99, [1, 1, 5, 5]),
+            *(annotation(4, box) for box in bad),
+        ],
+    )
+    with caplog.at_level("WARNING"):
+        dataset = open_training_split(tmp_path)
+    assert [dataset.file_name(index) for index in range(len(dataset))] == ["1.png", "5.png"]
+    assert dataset.counts.objects == 2
+    assert dataset.counts.bad_boxes == len(bad)
+    assert dataset.counts.crowd_annotations == 2
+    assert dataset.counts.small_images == 1
+    assert dataset.counts.images_without_objects == 2
+    assert len(caplog.records) == 1
+    assert f"{len(bad)} bad boxes" in dataset.counts.sentence()
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no dataset folder"):
+        open_training_split(tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match="instances_train2017.json"):
+        open_training_split(tmp_path)
+    path = write_dataset(tmp_path / "data", [(1, 40, 40)], [annotation(1, [1, 1, 5, 5])])
+    (tmp_path / "data" / "train2017" / "1.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"1 images .* 1\.png"):
+        open_training_split(tmp_path / "data")
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        DetectionDataset(tmp_path / "elsewhere", path)
+
+
+def test_a_picture_of_another_size_is_refused(tmp_path):
+    write_dataset(tmp_path, [(1, 40, 40)], [annotation(1, [1, 1, 5, 5])])
+    Image.new("RGB", (50, 40)).save(tmp_path / "train2017" / "1.png")
+    with pytest.raises(ValueError, match=r"50 x 40 pixels, but .* says 40 x 40"):
+        open_training_split(tmp_path)[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("not JSON", "as JSON"),
+        ("[]", "not a COCO annotation file"),
+        ('{"images": [], "annotations": []}', "categories"),
+        ('{"images": [{"id": 1}], "annotations": [], "categories": []}', "file_name, height, width"),
+        ('{"images": [], "annotations": [], "categories": []}', "no categories"),
+        ('{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]}', "nothing to train on"),
+        ('{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}', "twice"),
+        ('{"images": [], "annotations": [3], "categories": [{"id": 1, "name": "a"}]}', "entry 0 of 'annotations'"),
+    ],
+)
+def test_other_files_are_refused_in_one_line(tmp_path, content, message):
+    path = tmp_path / "instances.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        DetectionDataset(tmp_path, path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_category_is_refused(tmp_path):
+    write_dataset(tmp_path, [(1, 40, 40)], [annotation(1, [1, 1, 5, 5], category_id=3)])
+    with pytest.raises(ValueError, match="unknown category 3"):
+        open_training_split(tmp_path)
+
+
+def test_real_photographs(coco_tiny):
+    dataset = open_training_split(coco_tiny)
+    assert len(dataset.category_ids) == 80
+    assert dataset.category_ids[-1] == 90
+    image, target = dataset[0]
+    assert image.mode == "RGB"
+    assert len(target["boxes"]) == len(target["labels"]) > 0
+    assert int(target["labels"].max()) < 80
+
+
+@given(
+    height=st.integers(32, 120),
+    width=st.integers(32, 120),
+    flips=st.booleans(),
+    corner=st.tuples(st.floats(0, 0.6), st.floats(0, 0.6)),
+    extent=st.tuples(st.floats(0.05, 0.4), st.floats(0.05, 0.4)),
+)
+@settings(max_examples=40, deadline=None)
+def test_the_transform_keeps_boxes_on_their_pixels(height, width, flips, corner, extent):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8))
+    fractions = torch.tensor([[*corner, corner[0] + extent[0], corner[1] + extent[1]]], dtype=torch.float32)
+    boxes = fractions * torch.tensor([width, height, width, height])
+    transform = TrainingTransform((64,), 96, flip_probability=float(flips))
+    sample = transform(image, {"boxes": boxes, "labels": torch.tensor([1])}, np.random.default_rng(1))
+    expected_size = resized_size(height, width, 64, 96)
+    assert sample.pixels.shape[1:] == expected_size
+    expected_boxes = box_convert(fractions, "xyxy", "cxcywh")
+    expected_pixels = torch.from_numpy(np.asarray(resize(image, expected_size)).copy()).permute(2, 0, 1)
+    if flips:
+        expected_boxes[:, 0] = 1 - expected_boxes[:, 0]
+        mirrored = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        expected_pixels = torch.from_numpy(np.asarray(resize(mirrored, expected_size)).copy()).permute(2, 0, 1)
+    torch.testing.assert_close(sample.boxes, expected_boxes, atol=1e-5, rtol=1e-5)
+    assert torch.equal(sample.pixels, expected_pixels)
+
+
+@given(sizes=st.lists(st.tuples(st.integers(1, 90), st.integers(1, 90)), min_size=1, max_size=4))
+@settings(max_examples=40, deadline=None)
+def test_batches_pad_to_multiples_of_32_with_normalized_zeros(sizes):
+    samples = [
+        Sample(torch.full((3, *size), 200, dtype=torch.uint8), torch.zeros(1, 4), torch.tensor([index]))
+        for index, size in enumerate(sizes)
+    ]
+    batch = collate(samples)
+    height, width = batch.images.shape[2:]
+    assert height % 32 == width % 32 == 0
+    assert height - max(h for h, _ in sizes) < 32
+    assert width - max(w for _, w in sizes) < 32
+    assert batch.sizes.tolist() == [list(map(float, size)) for size in sizes]
+    assert [int(target["labels"]) for target in batch.targets] == list(range(len(sizes)))
+    normalized = normalize_images(batch.images, batch.sizes, MEAN, STD)
+    for index, (h, w) in enumerate(sizes):
+        content = normalized[index, :, :h, :w]
+        expected = (200 / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
+        torch.testing.assert_close(content, expected[:, None, None].expand_as(content))
+        assert normalized[index, :, h:].count_nonzero() == normalized[index, :, :, w:].count_nonzero() == 0
+
+
+@given(images=st.integers(1, 40), batch=st.integers(1, 12), first=st.integers(0, 30), seed=st.integers(0, 5))
+@settings(max_examples=60, deadline=None)
+def test_the_order_does_not_depend_on_where_it_starts(images, batch, first, seed):
+    everything = list(StepSampler(images, batch, 40, seed))
+    assert list(StepSampler(images, batch, 40, seed, first)) == everything[first:]
+    per_epoch = steps_per_epoch(images, batch)
+    epoch = [index for places in everything[:per_epoch] for _, index in places]
+    assert len(set(epoch)) == len(epoch) == per_epoch * min(batch, images)
+    assert all(number == step // per_epoch for step, places in enumerate(everything) for number, _ in places)
+
+
+def test_batches_do_not_depend_on_workers_or_random_state(tmp_path):
+    images = [(index, 40 + index, 50) for index in range(1, 7)]
+    write_dataset(tmp_path, images, [annotation(index, [1, 1, 20, 30]) for index, _, _ in images])
+    dataset = open_training_split(tmp_path)
+    transform = TrainingTransform((32, 48, 64), 96)
+
+    def loader(**options) -> DataLoader:
+        return make_loader(dataset, transform, batch_size=2, steps=7, seed=5, **options)
+
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    expected = list(loader())
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(1)
+    for first, workers in ((0, 2), (4, 0)):
+        found = list(loader(first_step=first, workers=workers))
+        assert len(found) == 7 - first
+        for ours, theirs in zip(found, expected[first:], strict=True):
+            assert torch.equal(ours.images, theirs.images)
+            assert torch.equal(ours.sizes, theirs.sizes)
+            assert all(torch.equal(a["boxes"], b["boxes"]) for a, b in zip(ours.targets, theirs.targets, strict=True))

@@ -1,0 +1,187 @@
+import csv
+import dataclasses
+import json
+import logging
+import shutil
+
+import pytest
+import safetensors.torch
+import torch
+
+from asag.checkpoint import load_detector
+from train.checkpointing import STATE_FILE
+from train.config import TrainConfig
+from train.initialization import load_backbone
+from train.loop import CONFIG_FILE, WEIGHTS_FILE, resolve_device, train
+from train.reporting import LOSSES_FILE, group_losses
+
+
+@pytest.fixture
+def config(micro_preset, shapes, tmp_path):
+    return TrainConfig(
+        preset=micro_preset,
+        data=shapes,
+        output=tmp_path / "run",
+        steps=6,
+        batch_size=2,
+        learning_rate=1e-3,
+        backbone_learning_rate=1e-3,
+        gradient_clip=5.0,
+        warmup_steps=2,
+        milestones=(1,),
+        workers=0,
+        device="cpu",
+        log_interval=2,
+        checkpoint_interval=2,
+        evaluation_interval=0,
+    )
+
+
+def weights_of(folder):
+    return safetensors.torch.load_file(folder / WEIGHTS_FILE)
+
+
+def assert_equal_weights(folder, other):
+    ours, theirs = weights_of(folder), weights_of(other)
+    assert ours.keys() == theirs.keys()
+    different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert not different
+
+
+def rows_of(folder):
+    with (folder / LOSSES_FILE).open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_a_resumed_run_ends_with_the_same_bits(config, tmp_path, ema_decay):
+    whole = dataclasses.replace(config, ema_decay=ema_decay)
+    train(whole, progress=False)
+    sliced = dataclasses.replace(whole, output=tmp_path / "sliced")
+    for stop, resume in ((1, False), (4, True), (None, True)):
+        # Other random numbers in between must not matter.
+        torch.manual_seed(99)
+        result = train(dataclasses.replace(sliced, stop_after=stop, resume=resume, workers=stop == 4), progress=False)
+        assert result.step == (stop or 6)
+        assert result.finished == (stop is None)
+    assert_equal_weights(config.output, sliced.output)
+    assert [row["step"] for row in rows_of(sliced.output)] == ["1", "2", "4", "6"]
+
+
+def test_the_seed_decides(config, tmp_path):
+    one_step = dataclasses.replace(config, steps=1)
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train(dataclasses.replace(one_step, output=tmp_path / name, seed=seed), progress=False)
+    assert_equal_weights(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(AssertionError):
+        assert_equal_weights(tmp_path / "a", tmp_path / "c")
+
+
+def test_what_a_run_leaves(config, shapes, caplog):
+    with caplog.at_level(logging.INFO, logger="train"):
+        result = train(dataclasses.replace(config, evaluation_interval=None), progress=False)
+    lines = [record.getMessage() for record in caplog.records]
+    assert any(line.startswith("step 6/6") and "images/s" in line and "anchors" in line for line in lines)
+    assert any("AP50" in line for line in lines)
+    assert result.finished
+    assert result.weights.is_file()
+    assert result.evaluation is not None
+    assert result.evaluation.images == 3
+    detector, info = load_detector(result.weights)
+    assert info.category_ids == (1, 2, 3, 5, 7, 11)
+    assert detector.config.classes == 6
+    recorded = json.loads((config.output / CONFIG_FILE).read_text())
+    assert recorded["training"]["seed"] == 0
+    assert recorded["versions"]["torch"] == torch.__version__
+    rows = rows_of(config.output)
+    assert [row["step"] for row in rows] == ["1", "2", "4", "6"]
+    assert float(rows[-1]["total"]) == pytest.approx(result.losses["total"], rel=1e-4)
+    assert float(rows[0]["learning_rate"]) == pytest.approx(1e-3 / 3, rel=1e-4)
+    assert not list(config.output.glob(".*"))
+
+
+def test_training_lowers_the_loss(config):
+    result = train(dataclasses.replace(config, steps=30, learning_rate=3e-3, milestones=()), progress=False)
+    first = float(rows_of(config.output)[0]["total"])
+    assert result.losses["total"] < 0.8 * first
+
+
+def test_a_time_limit_stops_with_a_checkpoint(config):
+    result = train(dataclasses.replace(config, time_limit=1e-3), progress=False)
+    assert result.step == 1
+    assert not result.finished
+    assert (config.output / STATE_FILE).is_file()
+    assert train(dataclasses.replace(config, resume=True), progress=False).finished
+
+
+def test_a_folder_with_a_run_is_not_overwritten(config):
+    train(dataclasses.replace(config, steps=1), progress=False)
+    before = (config.output / WEIGHTS_FILE).read_bytes()
+    with pytest.raises(ValueError, match="already holds a training run"):
+        train(config, progress=False)
+    with pytest.raises(ValueError, match=r"another configuration \(learning_rate 0.001 -> 0.1, steps 1 -> 6\)"):
+        train(dataclasses.replace(config, resume=True, learning_rate=0.1), progress=False)
+    assert (config.output / WEIGHTS_FILE).read_bytes() == before
+
+
+def test_nothing_to_resume(config):
+    with pytest.raises(FileNotFoundError, match="nothing to resume"):
+        train(dataclasses.replace(config, resume=True), progress=False)
+
+
+def test_a_missing_validation_split_is_noticed_before_training(config, shapes, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(shapes, data)
+    (data / "annotations" / "instances_val2017.json").unlink()
+    with pytest.raises(FileNotFoundError, match="instances_val2017"):
+        train(dataclasses.replace(config, data=data, evaluation_interval=None), progress=False)
+    assert not config.output.exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(config):
+    with pytest.raises(ValueError, match=r"the loss became .* lower the learning rate"):
+        train(dataclasses.replace(config, learning_rate=1e30, warmup_steps=0, steps=20), progress=False)
+
+
+def test_initial_weights(config, tmp_path):
+    first = train(dataclasses.replace(config, steps=1), progress=False)
+    continued = dataclasses.replace(
+        config, output=tmp_path / "next", initial_weights=first.weights, first_epoch=1, learning_rate=1e-12
+    )
+    train(dataclasses.replace(continued, backbone_learning_rate=1e-12), progress=False)
+    ours, theirs = weights_of(tmp_path / "next"), weights_of(config.output)
+    name = "head_embedding.weight"
+    torch.testing.assert_close(ours[name], theirs[name])
+    other = dataclasses.replace(config, output=tmp_path / "other", preset="asag-a-tiny", initial_weights=first.weights)
+    with pytest.raises(ValueError, match=r"preset micro and does not fit asag-a-tiny"):
+        train(other, progress=False)
+
+
+def test_backbone_weights(config, tmp_path):
+    train(dataclasses.replace(config, steps=1), progress=False)
+    detector, _ = load_detector(config.output / WEIGHTS_FILE)
+    state = {name: torch.randn(value.shape).to(value.dtype) for name, value in detector.backbone.state_dict().items()}
+    torch.save({**state, "fc.weight": torch.zeros(2, 2)}, tmp_path / "backbone.pth")
+    load_backbone(detector, tmp_path / "backbone.pth")
+    assert all(torch.equal(value, state[name]) for name, value in detector.backbone.state_dict().items())
+    safetensors.torch.save_file({"conv1.weight": state["conv1.weight"]}, tmp_path / "part.safetensors")
+    with pytest.raises(ValueError, match="does not hold the weights of resnet10"):
+        load_backbone(detector, tmp_path / "part.safetensors")
+    (tmp_path / "text.pth").write_text("no tensors")
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_backbone(detector, tmp_path / "text.pth")
+    with pytest.raises(FileNotFoundError, match="not found"):
+        load_backbone(detector, tmp_path / "none.pth")
+
+
+def test_devices():
+    assert resolve_device("cpu").type == "cpu"
+    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(ValueError, match="unknown device"):
+        resolve_device("abacus")
+
+
+def test_the_parts_of_the_log_line_add_up():
+    means = {"loss_ce": 1.0, "loss_ce_rpn": 2.0, "loss_ce_anchor": 3.0, "dn_loss_ce_0": 4.0, "loss_giou_1": 5.0}
+    groups = group_losses(means, dict.fromkeys(means, 2.0))
+    assert groups == {"heads": 12.0, "proposals": 4.0, "anchors": 6.0, "denoising": 8.0}

@@ -1,0 +1,146 @@
+"""The detector's forward pass while it trains: all heads, flipped P6 patches, patches from ground truth, denoising.
+
+Everything is composed of the detector's own parts, so what is trained is what runs (specification section 7).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from asag.anchors import LEVEL_STRIDES, AnchorGenerator, fixed_anchors_to_pixels, probed_anchors_to_pixels, split_quarters
+from asag.config import HEADS
+from asag.detector import Detector
+from asag.geometry import content_scale
+from asag.ops import adaptive_probing_definition, crop_patches
+from asag.proposals import attention_allowed
+from train.denoising import denoising_attention_mask, noised_queries
+from train.probing import TrainingPatches, four_flips, training_patches
+
+
+@dataclass
+class _Explored:
+    """The explored anchors of a level: [B, A, 5] in pixels and which of them exist [B, A]."""
+
+    anchors: Tensor
+    valid: Tensor
+
+
+def training_outputs(
+    detector: Detector,
+    images: Tensor,
+    sizes: Tensor,
+    targets: Sequence[Mapping[str, Tensor]],
+    epoch: int,
+    generator: torch.Generator | None = None,
+    denoising_scale: float | None = None,
+    feature_precision: torch.dtype | None = None,
+) -> dict[str, Any]:
+    """The outputs that :class:`train.DetectionCriterion` takes, by its names.
+
+    images: [B, 3, H, W] normalized, zero-padded; sizes: [B, 2] float32 (height, width) of the content in pixels;
+    targets: per image `boxes` [n, 4] (normalized `cxcywh`) and `labels` [n]; epoch: from 0, which takes its patches from
+    ground truth; generator: source of every random draw; denoising_scale: adds noised queries (None for none);
+    feature_precision: run backbone and neck in that type under autocast.
+    """
+    with torch.autocast(images.device.type, dtype=feature_precision, enabled=feature_precision is not None):
+        features = detector.features(images)
+    outputs: dict[str, Any] = {"image_sizes_hw": sizes}
+    boxes, valid = _training_anchors(detector.anchor_generator, features, sizes, targets, epoch, generator, outputs)
+    outputs |= {"anchors": boxes, "valid": valid}
+
+    allowed = attention_allowed(valid)
+    if denoising_scale is not None:
+        noised = noised_queries(targets, denoising_scale, generator)
+        boxes = torch.cat((noised.boxes * content_scale(sizes), boxes), dim=1)
+        allowed = ~denoising_attention_mask(noised.group, valid).unsqueeze(1)
+        outputs["denoising_queries"] = noised.boxes.shape[1]
+    proposals = detector.propose(features, boxes, allowed, sizes)
+    outputs |= {"proposal_logits": proposals.logits, "proposal_boxes": proposals.boxes}
+    for name in HEADS:
+        head = detector.run_head(name, features, proposals, allowed, sizes)
+        outputs |= {f"{name}_logits": head.logits, f"{name}_boxes": head.boxes}
+    return outputs
+
+
+def _training_anchors(
+    anchors: AnchorGenerator,
+    features: list[Tensor],
+    sizes: Tensor,
+    targets: Sequence[Mapping[str, Tensor]],
+    epoch: int,
+    generator: torch.Generator | None,
+    outputs: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """Predict every patch of this step into `outputs`; return the queries' boxes [B, Q, 4] and valid [B, Q]."""
+    p5_map, p6_map = anchors.fixed_maps(features, sizes)
+    p5 = anchors.predict(split_quarters(p5_map), "P5")
+    p6 = anchors.predict(four_flips(p6_map).flatten(3).transpose(2, 3), "P5")
+    outputs |= {"p5_anchors": p5, "p6_anchors": p6}
+    with torch.no_grad():
+        pixels = fixed_anchors_to_pixels(p5, p6[:, :1], sizes)
+    level = _Explored(pixels, torch.ones_like(pixels[..., 0], dtype=torch.bool))
+    collected, selectable = [], []
+    for name in anchors.config.probed_levels:
+        finer, candidate = _probe(anchors, name, features, level, sizes, targets, epoch, generator, outputs)
+        collected.append(level.anchors)
+        # In epoch 0 the probed patches come from ground truth, so a candidate is not explored: it stays a query.
+        selectable.append(level.valid if epoch == 0 else level.valid & ~candidate)
+        level = finer
+    collected.append(level.anchors)
+    selectable.append(level.valid)
+    with torch.no_grad():
+        boxes, chosen = anchors.gather(collected, selectable)
+        used = int(chosen.sum(dim=1).max())
+    return boxes[:, :used], chosen[:, :used]
+
+
+def _probe(
+    anchors: AnchorGenerator,
+    name: str,
+    features: list[Tensor],
+    coarser: _Explored,
+    sizes: Tensor,
+    targets: Sequence[Mapping[str, Tensor]],
+    epoch: int,
+    generator: torch.Generator | None,
+    outputs: dict[str, Any],
+) -> tuple[_Explored, Tensor]:
+    """Predict the patches of one level; returns its explored anchors and which coarser ones asked for them."""
+    stride, limit = LEVEL_STRIDES[name], anchors.config.budget.patch_limit
+    feature = anchors.compressed(name, features)
+    with torch.no_grad():
+        found = adaptive_probing_definition(coarser.anchors, coarser.valid, feature, sizes, stride, limit)
+    predicted = found.valid.nonzero()[:, 0]
+    boxes = [target["boxes"] for target in targets]
+    patches = training_patches(
+        found.corners[found.valid], predicted, boxes, sizes, stride, epoch, generator, most=limit
+    )
+    cells = crop_patches(feature, patches.image_index, patches.corners)
+    predictions = anchors.predict(cells, name)
+    prefix = name.lower()
+    outputs |= {
+        f"{prefix}_anchors": predictions,
+        f"{prefix}_crop_xy": patches.corners,
+        f"{prefix}_image_index": patches.image_index,
+    }
+    with torch.no_grad():
+        pixels = probed_anchors_to_pixels(predictions, patches.corners, stride, sizes[patches.image_index].unsqueeze(1))
+        return _explored_anchors(pixels, patches, len(targets)), found.candidate
+
+
+def _explored_anchors(pixels: Tensor, patches: TrainingPatches, batch: int) -> _Explored:
+    """Anchors [N, k, 5] of patches, laid out per image; patches that serve the loss alone are left out."""
+    image_index = patches.image_index[patches.explored]
+    counts = torch.bincount(image_index, minlength=batch)
+    places = int(counts.max())
+    place = torch.arange(len(image_index), device=pixels.device) - (counts.cumsum(0) - counts)[image_index]
+    laid_out = pixels.new_zeros((batch, places, *pixels.shape[1:]))
+    laid_out[image_index, place] = pixels[patches.explored]
+    valid = torch.zeros((batch, places), dtype=torch.bool, device=pixels.device)
+    valid[image_index, place] = True
+    return _Explored(laid_out.flatten(1, 2), valid.repeat_interleave(pixels.shape[1], dim=1))
