@@ -42,6 +42,7 @@ class AnchorBudget:
 
 
 ANCHOR_BUDGETS: dict[tuple[str, int], AnchorBudget] = {
+    ("coco", 50): AnchorBudget(20, 10, 0.10, 5, 100),  # not from the paper: for few objects and little time
     ("coco", 100): AnchorBudget(50, 20, 0.10, 5, 200),
     ("coco", 300): AnchorBudget(150, 50, 0.05, 50, 500),
     ("crowdhuman", 300): AnchorBudget(150, 50, 0.05, 50, 600, patch_limit=60),

@@ -49,10 +49,10 @@ _S_R50_100 = DetectorConfig("sparse_rcnn", "resnet50", 100, head="aux_2")
 
 PRESETS: dict[str, Preset] = {
     "asag-a-tiny": Preset(
-        DetectorConfig("adamixer", "resnet10", 100, size=_TINY, train_batch_statistics=True),
+        DetectorConfig("adamixer", "resnet10", 50, size=_TINY, train_batch_statistics=True),
         shorter_side=320,
-        longer_side=384,
-        input_size=(320, 384),
+        longer_side=320,
+        input_size=(320, 320),
         patch_capacity=(16, 32),
     ),
     "asag-a-r50-1x-100": Preset(_A_R50_100, epochs=12, published="AP 42.6", published_queries="107"),

@@ -22,8 +22,8 @@ class ImageAgreement:
 
     ``score_difference`` and ``box_difference`` (pixels of the original image, largest of the four coordinates) are the
     largest over the ``matched`` pairs. ``unmatched_reference`` and ``unmatched_candidate`` count detections without a
-    partner. ``cut_ties`` are those among them whose score equals the list's last one, and are not counted twice: which
-    of equals makes the cut is open. ``swaps`` are matched pairs at another rank, as near-equal scores change places.
+    partner. ``cut_ties`` are left out of these: the other list was cut at their score, and which of equals makes the
+    cut is open. ``swaps`` are matched pairs at another rank, as near-equal scores change places.
     """
 
     image_id: int
@@ -51,19 +51,23 @@ def compare_detections(
     candidate: Detections,
     max_detections: int,
     *,
+    suppressed: bool = False,
     score_tolerance: float = SCORE_TOLERANCE,
     box_tolerance: float = BOX_TOLERANCE,
 ) -> ImageAgreement:
     """Match detections of the same label one to one, closest pairs first, and measure the differences.
 
     Closeness is the score difference and the box difference, each in units of its tolerance. ``max_detections`` is
-    the length at which a list was cut.
+    the length at which a list was cut; with ``suppressed``, suppression after that cut made the lists shorter.
     """
     pairs = _match(reference, candidate, score_tolerance, box_tolerance)
     alone_reference = np.setdiff1d(np.arange(len(reference)), pairs[:, 0])
     alone_candidate = np.setdiff1d(np.arange(len(candidate)), pairs[:, 1])
-    ties_reference = _at_the_cut(reference, alone_reference, max_detections, score_tolerance)
-    ties_candidate = _at_the_cut(candidate, alone_candidate, max_detections, score_tolerance)
+    # A detection may be missing from a list without being wrong only where that list was cut.
+    reference_is_cut = suppressed or len(reference) >= max_detections
+    candidate_is_cut = suppressed or len(candidate) >= max_detections
+    ties_reference = _at_the_cut(reference, alone_reference, candidate, score_tolerance) if candidate_is_cut else 0
+    ties_candidate = _at_the_cut(candidate, alone_candidate, reference, score_tolerance) if reference_is_cut else 0
     scores = np.abs(_wide(reference.scores)[pairs[:, 0]] - _wide(candidate.scores)[pairs[:, 1]])
     boxes = np.abs(_wide(reference.boxes)[pairs[:, 0]] - _wide(candidate.boxes)[pairs[:, 1]])
     in_reference_order = pairs[np.argsort(pairs[:, 0], kind="stable"), 1]
@@ -105,8 +109,8 @@ def _match(
     return np.array(pairs, np.int64).reshape(-1, 2)
 
 
-def _at_the_cut(detections: Detections, alone: NDArray, max_detections: int, score_tolerance: float) -> int:
-    """How many of the detections without a partner score no more than the last of a list that was cut."""
-    if len(detections) < max_detections or not len(alone):
+def _at_the_cut(detections: Detections, alone: NDArray, other: Detections, score_tolerance: float) -> int:
+    """How many of the detections without a partner score no more than the last that made it into the other list."""
+    if not len(other):
         return 0
-    return int((detections.scores[alone] <= detections.scores.min() + score_tolerance).sum())
+    return int((detections.scores[alone] <= other.scores.min() + score_tolerance).sum())

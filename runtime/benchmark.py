@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -142,28 +143,41 @@ def _latency(session: Session, times: NDArray[np.float64], index: int, batch_siz
 
 
 def benchmark_table(report: BenchmarkReport) -> Group:
-    """The report for the terminal."""
-    table = Table(title=f"Latency, batch {report.batch_size}, {report.rounds} rounds")
-    for heading in ("model", "backend", "precision"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("p50 ms", "p90 ms", "p99 ms", "images/s", "time / first", *STAGES):
-        table.add_column(heading, justify="right")
+    """The report for a terminal of 80 columns; times in milliseconds per batch."""
+    names_needed = len({(latency.backend, latency.precision) for latency in report.latencies}) < len(report.latencies)
+    table = Table(
+        title=f"Latency of a batch of {report.batch_size}, ms, {report.rounds} rounds",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=0,
+    )
+    table.add_column("backend", overflow="fold")
+    table.add_column("prec.", no_wrap=True)
+    for heading in ("p50", "p90", "p99", "images\n/s", "time / first\n(10..90 %)", "pre-\npare", "run", "post-\nproc."):
+        table.add_column(heading, justify="right", no_wrap=True)
+    notes = []
     for latency in report.latencies:
+        times = (latency.p50_ms, latency.p90_ms, latency.p99_ms)
         table.add_row(
-            latency.name,
-            latency.backend,
+            f"{latency.backend}\n{latency.name}" if names_needed else latency.backend,
             latency.precision,
-            *(f"{value:.1f}" for value in (latency.p50_ms, latency.p90_ms, latency.p99_ms)),
+            *map(milliseconds, times),
             f"{latency.images_per_second:.1f}",
             _ratio_text(latency),
-            *(f"{latency.stages_p50_ms[stage]:.1f}" for stage in STAGES),
+            *(milliseconds(latency.stages_p50_ms[stage]) for stage in STAGES),
         )
+        if latency.ratio is not None and not latency.differs:
+            notes.append(Text(f"{latency.name} ({latency.backend}): no difference to the first beyond the noise"))
     versions = ", ".join(f"{name} {text}" for name, text in report.versions.items())
-    return Group(table, Text(f"{report.machine.summary()}; {versions}", style="dim"))
+    return Group(table, *notes, Text(f"{report.machine.summary()}; {versions}", style="dim"))
+
+
+def milliseconds(value: float) -> str:
+    """A time in milliseconds as text of at most five characters up to 100 seconds."""
+    return f"{value:.1f}" if value < 1000 else f"{value:.0f}"
 
 
 def _ratio_text(latency: Latency) -> str:
     if latency.ratio is None:
         return "1"
-    spread = f"{latency.ratio:.2f} ({latency.ratio_low:.2f}..{latency.ratio_high:.2f})"
-    return spread if latency.differs else f"{spread}, no difference"
+    return f"{latency.ratio:.2f}\n({latency.ratio_low:.2f}..{latency.ratio_high:.2f})"

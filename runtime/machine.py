@@ -46,7 +46,7 @@ def describe_machine() -> Machine:
         gpus=_gpus(),
         system=f"{platform.system()} {platform.machine()}",
         versions={"python": platform.python_version(), **_versions()},
-        date=datetime.datetime.now().astimezone().isoformat(timespec="minutes"),
+        date=datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="minutes"),
     )
 
 

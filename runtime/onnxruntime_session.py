@@ -28,6 +28,9 @@ class OnnxRuntimeSession(Session):
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # errors arrive as exceptions; the log would repeat them on the terminal
+        # Worker threads that spin on after a run would slow whatever the process does next: the other backends of a
+        # comparison, or preparing the next image.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         if threads is not None:
             options.intra_op_num_threads = threads
         providers = _providers(onnxruntime, kind, device_index)

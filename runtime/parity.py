@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from runtime.agreement import BOX_TOLERANCE, SCORE_TOLERANCE, ImageAgreement, compare_detections
+from runtime.benchmark import milliseconds
 from runtime.coco_evaluation import CocoFolder, CocoResult, evaluate
 from runtime.errors import BackendUnavailableError, one_line
 from runtime.machine import Machine, describe_machine
@@ -36,6 +38,18 @@ HEADINGS = (
     "ties",
     "p50 ms",
     "p95 ms",
+)
+_SHORT_HEADINGS = (
+    "backend",
+    "prec.",
+    "AP",
+    "AP\ndiff",
+    "score\ndiff",
+    "box\ndiff px",
+    "un-\nmatched",
+    "ties",
+    "p50\nms",
+    "p95\nms",
 )
 
 
@@ -212,8 +226,11 @@ def _rows(
 
 
 def _agreement(session: Session, reference: Mapping[int, Detections], candidate: Mapping[int, Detections]) -> Agreement:
-    limit = session.metadata.max_detections
-    images = [compare_detections(image_id, reference[image_id], candidate[image_id], limit) for image_id in reference]
+    limit, suppressed = session.metadata.max_detections, session.metadata.nms_iou is not None
+    images = [
+        compare_detections(image_id, reference[image_id], candidate[image_id], limit, suppressed=suppressed)
+        for image_id in reference
+    ]
     return Agreement(
         images=len(images),
         images_within=sum(image.within() for image in images),
@@ -279,15 +296,24 @@ def _json_number(value: Any) -> Any:
 
 
 def parity_table(report: ParityReport) -> Group:
-    """The report for the terminal: a table, and below it why a row was not run."""
-    table = Table(title=f"Parity on {len(report.image_ids)} images of {Path(report.dataset).name}")
-    for heading in HEADINGS[:3]:
-        table.add_column(heading, overflow="fold")
-    for heading in HEADINGS[3:]:
-        table.add_column(heading, justify="right", overflow="fold")
+    """The report for a terminal of 80 columns: a table, and below it why a row was not run.
+
+    Files are named only where backend and precision do not tell the rows apart.
+    """
+    name_rows = len({(row.backend, row.precision) for row in report.rows}) < len(report.rows)
+    table = Table(
+        title=f"Parity on {len(report.image_ids)} images of {Path(report.dataset).name}",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=0,
+    )
+    for index, heading in enumerate(_SHORT_HEADINGS):
+        # Only names may wrap; a folded number is misread.
+        table.add_column(heading, justify="left" if index < 2 else "right", no_wrap=index > 0, overflow="fold")
     notes = []
     for row in report.rows:
-        table.add_row(*row_cells(row))
+        name, backend, *cells = row_cells(row)
+        table.add_row(*map(Text, [f"{backend}\n{name}" if name_rows else backend, *cells]))
         if row.reason is not None:
             notes.append(Text(f"{row.name} ({row.backend}) was not run: {row.reason}", style="yellow"))
     return Group(table, *notes, Text(report.machine.summary(), style="dim"))
@@ -307,6 +333,5 @@ def row_cells(row: ParityRow) -> list[str]:
         "" if agreement is None else f"{agreement.box_difference:.1e}",
         "" if agreement is None else str(agreement.unmatched),
         "" if agreement is None else str(agreement.cut_ties + agreement.swaps),
-        f"{row.latency_p50_ms:.1f}",
-        f"{row.latency_p95_ms:.1f}",
+        *("" if value is None else milliseconds(value) for value in (row.latency_p50_ms, row.latency_p95_ms)),
     ]

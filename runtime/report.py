@@ -127,7 +127,7 @@ def _picture_group(report: ParityReport, dataset: CocoFolder, image_id: int, sco
         found = detections[image_id]
         drawn = draw_detections(image, found, report.metadata, score_threshold)
         count = len(found.above(score_threshold))
-        caption = f"{row.backend} {row.precision}: {count} {'object' if count == 1 else 'objects'}"
+        caption = f"{row.name}, {row.backend} {row.precision}: {count} {'object' if count == 1 else 'objects'}"
         pictures.append(Picture(_data_uri(drawn), caption, drawn.width, drawn.height))
     return PictureGroup(dataset.path(image_id).name, tuple(pictures))
 

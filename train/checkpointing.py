@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,6 @@ from torch.optim.swa_utils import AveragedModel
 
 from asag.detector import Detector
 from runtime.files import atomic_path
-from train.config import TrainConfig
 
 STATE_FILE = "state.pt"
 _FORMAT = 1
@@ -44,16 +44,17 @@ class TrainingState:
         return averaged
 
 
-def save_state(path: str | Path, state: TrainingState, config: TrainConfig) -> None:
+def save_state(path: str | Path, state: TrainingState, computation: Mapping[str, Any]) -> None:
     """Write the state to a temporary file and rename it to `path`.
 
     The file holds the trained weights too, so that a kill between two files cannot pair weights and optimizer of
-    different steps. It loads with ``torch.load(weights_only=True)``.
+    different steps. It loads with ``torch.load(weights_only=True)``. `computation` (JSON values) is what a run that
+    goes on from here must agree on.
     """
     content = {
         "format": _FORMAT,
         "step": state.step,
-        "configuration": json.dumps(config.computation()),
+        "configuration": json.dumps(dict(computation)),
         "detector": state.detector.state_dict(),
         "average": None if state.average is None else state.average.state_dict(),
         "optimizer": state.optimizer.state_dict(),
@@ -68,15 +69,15 @@ def save_state(path: str | Path, state: TrainingState, config: TrainConfig) -> N
         torch.save(content, temporary)
 
 
-def load_state(path: str | Path, state: TrainingState, config: TrainConfig) -> None:
+def load_state(path: str | Path, state: TrainingState, computation: Mapping[str, Any]) -> None:
     """Bring `state` and the random numbers of this process to where the run in `path` stood.
 
-    Raises FileNotFoundError without such a file, and ValueError when it is damaged, or when the run was made with
-    another configuration (the fields that only say where and how long it runs may differ).
+    Raises FileNotFoundError without such a file, and ValueError when it is damaged, or when the run in it differs in
+    `computation`.
     """
     path = Path(path)
     content = _read(path)
-    _check_configuration(path, json.loads(content["configuration"]), config)
+    _check_configuration(path, json.loads(content["configuration"]), json.loads(json.dumps(dict(computation))))
     try:
         state.detector.load_state_dict(content["detector"])
         if state.average is not None:
@@ -97,7 +98,9 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"nothing to resume: no {path}; start the run without resuming")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a foreign file is refused below, in words of ours
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} cannot be read ({reason[:120]}): start the run anew in another folder") from None
@@ -106,8 +109,7 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _check_configuration(path: Path, recorded: Mapping[str, Any], config: TrainConfig) -> None:
-    current = config.computation()
+def _check_configuration(path: Path, recorded: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     differing = sorted(name for name in {*recorded, *current} if recorded.get(name) != current.get(name))
     if differing:
         changes = ", ".join(f"{name} {recorded.get(name)} -> {current.get(name)}" for name in differing)

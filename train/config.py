@@ -70,6 +70,13 @@ class TrainConfig:
     ema_decay: float | None = None
     """Decay of an exponential moving average of the weights, which is then what is saved and evaluated."""
 
+    denoising_scale: float | None = None
+    """How far noised queries are moved, as a share of the object; None trains without them."""
+    denoising_fall: float = 0.0
+    """What the scale loses every epoch."""
+    mixed_precision: bool = True
+    """Run backbone and neck in bfloat16 on a GPU; the CPU always computes in float32."""
+
     training_shorter_sides: tuple[int, ...] = ()
     """Shorter sides in pixels, one drawn for each image; empty takes the preset's."""
     flip_probability: float = 0.5
@@ -130,14 +137,14 @@ class TrainConfig:
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
     def computation(self) -> dict[str, Any]:
-        """The fields that decide the sequence of weights, as JSON values; a resumed run must agree on them."""
-        values = {name: value for name, value in self.to_dict().items() if name not in OPERATIONAL_FIELDS}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        """The fields that decide the sequence of weights, for JSON; a resumed run must agree on them."""
+        return {name: value for name, value in self.to_dict().items() if name not in OPERATIONAL_FIELDS}
 
 
 # Epochs, milestones and sizes by recipe. `tiny` starts from random weights on few small images: the backbone learns
 # as fast as the rest, and steps are as large as the clipped gradients allow.
 RECIPES: dict[str, dict[str, Any]] = {
+    "dn": {"epochs": 12, "milestones": (8, 11), "denoising_scale": 0.4},
     "1x": {"epochs": 12, "milestones": (8, 11)},
     "3x": {"epochs": 36, "milestones": (24, 33), "training_shorter_sides": tuple(range(640, 801, 32))},
     "crowdhuman": {"epochs": 50, "milestones": (40, 46), "training_shorter_sides": tuple(range(640, 801, 32))},
@@ -151,7 +158,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "schedule": "cosine",
         "milestones": (),
         "ema_decay": 0.998,
-        "workers": 1,
+        # Reading such images takes a hundredth of a step; another process would only compete for the cores.
+        "workers": 0,
     },
 }
 
@@ -167,7 +175,7 @@ def _check(config: TrainConfig) -> None:
     positive = ("batch_size", "log_interval", "checkpoint_interval", "learning_rate", "gradient_clip", "epochs")
     at_least_zero = ("backbone_learning_rate", "weight_decay", "warmup_steps", "workers", "first_epoch", "seed")
     optional_positive = ("steps", "evaluation_images", "stop_after", "time_limit")
-    shares = ("warmup_start", "flip_probability", "decay_factor", "final_rate")
+    shares = ("warmup_start", "flip_probability", "decay_factor", "final_rate", "denoising_fall")
     for name in positive:
         _require(name, getattr(config, name), "above 0", lambda value: value > 0)
     for name in at_least_zero:
@@ -179,6 +187,8 @@ def _check(config: TrainConfig) -> None:
         _require(name, getattr(config, name), "between 0 and 1", lambda value: 0 <= value <= 1)
     if config.evaluation_interval is not None:
         _require("evaluation_interval", config.evaluation_interval, "at least 0", lambda value: value >= 0)
+    if config.denoising_scale is not None:
+        _require("denoising_scale", config.denoising_scale, "above 0", lambda value: value > 0)
     if config.ema_decay is not None:
         _require("ema_decay", config.ema_decay, "between 0 and 1", lambda value: 0 < value < 1)
     if config.schedule not in SCHEDULES:

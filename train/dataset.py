@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,11 +29,8 @@ SHORTEST_SIDE = 32
 """Images with a side under this many pixels are left out (specification section 7)."""
 
 
-class Target(TypedDict):
-    """Objects of one image: `boxes` [n, 4] float32, `labels` [n] int64 class indices."""
-
-    boxes: torch.Tensor
-    labels: torch.Tensor
+Target = dict[str, torch.Tensor]
+"""Objects of one image: `boxes` [n, 4] float32, `labels` [n] int64 class indices."""
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from train.config import TrainConfig
 from train.criterion import DetectionCriterion
 from train.dataset import DetectionDataset, Target, open_training_split
 from train.evaluation import describe_result, evaluate_detector, open_validation
+from train.forward import training_outputs
 from train.initialization import starting_detector
 from train.loading import make_loader, steps_per_epoch
 from train.reporting import TrainingReport
@@ -72,6 +73,12 @@ class _Run:
     total_steps: int
     steps_per_epoch: int
 
+    def computation(self) -> dict[str, Any]:
+        """What decides the sequence of weights: the configuration and the data."""
+        counts = self.dataset.counts
+        data = {"images": counts.images, "objects": counts.objects, "category_ids": self.dataset.category_ids}
+        return {**self.config.computation(), **data}
+
     def epoch(self, step: int) -> int:
         return self.config.first_epoch + step // self.steps_per_epoch
 
@@ -80,7 +87,7 @@ def train(config: TrainConfig, progress: bool = True) -> TrainResult:
     """Train a detector as `config` says; `progress` shows a bar and log lines in the terminal.
 
     The run's folder gets ``config.json``, ``losses.csv``, ``weights.safetensors`` and ``state.pt``; with
-    ``config.resume`` the run goes on from the last two, and on the CPU ends with the same weights, bit by bit, as a run
+    ``config.resume`` the run goes on from the last one, and on the CPU ends with the same weights, bit by bit, as a run
     without interruption. Sets the seeds of torch's global random numbers.
 
     Raises FileNotFoundError or ValueError, with a line that says what to do, for a missing or wrong dataset, a folder
@@ -139,10 +146,11 @@ def _prepare(config: TrainConfig, dataset: DetectionDataset, device: torch.devic
         schedule=build_schedule(optimizer, config, total, per_epoch),
         generator=torch.Generator().manual_seed(config.seed),
     )
-    if config.resume:
-        load_state(config.output / STATE_FILE, state, config)
     criterion = DetectionCriterion(len(dataset.category_ids)).to(device)
-    return _Run(config, dataset, info, state, criterion, device, total, per_epoch)
+    run = _Run(config, dataset, info, state, criterion, device, total, per_epoch)
+    if config.resume:
+        load_state(config.output / STATE_FILE, state, run.computation())
+    return run
 
 
 def _make_steps(run: _Run, report: TrainingReport, validation: CocoFolder | None, began: float) -> CocoResult | None:
@@ -183,8 +191,15 @@ def _training_step(run: _Run, images: Tensor, sizes: Tensor, targets: list[Targe
     Raises ValueError when the loss is not finite.
     """
     state = run.state
-    outputs = state.detector.training_outputs(
-        images, sizes, targets, epoch=run.epoch(state.step), generator=state.generator
+    outputs = training_outputs(
+        state.detector,
+        images,
+        sizes,
+        targets,
+        epoch=run.epoch(state.step),
+        generator=state.generator,
+        denoising_scale=_denoising_scale(run.config, run.epoch(state.step)),
+        feature_precision=torch.bfloat16 if run.config.mixed_precision and run.device.type == "cuda" else None,
     )
     losses = run.criterion(outputs, targets)
     total = run.criterion.total(losses)
@@ -203,6 +218,14 @@ def _training_step(run: _Run, images: Tensor, sizes: Tensor, targets: list[Targe
     return losses, gradient_norm
 
 
+def _denoising_scale(config: TrainConfig, epoch: int) -> float | None:
+    """Scale of the noised queries in an epoch; None without them, and once it has fallen to nothing."""
+    if config.denoising_scale is None:
+        return None
+    scale = config.denoising_scale - config.denoising_fall * epoch
+    return scale if scale > 0 else None
+
+
 def _batches(run: _Run, last: int) -> Iterable[tuple[Tensor, Tensor, list[Target]]]:
     """The normalized batches from the state's step up to step `last`, on the run's device."""
     config = run.config
@@ -218,8 +241,21 @@ def _batches(run: _Run, last: int) -> Iterable[tuple[Tensor, Tensor, list[Target
         workers=config.workers,
         pin_memory=run.device.type == "cuda",
     )
-    for batch in loader:
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches, None)
+        except (ValueError, FileNotFoundError) as error:
+            raise type(error)(_cause(error)) from None
+        if batch is None:
+            return
         yield _to_device(batch, run.device)
+
+
+def _cause(error: Exception) -> str:
+    """The message of an error; of one that a worker process raised, without the worker's traceback around it."""
+    last = str(error).strip().splitlines()[-1]
+    return last.removeprefix(f"{type(error).__name__}: ")
 
 
 def _to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, list[Target]]:
@@ -245,14 +281,16 @@ def _evaluates_at(config: TrainConfig, step: int, total_steps: int) -> bool:
 
 
 def _evaluate(run: _Run, validation: CocoFolder, report: TrainingReport) -> CocoResult:
-    result = evaluate_detector(run.state.deployable, run.info, validation, device=run.device, images=run.config.evaluation_images)
+    result = evaluate_detector(
+        run.state.deployable, run.info, validation, device=run.device, images=run.config.evaluation_images
+    )
     report.say(f"step {run.state.step}: {describe_result(result)}")
     return result
 
 
 def _save(run: _Run) -> None:
     save_detector(run.config.output / WEIGHTS_FILE, run.state.deployable, run.info)
-    save_state(run.config.output / STATE_FILE, run.state, run.config)
+    save_state(run.config.output / STATE_FILE, run.state, run.computation())
 
 
 def _write_configuration(run: _Run) -> None:

@@ -54,10 +54,12 @@ def suppress_squares(centres: Tensor, priority: Tensor, side: float, capacity: i
     """
     remaining = priority
     position = torch.arange(centres.shape[1], device=centres.device)
+    # Looking whether anything is left would make a GPU wait for every round; there, all rounds of a fixed capacity run.
+    ends_early = capacity is None or centres.device.type == "cpu"
     chosen, taken = [], []
     while capacity is None or len(chosen) < capacity:
         best, index = remaining.max(dim=1, keepdim=True)
-        if capacity is None and not bool((best > 0).any()):
+        if ends_early and not bool((best > 0).any()):
             break
         centre = centres.gather(1, index.unsqueeze(-1).expand(-1, -1, 2))
         shared = (side - (centres - centre).abs()).clamp(min=0).prod(dim=-1)
@@ -65,10 +67,9 @@ def suppress_squares(centres: Tensor, priority: Tensor, side: float, capacity: i
         remaining = remaining.masked_fill(overlaps | (position == index), -1.0)
         chosen.append(index)
         taken.append(best > 0)
-    if not chosen:
-        empty = centres.new_zeros((centres.shape[0], 0))
-        return empty.long(), empty.bool(), empty.sum(dim=1).int()
-    return torch.cat(chosen, 1), torch.cat(taken, 1), (remaining > 0).sum(dim=1).int()
+    unused = centres.new_zeros((centres.shape[0], 0 if capacity is None else capacity - len(chosen)))
+    indices = torch.cat((*chosen, unused.long()), dim=1)
+    return indices, torch.cat((*taken, unused.bool()), dim=1), (remaining > 0).sum(dim=1).int()
 
 
 def crop_patches(feature: Tensor, image_index: Tensor, corners: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Body of `AdaptiveProbing`; the definition is `asag.ops.adaptive_probing`."""
 
 from onnx import TensorProto
-from onnxscript import script
+from onnxscript import BOOL, FLOAT, INT64, graph, script
 
 from export.functions.domain import asag, op
 
@@ -24,22 +24,24 @@ def AdaptiveProbing(anchors, valid, feature, sizes, stride: int, capacity: int):
     candidate = op.And(op.And(valid, small), asks)
 
     position = op.Range(0, op.Squeeze(op.Shape(anchors, start=1, end=2)), 1)
-    place = op.Range(0, places, 1)
-    per_place = op.Concat(op.Shape(anchors, start=0, end=1), op.Reshape(places, op.Constant(value_ints=[1])), axis=0)
-    chosen = op.Expand(op.Constant(value_int=0), per_place)
-    priority = op.Expand(op.Constant(value_float=-1.0), per_place)
-    remaining = op.Where(candidate, confidence, -1.0)
-    for step in range(places):
-        best = op.ReduceMax(remaining, op.Constant(value_ints=[1]), keepdims=1)
-        index = op.ArgMax(remaining, axis=1, keepdims=1)
+    true = op.Cast(op.Constant(value_int=1), to=TensorProto.BOOL)
+    all_asking = op.Where(candidate, confidence, -1.0)
+
+    @graph()
+    def take_best(step: INT64, going: BOOL, asking: FLOAT["B", "A"]):
+        """One round: the most confident square, and what it leaves. Only the trip count ends the loop."""
+        best = op.ReduceMax(asking, op.Constant(value_ints=[1]), keepdims=1)
+        index = op.ArgMax(asking, axis=1, keepdims=1)
         shared_x = op.Relu(side - op.Abs(x - op.GatherElements(x, index, axis=1)))
         shared_y = op.Relu(side - op.Abs(y - op.GatherElements(y, index, axis=1)))
         shared = shared_x * shared_y
         overlaps = shared / (2.0 * side * side - shared) > 0.25
-        remaining = op.Where(op.Or(overlaps, op.Equal(position, index)), -1.0, remaining)
-        here = op.Equal(place, step)
-        chosen = op.Where(here, index, chosen)
-        priority = op.Where(here, best, priority)
+        left = op.Where(op.Or(overlaps, op.Equal(position, index)), -1.0, asking)
+        return op.Identity(true), left, index, best
+
+    remaining, indices, priorities = op.Loop(places, None, all_asking, body=take_best)
+    chosen = op.Transpose(op.Squeeze(indices, op.Constant(value_ints=[2])), perm=[1, 0])
+    priority = op.Transpose(op.Squeeze(priorities, op.Constant(value_ints=[2])), perm=[1, 0])
     taken = priority > 0.0
     overflow = op.Squeeze(
         op.ReduceSum(op.Cast(remaining > 0.0, to=TensorProto.INT32), op.Constant(value_ints=[1])),

@@ -3,7 +3,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from conftest import toy_metadata
+from toy_detector import toy_metadata
 
 from runtime.metadata import ModelMetadata
 

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import numpy as np
-from conftest import toy_metadata
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toy_detector import toy_metadata
 
 from runtime.postprocessing import box_iou, non_maximum_suppression, postprocess
 

@@ -39,11 +39,11 @@ def test_everything_comes_back(micro_preset, config, tmp_path):
     step(state)
     path = tmp_path / STATE_FILE
     assert not has_run(tmp_path)
-    save_state(path, state, config)
+    save_state(path, state, config.computation())
     assert has_run(tmp_path)
     expected = (torch.rand(2), torch.rand(2, generator=state.generator))
     restored = make_state(config, seed=2)
-    load_state(path, restored, dataclasses.replace(config, workers=7, resume=True, log_interval=3))
+    load_state(path, restored, dataclasses.replace(config, workers=7, resume=True, log_interval=3).computation())
     assert restored.step == 1
     found = (torch.rand(2), torch.rand(2, generator=restored.generator))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -57,7 +57,7 @@ def test_everything_comes_back(micro_preset, config, tmp_path):
 def test_an_interrupted_write_keeps_the_older_file(micro_preset, config, tmp_path, monkeypatch):
     state = make_state(config, seed=1)
     path = tmp_path / STATE_FILE
-    save_state(path, state, config)
+    save_state(path, state, config.computation())
     before = path.read_bytes()
 
     def fail(content, file):
@@ -66,7 +66,7 @@ def test_an_interrupted_write_keeps_the_older_file(micro_preset, config, tmp_pat
 
     monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(KeyboardInterrupt):
-        save_state(path, state, config)
+        save_state(path, state, config.computation())
     assert path.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == [STATE_FILE]
 
@@ -74,24 +74,24 @@ def test_an_interrupted_write_keeps_the_older_file(micro_preset, config, tmp_pat
 def test_damaged_or_foreign_files_are_refused_in_one_line(micro_preset, config, tmp_path):
     state = make_state(config, seed=1)
     path = tmp_path / STATE_FILE
-    save_state(path, state, config)
+    save_state(path, state, config.computation())
     path.write_bytes(path.read_bytes()[:1000])
     foreign = {"damaged": path.read_bytes(), "object": pickle.dumps(config), "empty": b""}
     for content in foreign.values():
         path.write_bytes(content)
         with pytest.raises(ValueError, match="anew") as error:
-            load_state(path, state, config)
+            load_state(path, state, config.computation())
         assert "\n" not in str(error.value)
     torch.save({"format": 0}, path)
     with pytest.raises(ValueError, match="not a training state"):
-        load_state(path, state, config)
+        load_state(path, state, config.computation())
     with pytest.raises(ValueError, match=r"not a readable|no asag description"):
         load_detector(path)
 
 
 def test_another_detector_is_refused(micro_preset, config, tmp_path):
     path = tmp_path / STATE_FILE
-    save_state(path, make_state(config, seed=1), config)
+    save_state(path, make_state(config, seed=1), {})
     larger = make_state(dataclasses.replace(config, preset="asag-a-tiny"), seed=1)
     with pytest.raises(ValueError, match="does not fit this detector"):
-        load_state(path, larger, config)
+        load_state(path, larger, {})

@@ -9,7 +9,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.ops import box_convert
 
-from runtime.preprocessing import resize, resized_size
+from runtime.metadata import ModelMetadata
+from runtime.preprocessing import prepare, resize, resized_size
 from train.dataset import DetectionDataset, open_training_split
 from train.loading import StepSampler, make_loader, steps_per_epoch
 from train.transforms import Sample, TrainingTransform, collate, normalize_images
@@ -31,6 +32,32 @@ def write_dataset(root, images, annotations, categories=({"id": 2, "name": "cat"
     path = root / "annotations" / "instances_train2017.json"
     path.write_text(json.dumps(content))
     return path
+
+
+def metadata(input_type):
+    return ModelMetadata(
+        preset="mine",
+        decoder="adamixer",
+        backbone="resnet10",
+        queries=100,
+        head="main",
+        levels="P3P6",
+        precision="fp32",
+        input_height=128,
+        input_width=128,
+        input_type=input_type,
+        shorter_side=96,
+        longer_side=128,
+        mean=MEAN,
+        std=STD,
+        category_ids=(1,),
+        category_names=("thing",),
+        nms_iou=None,
+        max_detections=100,
+        patch_capacity=(1, 1),
+        package_version="0",
+        weights_digest="",
+    )
 
 
 def annotation(image_id, box, category_id=2, **more):
@@ -78,7 +105,7 @@ def test_what_is_left_out_is_counted(tmp_path, caplog):
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no dataset folder"):
         open_training_split(tmp_path / "none")
-    with pytest.raises(FileNotFoundError, match="instances_train2017.json"):
+    with pytest.raises(FileNotFoundError, match=r"instances_train2017\.json"):
         open_training_split(tmp_path)
     path = write_dataset(tmp_path / "data", [(1, 40, 40)], [annotation(1, [1, 1, 5, 5])])
     (tmp_path / "data" / "train2017" / "1.png").unlink()
@@ -157,6 +184,24 @@ def test_the_transform_keeps_boxes_on_their_pixels(height, width, flips, corner,
         expected_pixels = torch.from_numpy(np.asarray(resize(mirrored, expected_size)).copy()).permute(2, 0, 1)
     torch.testing.assert_close(sample.boxes, expected_boxes, atol=1e-5, rtol=1e-5)
     assert torch.equal(sample.pixels, expected_pixels)
+
+
+@pytest.mark.parametrize(("height", "width"), [(61, 200), (200, 61), (128, 160), (90, 90)])
+def test_training_and_inference_see_the_same_pixels(height, width):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8))
+    target = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    batch = collate([TrainingTransform((96,), 128, flip_probability=0)(image, target, np.random.default_rng(0))])
+    for input_type in ("uint8", "float32"):
+        tensors = prepare([image], metadata(input_type))
+        height_padded, width_padded = batch.images.shape[2:]
+        assert np.array_equal(tensors["sizes"], batch.sizes.numpy())
+        assert not tensors["images"][:, :, height_padded:].any()
+        assert not tensors["images"][:, :, :, width_padded:].any()
+        found = torch.from_numpy(tensors["images"][:, :, :height_padded, :width_padded])
+        if input_type == "uint8":
+            assert torch.equal(found, batch.images)
+        else:
+            torch.testing.assert_close(found, normalize_images(batch.images, batch.sizes, MEAN, STD))
 
 
 @given(sizes=st.lists(st.tuples(st.integers(1, 90), st.integers(1, 90)), min_size=1, max_size=4))

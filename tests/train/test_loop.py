@@ -14,6 +14,7 @@ from train.config import TrainConfig
 from train.initialization import load_backbone
 from train.loop import CONFIG_FILE, WEIGHTS_FILE, resolve_device, train
 from train.reporting import LOSSES_FILE, group_losses
+from train.synthetic import write_synthetic_dataset
 
 
 @pytest.fixture
@@ -124,6 +125,33 @@ def test_a_folder_with_a_run_is_not_overwritten(config):
     assert (config.output / WEIGHTS_FILE).read_bytes() == before
 
 
+def test_a_run_is_not_resumed_on_other_data(config, tmp_path):
+    train(dataclasses.replace(config, stop_after=1), progress=False)
+    other = write_synthetic_dataset(tmp_path / "other", train_images=5, val_images=1, image_size=96)
+    with pytest.raises(ValueError, match=r"images 7 -> 5"):
+        train(dataclasses.replace(config, resume=True, data=other), progress=False)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_image_is_named_in_one_line(config, shapes, tmp_path, workers):
+    data = tmp_path / "data"
+    shutil.copytree(shapes, data)
+    for path in (data / "train2017").iterdir():
+        path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"^cannot read image .*000\d\.jpg.*$") as error:
+        train(dataclasses.replace(config, data=data, workers=workers), progress=False)
+    assert "\n" not in str(error.value)
+
+
+def test_photographs_are_learned(config, coco_tiny):
+    config = dataclasses.replace(
+        config, data=coco_tiny, steps=12, learning_rate=2e-3, milestones=(), denoising_scale=0.4
+    )
+    result = train(config, progress=False)
+    assert result.losses["total"] < 0.9 * float(rows_of(config.output)[0]["total"])
+    assert "dn_loss_ce_0" in result.losses
+
+
 def test_nothing_to_resume(config):
     with pytest.raises(FileNotFoundError, match="nothing to resume"):
         train(dataclasses.replace(config, resume=True), progress=False)
@@ -139,7 +167,7 @@ def test_a_missing_validation_split_is_noticed_before_training(config, shapes, t
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(config):
-    with pytest.raises(ValueError, match=r"the loss became .* lower the learning rate"):
+    with pytest.raises(ValueError, match="lower the learning rate"):
         train(dataclasses.replace(config, learning_rate=1e30, warmup_steps=0, steps=20), progress=False)
 
 

@@ -66,6 +66,7 @@ def test_the_scheduler_sets_both_groups():
 
 def test_presets_find_their_recipe():
     assert recipe_name("asag-a-tiny") == "tiny"
+    assert recipe_name("asag-a-dn-r50-1x-100") == "dn"
     assert recipe_name("asag-s-r50-3x-300") == "3x"
     assert recipe_name("asag-s-crowdhuman") == "crowdhuman"
     assert recipe_name("mine") == "1x"

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from toy_detector import ToySession
+
+from runtime.detect import detect_files, expand_paths
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    path = tmp_path / "images"
+    path.mkdir()
+    for number, name in enumerate(["b.png", "a.png", "c.JPG"]):
+        pixels = np.random.default_rng(number).integers(0, 256, (50, 70 + number, 3), np.uint8)
+        Image.fromarray(pixels).save(path / name)
+    (path / "notes.txt").write_text("not an image")
+    return path
+
+
+def test_writes_json_and_pictures(folder: Path, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    summary = detect_files(
+        ToySession(),
+        [folder],
+        tmp_path / "out",
+        score_threshold=0.4,
+        progress=lambda done, count: seen.append((done, count)),
+        batch_size=2,
+    )
+    content = json.loads(summary.json_path.read_text())
+    assert [Path(image["file_name"]).name for image in content["images"]] == ["a.png", "b.png", "c.JPG"]
+    assert [image["width"] for image in content["images"]] == [71, 70, 72]
+    assert len(content["detections"]) == summary.detections > 0
+    assert all(record["score"] >= 0.4 for record in content["detections"])
+    assert {record["category_name"] for record in content["detections"]} <= {"circle", "square", "ring"}
+    assert content["errors"] == []
+    assert [path.name for path in summary.pictures] == ["a.jpg", "b.jpg", "c.jpg"]
+    for path, image in zip(summary.pictures, content["images"], strict=True):
+        with Image.open(path) as picture:
+            assert picture.size == (image["width"], image["height"])
+    assert seen == [(2, 3), (3, 3)]
+
+
+def test_records_match_the_session(folder: Path, tmp_path: Path) -> None:
+    path = folder / "a.png"
+    (expected,) = ToySession().detect([path])
+    summary = detect_files(ToySession(), [path], tmp_path, score_threshold=0)
+    records = json.loads(summary.json_path.read_text())["detections"]
+    x, y, width, height = np.array([record["bbox"] for record in records]).T
+    assert np.allclose(np.stack([x, y, x + width, y + height], 1), expected.boxes, atol=1e-4)
+
+
+def test_bad_files_do_not_stop_the_rest(folder: Path, tmp_path: Path) -> None:
+    names = ["a.png", "missing.png", "notes.txt", "b.png"]
+    summary = detect_files(ToySession(), [folder / name for name in names], tmp_path / "out", batch_size=2)
+    assert summary.images == 2
+    assert [path.name for path, _ in summary.errors] == ["missing.png", "notes.txt"]
+    content = json.loads(summary.json_path.read_text())
+    assert [image["id"] for image in content["images"]] == [1, 2]
+    assert "not found" in content["errors"][0]["reason"]
+
+
+def test_pictures_never_collide_or_overwrite_an_input(folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    Image.new("RGB", (20, 20)).save(other / "c.jpg")
+    before = (folder / "c.JPG").read_bytes(), (other / "c.jpg").read_bytes()
+    summary = detect_files(ToySession(), [folder / "c.JPG", other / "c.jpg", other / "c.jpg"], other)
+    assert len({path.resolve() for path in summary.pictures}) == 3
+    assert ((folder / "c.JPG").read_bytes(), (other / "c.jpg").read_bytes()) == before
+
+
+def test_wrong_arguments(folder: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(ValueError, match="no images in the folder"):
+        expand_paths([empty])
+    with pytest.raises(ValueError, match="no images were named"):
+        detect_files(ToySession(), [], tmp_path)
+    with pytest.raises(ValueError, match="is a file; name a folder"):
+        detect_files(ToySession(), [folder], folder / "a.png")

@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from toy_detector import HEIGHT, WIDTH, ToySession, build_toy_model, toy_metadata
+
+import runtime.session
+from runtime import open_session
+from runtime.errors import BackendUnavailableError
+from runtime.session import check_device
+
+
+def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def test_onnx_session_gives_what_numpy_gives(toy_onnx: Path) -> None:
+    images = [noise(40 + 9 * number, 90 - 7 * number, number) for number in range(5)]
+    with open_session(toy_onnx, threads=1) as session:
+        assert (session.backend, session.precision, session.max_batch) == ("onnxruntime-cpu", "fp32", None)
+        assert session.metadata == toy_metadata()
+        found = session.detect(images, batch_size=2)
+    for ours, expected in zip(found, ToySession().detect(images), strict=True):
+        assert np.array_equal(ours.labels, expected.labels)
+        assert np.abs(ours.scores - expected.scores).max() < 1e-5
+        assert np.abs(ours.boxes - expected.boxes).max() < 1e-4
+        assert ours.image_size == expected.image_size
+
+
+def test_a_bright_cell_is_found_where_it_is() -> None:
+    pixels = np.zeros((128, 192, 3), np.uint8)
+    pixels[32:64, 96:144] = 255
+    (found,) = ToySession().detect([pixels])
+    assert found.scores[0] == pytest.approx(1, abs=0.1)
+    assert found.boxes[0].tolist() == [96, 32, 144, 64]
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 7), st.integers(1, 5))
+def test_batching_keeps_order_and_results(count: int, batch_size: int) -> None:
+    images = [noise(30 + number, 50, number) for number in range(count)]
+    session = ToySession()
+    found = session.detect(images, batch_size=batch_size)
+    assert len(found) == count
+    assert sum(session.calls) == count
+    assert all(call == batch_size for call in session.calls[:-1])
+    for image, ours in zip(images, found, strict=True):
+        (alone,) = ToySession().detect([image])
+        assert np.array_equal(ours.boxes, alone.boxes)
+        assert np.array_equal(ours.scores, alone.scores)
+
+
+def test_stream_reads_one_batch_ahead_only() -> None:
+    read = []
+
+    def images() -> object:
+        for number in range(10):
+            read.append(number)
+            yield noise(20, 20, number)
+
+    stream = ToySession().stream(images(), batch_size=3)  # type: ignore[arg-type]
+    next(stream)
+    assert len(read) == 3
+
+
+def test_detect_takes_paths_arrays_and_images(tmp_path: Path) -> None:
+    pixels = noise(50, 70)
+    path = tmp_path / "image.png"
+    Image.fromarray(pixels).save(path)
+    found = ToySession().detect([path, str(path), pixels, Image.fromarray(pixels)])
+    assert all(np.array_equal(other.scores, found[0].scores) for other in found)
+
+
+def test_wrong_use_of_detect_is_refused() -> None:
+    session = ToySession(max_batch=2)
+    with pytest.raises(ValueError, match="at most 2 images"):
+        session.detect([], batch_size=3)
+    with pytest.raises(ValueError, match="at least 1"):
+        session.detect([], batch_size=0)
+    with pytest.raises(ValueError, match="list of images"):
+        session.detect("image.png")
+
+
+def test_fixed_batch_is_known(tmp_path: Path) -> None:
+    path = tmp_path / "fixed.onnx"
+    onnx.save(build_toy_model(toy_metadata(), batch=1), path)
+    with pytest.raises(ValueError, match="takes at most 1"):
+        open_session(path).detect([noise(9, 9)] * 2, batch_size=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("missing.onnx", FileNotFoundError, "model not found"),
+        ("missing.engine", FileNotFoundError, "model not found"),
+        ("model.pt", ValueError, "unknown kind of model .*expected .onnx, .safetensors, .engine"),
+        ("folder.onnx", ValueError, "is not a file"),
+    ],
+)
+def test_paths_that_are_no_model(name: str, error: type[Exception], message: str, tmp_path: Path) -> None:
+    (tmp_path / "folder.onnx").mkdir()
+    with pytest.raises(error, match=message):
+        open_session(tmp_path / name)
+
+
+@pytest.mark.parametrize("share", [0, 0.01, 0.3, 0.9])
+def test_truncated_onnx_is_one_clear_line(share: float, toy_onnx: Path) -> None:
+    content = toy_onnx.read_bytes()
+    toy_onnx.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(ValueError, match=r"toy.onnx") as caught:
+        open_session(toy_onnx)
+    assert "\n" not in str(caught.value)
+
+
+def test_onnx_without_metadata_is_not_ours(tmp_path: Path) -> None:
+    path = tmp_path / "foreign.onnx"
+    onnx.save(build_toy_model(None), path)
+    with pytest.raises(ValueError, match=r"foreign.onnx: not an asag model"):
+        open_session(path)
+
+
+def test_onnx_that_breaks_the_contract(tmp_path: Path) -> None:
+    path = tmp_path / "other.onnx"
+    onnx.save(build_toy_model(toy_metadata(input_height=32)), path)
+    with pytest.raises(ValueError, match="the metadata say uint8"):
+        open_session(path)
+    model = build_toy_model(toy_metadata())
+    del model.graph.output[3]
+    onnx.save(model, path)
+    with pytest.raises(ValueError, match="not an asag model: inputs"):
+        open_session(path)
+
+
+def test_options_that_do_not_fit(toy_onnx: Path) -> None:
+    with pytest.raises(ValueError, match="is fp32, not fp16"):
+        open_session(toy_onnx, precision="fp16")
+    with pytest.raises(ValueError, match="fixed in the file"):
+        open_session(toy_onnx, input_size=(HEIGHT, WIDTH))
+    with pytest.raises(ValueError, match="number of threads"):
+        open_session(toy_onnx, threads=0)
+    assert open_session(toy_onnx, precision="fp32").precision == "fp32"
+
+
+@pytest.mark.parametrize("device", ["gpu", "cpu:0", "cuda:", "cuda:x", "", "cuda:-1"])
+def test_unknown_devices(device: str) -> None:
+    with pytest.raises(ValueError, match="unknown device"):
+        check_device(device)
+    assert check_device("cuda:1") == ("cuda", 1)
+
+
+def test_cuda_without_a_cuda_runtime_is_unavailable(toy_onnx: Path) -> None:
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this ONNX Runtime has CUDA")
+    with pytest.raises(BackendUnavailableError, match="has no CUDA"):
+        open_session(toy_onnx, device="cuda")
+
+
+def test_public_names_are_those_of_the_session_module() -> None:
+    assert open_session is runtime.session.open_session
