@@ -35,11 +35,12 @@ class OnnxRuntimeSession(Session):
             options.intra_op_num_threads = threads
         providers = _providers(onnxruntime, kind, device_index)
         try:
-            self._session: Any = onnxruntime.InferenceSession(str(path), options, providers=providers)
+            self._session: Any = onnxruntime.InferenceSession(
+                str(path), options, providers=providers, enable_fallback=0
+            )
         except Exception as error:  # the runtime has a family of exception classes without a common public base
-            raise ValueError(
-                f"ONNX Runtime cannot open {path}, export it again with `asag export`: {one_line(error)}"
-            ) from None
+            remedy = "export it again with `asag export`" if kind == "cpu" else "try it with the device cpu"
+            raise ValueError(f"ONNX Runtime cannot open {path}, {remedy}: {one_line(error)}") from None
         if kind == "cuda" and "CUDAExecutionProvider" not in self._session.get_providers():
             raise BackendUnavailableError(
                 "ONNX Runtime could not start on CUDA; check the NVIDIA driver and CUDA libraries"

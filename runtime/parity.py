@@ -114,6 +114,18 @@ class ParityReport:
     score_tolerance: float = SCORE_TOLERANCE
     box_tolerance: float = BOX_TOLERANCE
 
+    @property
+    def agrees(self) -> bool:
+        """Whether every backend that ran has the reference's AP to three decimals and its detections on every image.
+
+        Detections are the same within the tolerances apart from ties. A backend that could not run has no say.
+        """
+        return all(
+            row.agreement.images_within == row.agreement.images and abs(row.ap_difference or 0.0) < 5e-4
+            for row in self.rows
+            if row.agreement is not None
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Everything but the detections, as JSON values."""
         rows = []
@@ -137,7 +149,7 @@ def open_candidate(path: str | os.PathLike[str], **options: Any) -> Session | Un
         return open_session(path, **options)
     except BackendUnavailableError as error:
         name = Path(path).name
-        backend, precision = _backend_of(Path(path))
+        backend, precision = _backend_of(Path(path), str(options.get("device", "cpu")))
         return Unavailable(name, backend, precision, one_line(error))
 
 
@@ -279,7 +291,8 @@ def _check_same_task(reference: Session, session: Session) -> None:
             )
 
 
-def _backend_of(path: Path) -> tuple[str, str]:
+def _backend_of(path: Path, device: str) -> tuple[str, str]:
+    """Backend and precision of a file that could not be opened, as far as its name and manifest tell."""
     if path.suffix.lower() == ".engine":
         from runtime.tensorrt_rtx import read_manifest
 
@@ -288,7 +301,10 @@ def _backend_of(path: Path) -> tuple[str, str]:
         except ValueError:
             return "tensorrt-rtx", "?"
         return manifest.backend, manifest.precision
-    return {".onnx": "onnxruntime", ".safetensors": "pytorch"}.get(path.suffix.lower(), "?"), "?"
+    kind = device.partition(":")[0]
+    if path.suffix.lower() == ".onnx":
+        return f"onnxruntime-{kind}", "?"
+    return ("pytorch" if kind == "cpu" else f"pytorch-{kind}"), "?"
 
 
 def _json_number(value: Any) -> Any:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import time
@@ -20,14 +21,14 @@ IMAGES = [np.full((40, 40, 3), value, np.uint8) for value in (10, 200)]
 
 
 def test_ratio_of_a_slower_session() -> None:
-    report = measure([wait(0.002), wait(0.008)], IMAGES, rounds=8, warmup=1)
+    report = measure([wait(0.002), wait(0.02)], IMAGES, rounds=8, warmup=1)
     first, second = report.latencies
     assert first.ratio is None
     assert second.ratio is not None
     assert second.ratio > 1.5
     assert second.differs
     assert second.p50_ms <= second.p90_ms <= second.p99_ms
-    assert second.stages_p50_ms["run"] >= 8
+    assert second.stages_p50_ms["run"] >= 20
     assert second.images_per_second == pytest.approx(1000 / second.p50_ms)
     json.dumps(report.to_json(), allow_nan=False)
 
@@ -43,14 +44,20 @@ def test_calls_are_counted_and_batched() -> None:
     assert report.versions == {"numpy": np.__version__}
 
 
-def test_noise_is_not_called_a_difference() -> None:
-    report = measure([wait(0.003), wait(0.003)], IMAGES, rounds=10, warmup=1)
-    console = Console(file=io.StringIO(), width=200)
-    console.print(benchmark_table(report))
+@pytest.mark.parametrize(
+    ("low", "high", "differs"), [(0.9, 1.1, False), (1.0, 1.3, False), (1.01, 1.3, True), (0.5, 0.99, True)]
+)
+def test_a_spread_around_1_is_no_difference(low: float, high: float, differs: bool) -> None:
+    report = measure([ToySession(), ToySession(name="other")], IMAGES, rounds=2, warmup=0)
+    first, second = report.latencies
+    second = dataclasses.replace(second, ratio=(low + high) / 2, ratio_low=low, ratio_high=high)
+    assert not first.differs
+    assert second.differs == differs
+    console = Console(file=io.StringIO(), width=80)
+    console.print(benchmark_table(dataclasses.replace(report, latencies=(first, second))))
     text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert report.machine.processor in text
-    if not report.latencies[1].differs:
-        assert "no difference" in text
+    assert f"({low:.2f}..{high:.2f})" in text
+    assert ("other (numpy): no difference" in text) != differs
 
 
 @pytest.mark.parametrize(

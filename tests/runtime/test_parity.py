@@ -11,7 +11,7 @@ from toy_detector import ToySession, toy_metadata
 
 from runtime import open_session
 from runtime.coco_evaluation import CocoFolder
-from runtime.parity import ParityReport, Unavailable, compare, parity_table
+from runtime.parity import ParityReport, Unavailable, compare, open_candidate, parity_table
 
 UNAVAILABLE = Unavailable("toy.engine", "tensorrt-rtx", "fp16", "no NVIDIA driver on this machine")
 
@@ -36,6 +36,7 @@ def test_equal_backends(toy_dataset: CocoFolder, toy_onnx: Path) -> None:
     assert (unavailable.reason, unavailable.result, unavailable.latency_p50_ms) == (UNAVAILABLE.reason, None, None)
     assert report.detections[1] is None
     assert candidate.ap_difference == 0
+    assert report.agrees
     assert candidate.agreement is not None
     assert candidate.agreement.images_within == candidate.agreement.images == 4
     assert candidate.agreement.matched == 64
@@ -67,6 +68,7 @@ def test_a_changed_backend_is_seen(toy_dataset: CocoFolder) -> None:
     assert dimmed.agreement.box_difference == 0
     assert dimmed.agreement.images_within == 0
     assert halved.agreement.unmatched == 32
+    assert not report.agrees
     assert halved.ap_difference is not None
     assert halved.ap_difference < 0
 
@@ -87,3 +89,16 @@ def test_sessions_that_cannot_be_compared(toy_dataset: CocoFolder) -> None:
     foreign = toy_metadata(category_ids=(1, 2, 3))
     with pytest.raises(ValueError, match="the model's classes"):
         compare(ToySession(foreign), [], toy_dataset)
+
+
+def test_a_backend_that_is_not_there_is_named_with_its_reason(toy_onnx: Path) -> None:
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this ONNX Runtime has CUDA")
+    candidate = open_candidate(toy_onnx, device="cuda:0")
+    assert isinstance(candidate, Unavailable)
+    assert (candidate.name, candidate.backend) == ("toy.onnx", "onnxruntime-cuda")
+    assert "has no CUDA" in candidate.reason
+    with pytest.raises(FileNotFoundError):
+        open_candidate(toy_onnx.with_name("none.onnx"))

@@ -1,0 +1,82 @@
+"""What every command shares: the terminal, progress bars, and parsing of sizes and lists."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console()
+
+ProgressCallback = Callable[[int, int], None]
+
+
+@contextlib.contextmanager
+def progress_bar(description: str) -> Iterator[ProgressCallback]:
+    """A bar with counts and remaining time; yields the callback that moves it, called with (done, all)."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(description, total=None)
+
+        def advance(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        yield advance
+
+
+class SizeType(click.ParamType):
+    """`HEIGHTxWIDTH` in pixels, such as 800x1344."""
+
+    name = "HxW"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        """Parse the text; a tuple is taken as it is."""
+        if isinstance(value, tuple):
+            return value
+        parts = str(value).lower().split("x")
+        if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+            self.fail(f"{value!r} is no size; write HEIGHTxWIDTH, such as 800x1344", param, ctx)
+        return int(parts[0]), int(parts[1])
+
+
+class IntegersType(click.ParamType):
+    """A fixed number of whole numbers with a separator, such as 1:4:16."""
+
+    def __init__(self, count: int, separator: str, name: str) -> None:
+        self.count, self.separator, self.name = count, separator, name
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """Parse the text; a tuple is taken as it is."""
+        if isinstance(value, tuple):
+            return value
+        parts = str(value).split(self.separator)
+        if len(parts) != self.count or not all(part.isdecimal() for part in parts):
+            self.fail(f"{value!r} is not of the form {self.name}", param, ctx)
+        return tuple(int(part) for part in parts)
+
+
+EXISTING_FILE = click.Path(path_type=Path, dir_okay=False)
+FOLDER = click.Path(path_type=Path, file_okay=False)
+OUTPUT_FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+def device_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`--device`, for commands that run a model."""
+    return click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:INDEX.")(command)
+
+
+def threads_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`--threads`, for commands that run a model on the CPU."""
+    return click.option("--threads", type=click.IntRange(1), help="CPU threads; the backend's choice by default.")(command)

@@ -1,0 +1,143 @@
+"""`asag demo`: the whole way of a model on a small synthetic dataset."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from asag_cli.console import EXISTING_FILE, FOLDER, console, progress_bar
+
+PRESET = "asag-a-tiny"
+TRAIN_IMAGES = 1600
+VAL_IMAGES = 100
+
+CONTINUE_RECIPE = {
+    "first_epoch": 1,
+    "steps": 40,
+    "learning_rate": 5e-5,
+    "backbone_learning_rate": 5e-5,
+    "warmup_steps": 10,
+    "ema_decay": 0.9,
+}
+"""A few careful steps from trained weights."""
+
+SCRATCH_RECIPE = {"steps": 600, "warmup_steps": 100, "ema_decay": 0.99, "time_limit": 330.0}
+"""As much training from nothing as fits the demo's eight minutes."""
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """Files of a finished demo and the reference's average precision."""
+
+    ap: float
+    report: Path
+    seconds: float
+
+
+@click.command(short_help="All of it on a synthetic dataset, in minutes.")
+@click.option("-o", "--output", type=FOLDER, default=Path("demo-output"), show_default=True, help="Folder for everything.")
+@click.option("--weights", type=EXISTING_FILE, help="Trained weights of asag-a-tiny to start from; from nothing by default.")
+def demo(output: Path, weights: Path | None) -> None:
+    """Make a dataset, train, export, build an engine, and compare every backend that runs here.
+
+    Ends with a table (backend, precision, AP, difference to PyTorch, largest differences, latency) and an HTML report with the
+    detections drawn. What cannot run on this machine is a row that says why.
+    """
+    result = run_demo(output, weights)
+    console.print(f"AP of PyTorch {result.ap:.3f}; all of it took {result.seconds / 60:.1f} minutes", highlight=False)
+    console.print(f"report: {result.report.resolve()}", soft_wrap=True, highlight=False)
+
+
+def run_demo(output: Path, weights: Path | None) -> DemoResult:
+    """Run every step into `output`; with `weights` training continues from them, without it starts from nothing."""
+    began = time.perf_counter()
+    data = output / "data"
+    _make_dataset(data)
+    checkpoint = _train(data, output / "run", weights)
+    model = _export(checkpoint, output / "model.onnx")
+    engine = _build(model, output / "model.engine")
+    return _compare(output, data, checkpoint, model, engine, began)
+
+
+def _make_dataset(data: Path) -> None:
+    from train.synthetic import write_synthetic_dataset
+
+    _step(1, f"synthetic dataset: {TRAIN_IMAGES} images to train on, {VAL_IMAGES} to evaluate on")
+    with progress_bar("painting") as advance:
+        write_synthetic_dataset(data, train_images=TRAIN_IMAGES, val_images=VAL_IMAGES, seed=0, progress=advance)
+
+
+def _train(data: Path, run: Path, weights: Path | None) -> Path:
+    import shutil
+
+    from train.config import TrainConfig
+    from train.loop import CONFIG_FILE, train
+
+    _step(2, f"training {PRESET} " + ("from nothing" if weights is None else f"on from {weights}"))
+    if (run / CONFIG_FILE).is_file():
+        shutil.rmtree(run)  # a demo before this one
+    recipe = SCRATCH_RECIPE if weights is None else {**CONTINUE_RECIPE, "initial_weights": weights}
+    config = TrainConfig.for_preset(PRESET, data, run, evaluation_interval=0, log_interval=20, **recipe)
+    return train(config).weights
+
+
+def _export(checkpoint: Path, path: Path) -> Path:
+    from asag.checkpoint import load_detector
+    from asag.deploy import DeployedDetector
+    from export.model import export_onnx
+
+    _step(3, "exporting to ONNX")
+    with console.status("exporting"):
+        report = export_onnx(DeployedDetector(*load_detector(checkpoint)), path)
+    operations = ", ".join(report.operations)
+    console.print(f"{path}: {report.bytes / 1e6:.1f} MB, {report.nodes} nodes; ops {operations}", highlight=False)
+    return path
+
+
+def _build(model: Path, path: Path) -> Path | str:
+    """The engine, or the reason why there is none."""
+    from runtime.errors import BackendUnavailableError, one_line
+    from runtime.tensorrt_rtx import build_engine
+
+    _step(4, "building a TensorRT-RTX engine (needs no GPU)")
+    try:
+        with console.status("building"):
+            result = build_engine(model, path)
+    except BackendUnavailableError as error:
+        console.print(f"not built: {error}", style="yellow", highlight=False)
+        return one_line(error)
+    console.print(f"{path}: {result.engine_bytes / 1e6:.1f} MB in {result.seconds:.1f} s", highlight=False)
+    return path
+
+
+def _compare(
+    output: Path, data: Path, checkpoint: Path, model: Path, engine: Path | str, began: float
+) -> DemoResult:
+    from runtime.coco_evaluation import open_coco
+    from runtime.files import write_json
+    from runtime.parity import Unavailable, compare, open_candidate, parity_table
+    from runtime.report import write_report
+    from runtime.session import open_session
+
+    _step(5, f"PyTorch against every backend, {VAL_IMAGES} images")
+    dataset = open_coco(data)
+    candidates = [open_candidate(model)]
+    if isinstance(engine, Path):
+        candidates.append(open_candidate(engine))
+    else:
+        candidates.append(Unavailable("model.engine", "tensorrt-rtx", "fp32", engine))
+    with open_session(checkpoint) as reference, progress_bar("comparing") as advance:
+        result = compare(reference, candidates, dataset, progress=advance)
+    console.print(parity_table(result))
+    write_json(output / "parity.json", result.to_json())
+    report = write_report(output / "report.html", result, dataset, title="ASAG demo")
+    reference_result = result.rows[0].result
+    assert reference_result is not None
+    return DemoResult(reference_result.ap, report, time.perf_counter() - began)
+
+
+def _step(number: int, text: str) -> None:
+    console.print(f"[bold]{number}/5[/bold] {text}", highlight=False)

@@ -1,0 +1,53 @@
+"""`asag evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from asag_cli.console import EXISTING_FILE, FOLDER, OUTPUT_FILE, SizeType, console, device_option, progress_bar, threads_option
+
+
+@click.command(short_help="COCO average precision of a model.")
+@click.argument("model", type=EXISTING_FILE)
+@click.option("--data", type=FOLDER, required=True, help="Dataset in COCO's layout, of the model's classes.")
+@click.option("--split", default="val2017", show_default=True, help="Which images: annotations/instances_SPLIT.json and SPLIT/.")
+@click.option("--images", type=click.IntRange(1), help="Only the first images of the split.")
+@click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True, help="Images that run together.")
+@click.option("--input-size", type=SizeType(), help="Input of a .safetensors model; other files have theirs fixed.")
+@click.option("--json", "json_path", type=OUTPUT_FILE, help="Also write the result to this file.")
+@device_option
+@threads_option
+def evaluate(
+    model: Path,
+    data: Path,
+    split: str,
+    images: int | None,
+    batch_size: int,
+    input_size: tuple[int, int] | None,
+    json_path: Path | None,
+    device: str,
+    threads: int | None,
+) -> None:
+    """Evaluate MODEL (.onnx, .engine or .safetensors) with COCO's average precision."""
+    from rich.table import Table
+
+    from runtime.coco_evaluation import evaluate_session, open_coco
+    from runtime.files import write_json
+    from runtime.session import open_session
+
+    dataset = open_coco(data, split)
+    with open_session(model, device=device, threads=threads, input_size=input_size) as session:
+        with progress_bar("evaluating") as advance:
+            result, _ = evaluate_session(session, dataset, dataset.image_ids[:images], batch_size, advance)
+        title = f"{model.name} ({session.backend}, {session.precision}) on {result.images} images"
+    values = result.to_json()
+    table = Table(title=title)
+    cells = {name: value for name, value in values.items() if name != "images"}
+    for name in cells:
+        table.add_column(name, justify="right")
+    table.add_row(*("-" if value is None else f"{value:.3f}" for value in cells.values()))
+    console.print(table)
+    if json_path is not None:
+        write_json(json_path, {"model": str(model), "dataset": str(data), "split": split, **values})

@@ -1,0 +1,72 @@
+"""`asag export`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import click
+
+from asag_cli.console import EXISTING_FILE, OUTPUT_FILE, IntegersType, SizeType, console
+
+
+@click.command(short_help="Write a checkpoint as one ONNX file.")
+@click.argument("checkpoint", type=EXISTING_FILE)
+@click.option("-o", "--output", type=OUTPUT_FILE, required=True, help="The .onnx file to write.")
+@click.option("--input-size", type=SizeType(), help="Height and width of the input, multiples of 32; the preset's by default.")
+@click.option(
+    "--input-type",
+    type=click.Choice(["uint8", "float32"]),
+    default="uint8",
+    show_default=True,
+    help="uint8 takes RGB pixels and normalizes inside; float32 takes normalized RGB.",
+)
+@click.option("--head", type=click.Choice(["main", "aux_0", "aux_1", "aux_2"]), help="Which of the trained heads; the preset's by default.")
+@click.option(
+    "--patch-capacity",
+    type=IntegersType(2, ",", "P4,P3"),
+    help="Patches per image that the model has room for on P4 and P3; what finds none is counted in the output `overflow`.",
+)
+def export(
+    checkpoint: Path,
+    output: Path,
+    input_size: tuple[int, int] | None,
+    input_type: str,
+    head: str | None,
+    patch_capacity: tuple[int, int] | None,
+) -> None:
+    """Write CHECKPOINT (.safetensors) as one ONNX file with dynamic batch.
+
+    \b
+    Inputs:   images  [batch, 3, height, width]  RGB, content top-left, zeros around it
+              sizes   [batch, 2] float32         height and width of the content
+    Outputs:  boxes   [batch, 100, 4]            x1, y1, x2, y2 as fractions of the content
+              scores  [batch, 100]               falling; 0 where there is no detection
+              labels  [batch, 100] int64         category ids of the dataset
+              overflow [batch] int32             probing candidates that found no place
+
+    The ops AdaptiveProbing, GatherAnchors, PyramidRoIAlign and SamplingMixing are nodes of the domain `asag` with bodies of
+    standard operators in the file: any ONNX runtime can execute them, and one that knows them may use its own kernels.
+    Classes, normalization, input size and a digest of the weights travel in the file's metadata.
+    """
+    if output.suffix.lower() != ".onnx":
+        raise click.BadParameter(f"{output} should end in .onnx", param_hint="--output")
+    from asag.checkpoint import load_detector
+    from asag.deploy import DeployedDetector
+    from export.model import export_onnx
+
+    with console.status("loading"):
+        detector, info = load_detector(checkpoint)
+    if head is not None:
+        detector.config = dataclasses.replace(detector.config, head=head)
+    parameters = sum(parameter.numel() for parameter in detector.parameters())
+    model = DeployedDetector(detector, info, input_size, input_type, patch_capacity)
+    with console.status("exporting"):
+        report = export_onnx(model, output, parameters)
+    operations = ", ".join(f"{count} {name}" for name, count in report.operations.items())
+    console.print(f"{report.path}: {report.bytes / 1e6:.1f} MB, {report.nodes} nodes, of them {operations}", highlight=False)
+    console.print(
+        f"head {report.metadata.head} is in the file; left out: heads {', '.join(report.heads_left_out)}"
+        f" and folded norms ({report.parameters_left_out / 1e6:.1f} million parameters)",
+        highlight=False,
+    )
