@@ -26,7 +26,9 @@ class SampleAndMix(nn.Module):
         self.out_projection = nn.Linear(size.channels * self.mixed_points, size.channels)
         self.norm = nn.LayerNorm(size.channels)
         nn.init.zeros_(self.offsets.weight)
-        offsets = torch.cat((torch.rand(self.groups * self.points, 2) - 0.5, torch.full((self.groups * self.points, 1), -1.0)), 1)
+        offsets = torch.cat(
+            (torch.rand(self.groups * self.points, 2) - 0.5, torch.full((self.groups * self.points, 1), -1.0)), 1
+        )
         self.offsets.bias.data.copy_(offsets.flatten())
 
     def sampling_points(self, queries: Tensor, xyzr: Tensor) -> Tensor:

@@ -101,9 +101,7 @@ class AnchorGenerator(nn.Module):
         self.fixed_mlp = MLP((cells * channels, *hidden, budget.fixed_anchors * 5))
         self.probed_mlp = MLP((cells * channels, *hidden, budget.probed_anchors * 5))
 
-    def forward(
-        self, features: list[Tensor], sizes: Tensor, capacity: tuple[int, int] | None = None
-    ) -> Anchors:
+    def forward(self, features: list[Tensor], sizes: Tensor, capacity: tuple[int, int] | None = None) -> Anchors:
         """features: P2..P5, each [B, C, H, W]; sizes: [B, 2] (height, width) of the content in pixels.
 
         capacity: places for patches per image on P4 and P3, so that every shape is static; None takes as many as the fullest

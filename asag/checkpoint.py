@@ -47,7 +47,10 @@ def save_detector(path: str | Path, detector: Detector, info: CheckpointInfo) ->
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        temporary.touch()
+        ordinary = temporary.stat().st_mode  # the library would leave a file that only its owner can read
         safetensors.torch.save_file(tensors, temporary, {_KEY: json.dumps(description)})
+        temporary.chmod(ordinary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -77,7 +77,7 @@ PRESETS: dict[str, Preset] = {
         patch_capacity=(60, 60),
         epochs=50,
         published="AP 91.3, mMR 43.5, recall 96.9",
-        published_queries="at most 500",
+        published_queries="<=500",
     ),
 }
 

@@ -79,4 +79,6 @@ def device_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def threads_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """`--threads`, for commands that run a model on the CPU."""
-    return click.option("--threads", type=click.IntRange(1), help="CPU threads; the backend's choice by default.")(command)
+    return click.option("--threads", type=click.IntRange(1), help="CPU threads; the backend's choice by default.")(
+        command
+    )

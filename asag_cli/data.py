@@ -18,8 +18,12 @@ def data() -> None:
 @click.argument("output", type=FOLDER)
 @click.option("--train-images", type=click.IntRange(1), default=1600, show_default=True, help="Images to train on.")
 @click.option("--val-images", type=click.IntRange(1), default=100, show_default=True, help="Images to evaluate on.")
-@click.option("--image-size", type=click.IntRange(64, 4096), default=320, show_default=True, help="Longer side, pixels.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="The same seed gives the same files.")
+@click.option(
+    "--image-size", type=click.IntRange(64, 4096), default=320, show_default=True, help="Longer side, pixels."
+)
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="The same seed gives the same files."
+)
 def synthetic(output: Path, train_images: int, val_images: int, image_size: int, seed: int) -> None:
     """Write a dataset of coloured shapes to OUTPUT.
 

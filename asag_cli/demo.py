@@ -38,8 +38,12 @@ class DemoResult:
 
 
 @click.command(short_help="All of it on a synthetic dataset, in minutes.")
-@click.option("-o", "--output", type=FOLDER, default=Path("demo-output"), show_default=True, help="Folder for everything.")
-@click.option("--weights", type=EXISTING_FILE, help="Trained weights of asag-a-tiny to start from; from nothing by default.")
+@click.option(
+    "-o", "--output", type=FOLDER, default=Path("demo-output"), show_default=True, help="Folder for everything."
+)
+@click.option(
+    "--weights", type=EXISTING_FILE, help="Trained weights of asag-a-tiny to start from; from nothing by default."
+)
 def demo(output: Path, weights: Path | None) -> None:
     """Make a dataset, train, export, build an engine, and compare every backend that runs here.
 
@@ -113,9 +117,7 @@ def _build(model: Path, path: Path) -> Path | str:
     return path
 
 
-def _compare(
-    output: Path, data: Path, checkpoint: Path, model: Path, engine: Path | str, began: float
-) -> DemoResult:
+def _compare(output: Path, data: Path, checkpoint: Path, model: Path, engine: Path | str, began: float) -> DemoResult:
     from runtime.coco_evaluation import open_coco
     from runtime.files import write_json
     from runtime.parity import Unavailable, compare, open_candidate, parity_table

@@ -12,8 +12,12 @@ from asag_cli.console import EXISTING_FILE, FOLDER, console, device_option, prog
 @click.command(short_help="Detect objects in images.")
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--model", type=EXISTING_FILE, required=True, help="An .onnx, .engine or .safetensors file.")
-@click.option("-o", "--output", type=FOLDER, default=Path("detections"), show_default=True, help="Folder for the results.")
-@click.option("--score-threshold", type=click.FloatRange(0, 1), default=0.3, show_default=True, help="Least score that is kept.")
+@click.option(
+    "-o", "--output", type=FOLDER, default=Path("detections"), show_default=True, help="Folder for the results."
+)
+@click.option(
+    "--score-threshold", type=click.FloatRange(0, 1), default=0.3, show_default=True, help="Least score that is kept."
+)
 @click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True, help="Images that run together.")
 @device_option
 @threads_option
@@ -38,9 +42,7 @@ def detect(
         summary = detect_files(
             session, images, output, score_threshold=score_threshold, batch_size=batch_size, progress=advance
         )
-    console.print(
-        f"{summary.detections} detections in {summary.images} images: {summary.json_path}", highlight=False
-    )
+    console.print(f"{summary.detections} detections in {summary.images} images: {summary.json_path}", highlight=False)
     for path, reason in summary.errors:
         click.echo(f"asag: {path}: {reason}" if str(path) not in reason else f"asag: {reason}", err=True)
     if summary.errors:

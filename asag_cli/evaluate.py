@@ -6,13 +6,24 @@ from pathlib import Path
 
 import click
 
-from asag_cli.console import EXISTING_FILE, FOLDER, OUTPUT_FILE, SizeType, console, device_option, progress_bar, threads_option
+from asag_cli.console import (
+    EXISTING_FILE,
+    FOLDER,
+    OUTPUT_FILE,
+    SizeType,
+    console,
+    device_option,
+    progress_bar,
+    threads_option,
+)
 
 
 @click.command(short_help="COCO average precision of a model.")
 @click.argument("model", type=EXISTING_FILE)
 @click.option("--data", type=FOLDER, required=True, help="Dataset in COCO's layout, of the model's classes.")
-@click.option("--split", default="val2017", show_default=True, help="Which images: annotations/instances_SPLIT.json and SPLIT/.")
+@click.option(
+    "--split", default="val2017", show_default=True, help="Which images: annotations/instances_SPLIT.json and SPLIT/."
+)
 @click.option("--images", type=click.IntRange(1), help="Only the first images of the split.")
 @click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True, help="Images that run together.")
 @click.option("--input-size", type=SizeType(), help="Input of a .safetensors model; other files have theirs fixed.")

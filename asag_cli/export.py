@@ -13,7 +13,9 @@ from asag_cli.console import EXISTING_FILE, OUTPUT_FILE, IntegersType, SizeType,
 @click.command(short_help="Write a checkpoint as one ONNX file.")
 @click.argument("checkpoint", type=EXISTING_FILE)
 @click.option("-o", "--output", type=OUTPUT_FILE, required=True, help="The .onnx file to write.")
-@click.option("--input-size", type=SizeType(), help="Height and width of the input, multiples of 32; the preset's by default.")
+@click.option(
+    "--input-size", type=SizeType(), help="Height and width of the input, multiples of 32; the preset's by default."
+)
 @click.option(
     "--input-type",
     type=click.Choice(["uint8", "float32"]),
@@ -21,7 +23,11 @@ from asag_cli.console import EXISTING_FILE, OUTPUT_FILE, IntegersType, SizeType,
     show_default=True,
     help="uint8 takes RGB pixels and normalizes inside; float32 takes normalized RGB.",
 )
-@click.option("--head", type=click.Choice(["main", "aux_0", "aux_1", "aux_2"]), help="Which of the trained heads; the preset's by default.")
+@click.option(
+    "--head",
+    type=click.Choice(["main", "aux_0", "aux_1", "aux_2"]),
+    help="Which of the trained heads; the preset's by default.",
+)
 @click.option(
     "--patch-capacity",
     type=IntegersType(2, ",", "P4,P3"),
@@ -64,7 +70,9 @@ def export(
     with console.status("exporting"):
         report = export_onnx(model, output, parameters)
     operations = ", ".join(f"{count} {name}" for name, count in report.operations.items())
-    console.print(f"{report.path}: {report.bytes / 1e6:.1f} MB, {report.nodes} nodes, of them {operations}", highlight=False)
+    console.print(
+        f"{report.path}: {report.bytes / 1e6:.1f} MB, {report.nodes} nodes, of them {operations}", highlight=False
+    )
     console.print(
         f"head {report.metadata.head} is in the file; left out: heads {', '.join(report.heads_left_out)}"
         f" and folded norms ({report.parameters_left_out / 1e6:.1f} million parameters)",

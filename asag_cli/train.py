@@ -22,7 +22,9 @@ from asag_cli.console import EXISTING_FILE, FOLDER, console
 @click.option("-o", "--output", type=FOLDER, required=True, help="Folder of the run; must not hold another one.")
 @click.option("--resume", is_flag=True, help="Continue the run in the output folder from its last checkpoint.")
 @click.option("--weights", type=EXISTING_FILE, help="Start from this checkpoint (.safetensors) of the same preset.")
-@click.option("--backbone-weights", type=EXISTING_FILE, help="Start the backbone from ImageNet weights (torchvision's names).")
+@click.option(
+    "--backbone-weights", type=EXISTING_FILE, help="Start the backbone from ImageNet weights (torchvision's names)."
+)
 @click.option("--epochs", type=float, help="Passes over the training images.")
 @click.option("--steps", type=click.IntRange(1), help="Optimizer steps in all, instead of epochs.")
 @click.option("--batch-size", type=click.IntRange(1), help="Images of one step.")
@@ -31,7 +33,9 @@ from asag_cli.console import EXISTING_FILE, FOLDER, console
 @click.option("--workers", type=click.IntRange(0), help="Processes that read images.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto for a GPU where there is one.")
 @click.option("--seed", type=click.IntRange(0), help="Source of every random draw.")
-@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Any other field of the run's config.json.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="NAME=VALUE", help="Any other field of the run's config.json."
+)
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def train(
     preset: str, data: Path, output: Path, weights: Path | None, settings: tuple[str, ...], quiet: bool, **options: Any
@@ -70,7 +74,9 @@ def _parse_settings(settings: tuple[str, ...]) -> dict[str, Any]:
     for setting in settings:
         name, separator, text = setting.partition("=")
         if not separator or name not in known:
-            raise click.BadParameter(f"{setting!r}: write NAME=VALUE with a NAME of {', '.join(sorted(known))}", param_hint="--set")
+            raise click.BadParameter(
+                f"{setting!r}: write NAME=VALUE with a NAME of {', '.join(sorted(known))}", param_hint="--set"
+            )
         try:
             values[name] = json.loads(text)
         except json.JSONDecodeError:

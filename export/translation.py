@@ -16,7 +16,14 @@ import asag.ops  # noqa: F401
 from export.functions import OP_FUNCTIONS
 from export.functions.domain import DOMAIN, DOMAIN_VERSION, asag
 
-_TENSOR_TYPES = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(bool)", "tensor(int32)", "tensor(int64)")
+_TENSOR_TYPES = (
+    "tensor(float)",
+    "tensor(float16)",
+    "tensor(bfloat16)",
+    "tensor(bool)",
+    "tensor(int32)",
+    "tensor(int64)",
+)
 _ATTRIBUTE_TYPES = {
     onnx.AttributeProto.INT: OpSchema.AttrType.INT,
     onnx.AttributeProto.FLOAT: OpSchema.AttrType.FLOAT,
@@ -32,7 +39,8 @@ _TORCH_NAMES = {
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     """`torch.ops.asag.*` -> functions that emit one ONNX node, for `torch.onnx.export(custom_translation_table=...)`."""
     return {
-        getattr(torch.ops.asag, _TORCH_NAMES[function.name]).default: _translation(function) for function in OP_FUNCTIONS
+        getattr(torch.ops.asag, _TORCH_NAMES[function.name]).default: _translation(function)
+        for function in OP_FUNCTIONS
     }
 
 

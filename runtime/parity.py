@@ -118,10 +118,11 @@ class ParityReport:
     def agrees(self) -> bool:
         """Whether every backend that ran has the reference's AP to three decimals and its detections on every image.
 
-        Detections are the same within the tolerances apart from ties. A backend that could not run has no say.
+        Detections are the same within the tolerances apart from ties. A backend that could not run has no say, and
+        neither has the AP of images without objects, which is not a number.
         """
         return all(
-            row.agreement.images_within == row.agreement.images and abs(row.ap_difference or 0.0) < 5e-4
+            row.agreement.images_within == row.agreement.images and not abs(row.ap_difference or 0.0) >= 5e-4
             for row in self.rows
             if row.agreement is not None
         )

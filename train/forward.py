@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asag.anchors import LEVEL_STRIDES, AnchorGenerator, fixed_anchors_to_pixels, probed_anchors_to_pixels, split_quarters
+from asag.anchors import (
+    LEVEL_STRIDES,
+    AnchorGenerator,
+    fixed_anchors_to_pixels,
+    probed_anchors_to_pixels,
+    split_quarters,
+)
 from asag.config import HEADS
 from asag.detector import Detector
 from asag.geometry import content_scale

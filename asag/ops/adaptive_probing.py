@@ -44,7 +44,9 @@ def probe_candidates(anchors: Tensor, valid: Tensor, stride: int) -> Tensor:
     return valid & small & (confidence > CONFIDENCE_LOW) & (confidence < CONFIDENCE_HIGH)
 
 
-def suppress_squares(centres: Tensor, priority: Tensor, side: float, capacity: int | None) -> tuple[Tensor, Tensor, Tensor]:
+def suppress_squares(
+    centres: Tensor, priority: Tensor, side: float, capacity: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Greedy non-maximum suppression over equal squares.
 
     centres: [B, A, 2] pixels; priority: [B, A], negative for squares that do not take part; side: pixels;

@@ -64,7 +64,9 @@ def AdaptiveProbing(anchors, valid, feature, sizes, stride: int, capacity: int):
     cell_x = op.Unsqueeze(corner_x, last) + op.Mod(cell, 15)
     cell_y = op.Unsqueeze(corner_y, last) + cell / 15
     inside = op.And(op.And(cell_x < map_width, cell_y < map_height), op.Unsqueeze(taken, last))
-    image = op.Reshape(op.Range(0, op.Squeeze(op.Shape(feature, start=0, end=1)), 1), op.Constant(value_ints=[-1, 1, 1]))
+    image = op.Reshape(
+        op.Range(0, op.Squeeze(op.Shape(feature, start=0, end=1)), 1), op.Constant(value_ints=[-1, 1, 1])
+    )
     row = (image * map_height + op.Min(cell_y, map_height - 1)) * map_width + op.Min(cell_x, map_width - 1)
     rows = op.Flatten(op.Transpose(feature, perm=[0, 2, 3, 1]), axis=3)
     cells = op.Gather(rows, row, axis=0)

@@ -185,6 +185,21 @@ def test_initial_weights(config, tmp_path):
         train(other, progress=False)
 
 
+def test_initial_weights_of_other_classes(config, shapes, tmp_path, caplog):
+    first = train(dataclasses.replace(config, steps=1), progress=False)
+    data = tmp_path / "data"
+    shutil.copytree(shapes, data)
+    annotations = data / "annotations" / "instances_train2017.json"
+    content = json.loads(annotations.read_text())
+    content["categories"].append({"id": 99, "name": "spiral"})
+    annotations.write_text(json.dumps(content))
+    other = dataclasses.replace(config, data=data, output=tmp_path / "other", initial_weights=first.weights, steps=1)
+    with caplog.at_level(logging.WARNING):
+        result = train(other, progress=False)
+    assert any("knows other classes" in record.getMessage() for record in caplog.records)
+    assert load_detector(result.weights)[1].category_ids[-1] == 99
+
+
 def test_backbone_weights(config, tmp_path):
     train(dataclasses.replace(config, steps=1), progress=False)
     detector, _ = load_detector(config.output / WEIGHTS_FILE)
