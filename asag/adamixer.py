@@ -39,6 +39,7 @@ class SampleAndMix(nn.Module):
         return torch.cat((centre, xyzr[:, :, None, None, 2:3] + offsets[..., 2:]), dim=-1)
 
     def forward(self, features: list[Tensor], queries: Tensor, xyzr: Tensor) -> Tensor:
+        """features: P2..P5, each [B, C, H, W]; queries: [B, N, C]; xyzr: [B, N, 4] -> [B, N, C]."""
         points = self.sampling_points(queries, xyzr)
         mixed = sampling_mixing(features, points, self.parameters_of_query(queries), self.mixed_points)
         return self.norm(queries + self.out_projection(mixed))

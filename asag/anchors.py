@@ -104,8 +104,8 @@ class AnchorGenerator(nn.Module):
     def forward(self, features: list[Tensor], sizes: Tensor, capacity: tuple[int, int] | None = None) -> Anchors:
         """features: P2..P5, each [B, C, H, W]; sizes: [B, 2] (height, width) of the content in pixels.
 
-        capacity: places for patches per image on P4 and P3, so that every shape is static; None takes as many as the fullest
-        image needs and drops query places that no image uses.
+        capacity: places for patches per image on P4 and P3, so that every shape is static; None takes as many as the
+        fullest image needs and drops query places that no image uses.
         """
         fixed = self.fixed_level(features, sizes)
         levels = self.config.probed_levels
@@ -231,8 +231,8 @@ def fixed_anchors_to_pixels(p5: Tensor, p6: Tensor, sizes: Tensor) -> Tensor:
 def probed_anchors_to_pixels(predictions: Tensor, corners: Tensor, stride: int, sizes: Tensor) -> Tensor:
     """Predictions [..., k, 5] of patches at corners [..., 2] (cells) -> anchors [..., k, 5] in pixels.
 
-    sizes: (height, width) of the content, broadcastable to [..., k, 2]. An anchor centred at or past the content's right or
-    bottom edge, or under 3 pixels, gets confidence 0.
+    sizes: (height, width) of the content, broadcastable to [..., k, 2]. An anchor centred at or past the content's
+    right or bottom edge, or under 3 pixels, gets confidence 0.
     """
     offset = F.pad(corners.to(predictions.dtype) * stride, (0, 2)).unsqueeze(-2)
     boxes = predictions[..., :4] * (PATCH_SIDE * stride) + offset

@@ -39,6 +39,7 @@ class BasicBlock(nn.Module):
         self.downsample = _shortcut(inputs, width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Shapes as in the class."""
         shortcut = x if self.downsample is None else self.downsample(x)
         x = self.relu(self.bn1(self.conv1(x)))
         return self.relu(self.bn2(self.conv2(x)) + shortcut)
@@ -62,6 +63,7 @@ class Bottleneck(nn.Module):
         self.downsample = _shortcut(inputs, outputs, stride)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Shapes as in the class."""
         shortcut = x if self.downsample is None else self.downsample(x)
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.relu(self.bn2(self.conv2(x)))
@@ -104,14 +106,16 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Tensor) -> list[Tensor]:
+        """Images -> [C2, C3, C4, C5], C_l of shape [B, channels[l - 2], H / 2^l, W / 2^l]."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         maps = []
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
+        for stage in range(1, 5):
+            x = self.get_submodule(f"layer{stage}")(x)
             maps.append(x)
         return maps
 
     def train(self, mode: bool = True) -> Self:
+        """Switch to training or evaluation; norms stay in evaluation unless they learn their statistics."""
         super().train(mode)
         if not self.train_statistics:
             for norm in self.norms():
@@ -129,7 +133,10 @@ class ResNet(nn.Module):
 
 
 def fold_batch_norm(backbone: ResNet) -> None:
-    """Fold every batch norm into the convolution before it, in place. For inference only; call after loading weights."""
+    """Fold every batch norm into the convolution before it, in place.
+
+    For inference only; call after loading weights.
+    """
     pairs: list[tuple[nn.Module, str, str]] = [(backbone, "conv1", "bn1")]
     for module in backbone.modules():
         if isinstance(module, BasicBlock | Bottleneck):

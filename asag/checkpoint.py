@@ -7,6 +7,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -73,11 +74,12 @@ def load_detector(path: str | Path) -> tuple[Detector, CheckpointInfo]:
     try:
         description = json.loads(metadata[_KEY])
         config = DetectorConfig.from_dict(description["config"])
-        info = description["info"]
-        info = CheckpointInfo(**{key: tuple(v) if isinstance(v, list) else v for key, v in info.items()})
+        values: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in description["info"].items()}
+        info = CheckpointInfo(**values)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path}: no asag description in the file ({error}); for a published checkpoint run `asag zoo convert` first"
+            f"{path}: no asag description in the file ({error}); "
+            "for a published checkpoint run `asag zoo convert` first"
         ) from None
     detector = build_detector(config)
     try:

@@ -1,4 +1,7 @@
-"""The detector as it is deployed: one head, static shapes, detections out. What PyTorch evaluates and what is exported."""
+"""The detector as it is deployed: one head, static shapes, detections out.
+
+What PyTorch evaluates and what is exported.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,10 @@ class DeployedDetector(nn.Module):
     input_type: "uint8" takes RGB as stored in a picture and normalizes inside, "float32" takes normalized RGB.
     Raises ValueError on a size or type that cannot be.
     """
+
+    mean: Tensor
+    scale: Tensor
+    category_ids: Tensor
 
     def __init__(
         self,
@@ -60,10 +67,12 @@ class DeployedDetector(nn.Module):
         self.register_buffer("category_ids", torch.tensor(info.category_ids, dtype=torch.int64), persistent=False)
 
     def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """images: [B, 3, H, W] uint8 RGB or float32 normalized RGB, content top-left; sizes: [B, 2] float32 (height, width).
+        """images: [B, 3, H, W] uint8 RGB or float32 normalized RGB, content top-left; sizes: [B, 2] float32 (height,
+        width).
 
-        Returns boxes [B, D, 4] (`xyxy`, fractions of the content), scores [B, D] (falling; 0 where there is no detection),
-        labels [B, D] int64 (category ids of the dataset) and overflow [B] int32 (probing candidates that found no place).
+        Returns boxes [B, D, 4] (`xyxy`, fractions of the content), scores [B, D] (falling; 0 where there is no
+        detection), labels [B, D] int64 (category ids of the dataset) and overflow [B] int32 (probing candidates that
+        found no place).
         """
         if self.input_type == "uint8":
             images = self.normalize(images, sizes)

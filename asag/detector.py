@@ -55,7 +55,10 @@ class Detector(nn.Module):
     def run_head(
         self, name: str, features: list[Tensor], proposals: Proposals, allowed: Tensor, sizes: Tensor
     ) -> HeadOutput:
-        """One of the parallel heads, `aux_0`, `aux_1`, `aux_2` or `main`. The proposals' boxes get no gradient from it."""
+        """One of the parallel heads, `aux_0`, `aux_1`, `aux_2` or `main`.
+
+        The proposals' boxes get no gradient from it.
+        """
         fixed = proposals._replace(boxes=proposals.boxes.detach(), xyzr=proposals.xyzr.detach())
         queries = proposals.queries + self.head_embedding.weight[HEADS.index(name)]
         return HeadOutput(*self.heads[name](features, queries, fixed, allowed, sizes))
@@ -74,10 +77,11 @@ class Detector(nn.Module):
     def stages(self, images: Tensor, sizes: Tensor) -> dict[str, Tensor]:
         """Every intermediate result by name, without gradient: what parity and pictures look at.
 
-        `p6_anchors` [B, 1, k, 5], `p5_anchors` [B, 4, k, 5], and for each level that was explored `p4_anchors` [patches, k, 5],
-        `p4_crop_xy` [patches, 2] (cells), `p4_image_index` [patches] (boxes after the sigmoid, confidence before it);
-        `anchors` [B, N, 4] (`cxcywh`, pixels), `valid` [B, N]; `proposal_logits`, `proposal_boxes`, and `<head>_logits`
-        [B, N, classes], `<head>_boxes` [B, N, 4] (`cxcywh`, fractions of the content) of every head there is.
+        `p6_anchors` [B, 1, k, 5], `p5_anchors` [B, 4, k, 5], and for each level that was explored `p4_anchors`
+        [patches, k, 5], `p4_crop_xy` [patches, 2] (cells), `p4_image_index` [patches] (boxes after the sigmoid,
+        confidence before it); `anchors` [B, N, 4] (`cxcywh`, pixels), `valid` [B, N]; `proposal_logits`,
+        `proposal_boxes`, and `<head>_logits` [B, N, classes], `<head>_boxes` [B, N, 4] (`cxcywh`, fractions of the
+        content) of every head there is.
         """
         sizes = sizes.to(images.device, torch.float32)
         features = self.features(images)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ class MLP(nn.Sequential):
 
     def __init__(self, widths: Sequence[int]) -> None:
         layers: list[nn.Module] = []
-        for inputs, outputs in zip(widths[:-1], widths[1:], strict=True):
+        for inputs, outputs in pairwise(widths):
             layers += [nn.Linear(inputs, outputs), nn.GELU()]
         super().__init__(*layers[:-1])
 
@@ -42,6 +43,7 @@ class SelfAttention(nn.Module):
         self.out_projection = nn.Linear(channels, channels)
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """tokens: [B, N, C]; mask: [B, 1 or heads, N, N] -> [B, N, C]."""
         batch, count, channels = tokens.shape
         qkv = self.in_projection(tokens).reshape(batch, count, 3, self.heads, channels // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
@@ -86,6 +88,7 @@ class FeedForward(nn.Module):
         self.norm = nn.LayerNorm(channels)
 
     def forward(self, queries: Tensor) -> Tensor:
+        """[B, N, C] -> [B, N, C]."""
         return self.norm(queries + self.mlp(queries))
 
 
@@ -104,4 +107,5 @@ class Branches(nn.Module):
         nn.init.zeros_(self.box_deltas.bias)
 
     def forward(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, N, C] -> class logits [B, N, classes] and box deltas [B, N, 4]."""
         return self.class_logits(self.class_branch(queries)), self.box_deltas(self.box_branch(queries))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from asag.config import DetectorConfig
@@ -57,4 +56,4 @@ class DynamicProposals(nn.Module):
 
 def attention_allowed(valid: Tensor) -> Tensor:
     """valid [B, N] bool -> [B, 1, 1, N]: padding queries are never attended to."""
-    return valid[:, None, None, :] if valid.dtype == torch.bool else valid.bool()[:, None, None, :]
+    return valid[:, None, None, :]

@@ -32,6 +32,7 @@ class DynamicConvolution(nn.Module):
         self.out_norm = nn.LayerNorm(channels)
 
     def forward(self, queries: Tensor, rois: Tensor) -> Tensor:
+        """queries: [B, N, C]; rois: [B, N, C, 7, 7] -> [B, N, C]."""
         channels = queries.shape[-1]
         first, second = self.parameters_of_query(queries).chunk(2, dim=-1)
         x = rois.flatten(3).transpose(2, 3)

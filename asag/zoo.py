@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from asag.backbone import BLOCKS_PER_STAGE
 from asag.categories import DATASET_CATEGORIES
 from asag.checkpoint import CheckpointInfo, save_detector
 from asag.config import ANCHOR_BUDGETS, BACKBONES, DetectorConfig
-from asag.backbone import BLOCKS_PER_STAGE
 from asag.detector import build_detector
 from asag.presets import PRESETS, find_preset
 from asag.published import load_published
 
-_HARMLESS = [argparse.Namespace, collections.Counter, collections.defaultdict, dict, pathlib.PosixPath]
+_HARMLESS: list[Any] = [argparse.Namespace, collections.Counter, collections.defaultdict, dict, pathlib.PosixPath]
 """What published files hold besides tensors and plain values. None of it runs code when it is rebuilt."""
 
 
@@ -89,7 +89,8 @@ def convert_published(
 ) -> tuple[str, PublishedIdentity]:
     """Read a published file, write our checkpoint to `output`; returns the preset's name and what was found.
 
-    preset: which one it is; by default the first with these tensors. Raises ValueError when tensors and preset disagree.
+    preset: which one it is; by default the first with these tensors. Raises ValueError when tensors and preset
+    disagree.
     """
     state = read_published(source)
     try:

@@ -1,0 +1,1 @@
+"""The command `asag`: thin faces over the functions of the rooms."""

@@ -30,8 +30,8 @@ def bench(
 ) -> None:
     """Measure MODELS on the same images, one after another in every round, from decoded pixels to detections.
 
-    Ratios are to the first model, round by round, with their 10th and 90th percentile; where these leave 1 in between, the
-    difference is noise and is not called one. A model that cannot run here is named with the reason.
+    Ratios are to the first model, round by round, with their 10th and 90th percentile; where these leave 1 in between,
+    the difference is noise and is not called one. A model that cannot run here is named with the reason.
     """
     from runtime.benchmark import benchmark_table, measure
     from runtime.detect import expand_paths

@@ -41,7 +41,8 @@ def build(model: Path, output: Path, backend: str, batch: tuple[int, int, int]) 
     manifest = result.manifest
     smallest, preferred, largest = manifest.profile
     console.print(
-        f"{result.engine_path}: {result.engine_bytes / 1e6:.1f} MB, {manifest.backend} {manifest.version}, {manifest.precision},"
+        f"{result.engine_path}: {result.engine_bytes / 1e6:.1f} MB, {manifest.backend} {manifest.version},"
+        f" {manifest.precision},"
         f" batch {smallest} to {largest} (tuned for {preferred}), built in {result.seconds:.1f} s",
         highlight=False,
     )

@@ -47,8 +47,8 @@ class DemoResult:
 def demo(output: Path, weights: Path | None) -> None:
     """Make a dataset, train, export, build an engine, and compare every backend that runs here.
 
-    Ends with a table (backend, precision, AP, difference to PyTorch, largest differences, latency) and an HTML report with the
-    detections drawn. What cannot run on this machine is a row that says why.
+    Ends with a table (backend, precision, AP, difference to PyTorch, largest differences, latency) and an HTML report
+    with the detections drawn. What cannot run on this machine is a row that says why.
     """
     result = run_demo(output, weights)
     console.print(f"AP of PyTorch {result.ap:.3f}; all of it took {result.seconds / 60:.1f} minutes", highlight=False)

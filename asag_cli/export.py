@@ -31,7 +31,7 @@ from asag_cli.console import EXISTING_FILE, OUTPUT_FILE, IntegersType, SizeType,
 @click.option(
     "--patch-capacity",
     type=IntegersType(2, ",", "P4,P3"),
-    help="Patches per image that the model has room for on P4 and P3; what finds none is counted in the output `overflow`.",
+    help="Patches per image that the model has room for on P4 and P3; what finds none is counted in `overflow`.",
 )
 def export(
     checkpoint: Path,
@@ -51,9 +51,9 @@ def export(
               labels  [batch, 100] int64         category ids of the dataset
               overflow [batch] int32             probing candidates that found no place
 
-    The ops AdaptiveProbing, GatherAnchors, PyramidRoIAlign and SamplingMixing are nodes of the domain `asag` with bodies of
-    standard operators in the file: any ONNX runtime can execute them, and one that knows them may use its own kernels.
-    Classes, normalization, input size and a digest of the weights travel in the file's metadata.
+    The ops AdaptiveProbing, GatherAnchors, PyramidRoIAlign and SamplingMixing are nodes of the domain `asag` with
+    bodies of standard operators in the file: any ONNX runtime can execute them, and one that knows them may use its
+    own kernels. Classes, normalization, input size and a digest of the weights travel in the file's metadata.
     """
     if output.suffix.lower() != ".onnx":
         raise click.BadParameter(f"{output} should end in .onnx", param_hint="--output")

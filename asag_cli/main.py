@@ -55,8 +55,8 @@ def asag() -> None:
         asag parity     do they agree, image by image?
         asag bench      how fast is each?
 
-    `asag demo` does all of it on a small synthetic dataset. Errors are one line and exit with code 2; set ASAG_DEBUG=1 to
-    see where one comes from.
+    `asag demo` does all of it on a small synthetic dataset. Errors are one line and exit with code 2; set ASAG_DEBUG=1
+    to see where one comes from.
     """
 
 

@@ -34,9 +34,9 @@ def parity(
 ) -> None:
     """Run REFERENCE and CANDIDATES on the same images and compare AP, detections and latency.
 
-    Detections of an image are matched one to one; scores may differ by 1e-4 and boxes by 0.05 pixels. Ties (equal scores
-    in another order, or at the cut of 100 detections) are counted apart. A candidate that cannot run here is a row that says
-    why.
+    Detections of an image are matched one to one; scores may differ by 1e-4 and boxes by 0.05 pixels. Ties (equal
+    scores in another order, or at the cut of 100 detections) are counted apart. A candidate that cannot run here is a
+    row that says why.
     """
     from runtime.coco_evaluation import open_coco
     from runtime.files import write_json

@@ -42,9 +42,9 @@ def train(
 ) -> None:
     """Train a detector and write its weights.
 
-    The defaults are the recipe of the preset. The output folder gets weights.safetensors (for `asag export`), state.pt (to
-    resume), losses.csv and config.json; a run that was interrupted continues with --resume and, on a CPU, ends with the
-    same weights. When it is done the model is evaluated on the validation images.
+    The defaults are the recipe of the preset. The output folder gets weights.safetensors (for `asag export`), state.pt
+    (to resume), losses.csv and config.json; a run that was interrupted continues with --resume and, on a CPU, ends
+    with the same weights. When it is done the model is evaluated on the validation images.
 
     \b
     Train the published recipe on COCO:

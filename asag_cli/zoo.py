@@ -14,8 +14,8 @@ from asag_cli.console import EXISTING_FILE, OUTPUT_FILE, console
 def zoo(context: click.Context) -> None:
     """List the presets: what they are made of and what the paper reports for them.
 
-    Published accuracy is box AP on COCO val2017, or AP, mMR and recall on CrowdHuman, as the paper gives it; queries are the
-    paper's average number per image.
+    Published accuracy is box AP on COCO val2017, or AP, mMR and recall on CrowdHuman, as the paper gives it; queries
+    are the paper's average number per image.
     """
     if context.invoked_subcommand is not None:
         return
@@ -47,8 +47,8 @@ def zoo(context: click.Context) -> None:
 def convert(published: Path, output: Path, preset: str | None) -> None:
     """Turn PUBLISHED (.pth, as the authors distribute it) into a checkpoint for every other command.
 
-    Decoder, backbone, queries and classes are read off the tensors. The file is loaded without executing anything in it;
-    optimizer state and arguments are left behind.
+    Decoder, backbone, queries and classes are read off the tensors. The file is loaded without executing anything in
+    it; optimizer state and arguments are left behind.
     """
     from asag.zoo import convert_published
 

@@ -40,10 +40,11 @@ class ExportReport:
 
 
 def export_onnx(model: DeployedDetector, path: str | Path, parameters_of_checkpoint: int | None = None) -> ExportReport:
-    """Write `model` to `path` as ONNX with dynamic batch, the custom ops as nodes with model-local bodies, and metadata.
+    """Write `model` to `path` as ONNX with dynamic batch, the custom ops as nodes with model-local bodies, and
+    metadata.
 
-    parameters_of_checkpoint: number of parameters before heads were dropped, for the report.
-    The file is checked before it is written, whole or not at all. Raises ValueError when the exporter or the checker refuses.
+    parameters_of_checkpoint: number of parameters before heads were dropped, for the report. The file is checked
+    before it is written, whole or not at all. Raises ValueError when the exporter or the checker refuses.
     """
     path = Path(path)
     metadata = ModelMetadata(**model.describe())

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import onnx
 import torch
 from onnx.defs import OpSchema
 from onnxscript import OnnxFunction
 from onnxscript.values import Op
 
 # Importing the definitions registers `torch.ops.asag`.
-import asag.ops  # noqa: F401
+import asag.ops
 from export.functions import OP_FUNCTIONS
-from export.functions.domain import DOMAIN, DOMAIN_VERSION, asag
+from export.functions.domain import DOMAIN, DOMAIN_VERSION, asag_opset
 
 _TENSOR_TYPES = (
     "tensor(float)",
@@ -24,10 +23,7 @@ _TENSOR_TYPES = (
     "tensor(int32)",
     "tensor(int64)",
 )
-_ATTRIBUTE_TYPES = {
-    onnx.AttributeProto.INT: OpSchema.AttrType.INT,
-    onnx.AttributeProto.FLOAT: OpSchema.AttrType.FLOAT,
-}
+_ATTRIBUTE_TYPES = {int: OpSchema.AttrType.INT, float: OpSchema.AttrType.FLOAT}
 _TORCH_NAMES = {
     "AdaptiveProbing": "adaptive_probing",
     "GatherAnchors": "gather_anchors",
@@ -37,7 +33,7 @@ _TORCH_NAMES = {
 
 
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """`torch.ops.asag.*` -> functions that emit one ONNX node, for `torch.onnx.export(custom_translation_table=...)`."""
+    """`torch.ops.asag.*` -> functions that emit one ONNX node, for the exporter's `custom_translation_table`."""
     return {
         getattr(torch.ops.asag, _TORCH_NAMES[function.name]).default: _translation(function)
         for function in OP_FUNCTIONS
@@ -46,7 +42,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
 
 def _translation(function: OnnxFunction) -> Callable[..., Any]:
     schema = op_schema(function)
-    node = Op(asag, function.name, schema)
+    node = Op(asag_opset, function.name, schema)
     attributes = list(function.to_function_proto().attribute)  # in the order of the definition's arguments
     inputs = len(schema.inputs)
 
@@ -61,9 +57,7 @@ def op_schema(function: OnnxFunction) -> OpSchema:
     proto = function.to_function_proto()
     tensors = [*proto.input, *proto.output]
     constraints = [(f"T_{name}", _TENSOR_TYPES, f"type of {name}") for name in tensors]
-    signature = function.op_signature
-    assert signature is not None
-    attributes = [parameter for parameter in signature.params if parameter.name in proto.attribute]
+    annotations = function.function.__annotations__
     return OpSchema(
         function.name,
         DOMAIN,
@@ -71,7 +65,5 @@ def op_schema(function: OnnxFunction) -> OpSchema:
         inputs=[OpSchema.FormalParameter(name, f"T_{name}") for name in proto.input],
         outputs=[OpSchema.FormalParameter(name, f"T_{name}") for name in proto.output],
         type_constraints=constraints,
-        attributes=[
-            OpSchema.Attribute(parameter.name, _ATTRIBUTE_TYPES[parameter.type.value]) for parameter in attributes
-        ],
+        attributes=[OpSchema.Attribute(name, _ATTRIBUTE_TYPES[annotations[name]]) for name in proto.attribute],
     )

@@ -1,0 +1,1 @@
+"""The custom ops as CUDA kernels and TensorRT plugins."""

@@ -49,16 +49,17 @@ def suppress_squares(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Greedy non-maximum suppression over equal squares.
 
-    centres: [B, A, 2] pixels; priority: [B, A], negative for squares that do not take part; side: pixels;
-    capacity: most survivors per image, or None for as many as there are.
-    Returns the survivors' indices [B, K] int64, whether a place holds one [B, K] bool, and how many squares were neither
-    chosen nor suppressed [B] int32. Survivors come in falling priority; among equals the first index wins.
+    centres: [B, A, 2] pixels; priority: [B, A], negative for squares that do not take part; side: pixels; capacity:
+    most survivors per image, or None for as many as there are. Returns the survivors' indices [B, K] int64, whether a
+    place holds one [B, K] bool, and how many squares were neither chosen nor suppressed [B] int32. Survivors come in
+    falling priority; among equals the first index wins.
     """
     remaining = priority
     position = torch.arange(centres.shape[1], device=centres.device)
     # Looking whether anything is left would make a GPU wait for every round; there, all rounds of a fixed capacity run.
     ends_early = capacity is None or centres.device.type == "cpu"
-    chosen, taken = [], []
+    chosen: list[Tensor] = []
+    taken: list[Tensor] = []
     while capacity is None or len(chosen) < capacity:
         best, index = remaining.max(dim=1, keepdim=True)
         if ends_early and not bool((best > 0).any()):

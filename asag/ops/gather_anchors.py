@@ -12,10 +12,10 @@ def gather_anchors_definition(
     """Apply the keep threshold, the "fewest" rule of the first level and the "most" rule of all.
 
     anchors: [B, A, 5] (cx, cy, w, h in pixels, confidence in 0..1), the levels one after another, coarse to fine;
-    selectable: [B, A] bool, false for padding and for candidates that a finer level explores;
-    first: how many of the A belong to P5 and P6; most: Q.
-    Returns boxes [B, Q, 4] `cxcywh` in pixels (zeros where not valid) and valid [B, Q] bool, valid ones first. The order is
-    the levels', or falling confidence where one of the two cuts applied. A NaN confidence is never selected.
+    selectable: [B, A] bool, false for padding and for candidates that a finer level explores; first: how many of the A
+    belong to P5 and P6; most: Q. Returns boxes [B, Q, 4] `cxcywh` in pixels (zeros where not valid) and valid [B, Q]
+    bool, valid ones first. The order is the levels', or falling confidence where one of the two cuts applied. A NaN
+    confidence is never selected.
     """
     batch, total = anchors.shape[:2]
     confidence = torch.where(anchors[..., 4].isnan(), -1.0, anchors[..., 4])

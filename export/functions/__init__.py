@@ -1,7 +1,7 @@
 """ONNX bodies of the custom ops: the same arithmetic as the definitions in `asag.ops`, in standard operators.
 
-Each body keeps to operators that every target implements (no NonMaxSuppression, NonZero, RoiAlign or GridSample) and has
-no shape that depends on the data. A runtime that knows the op uses its kernel, any other inlines the body.
+Each body keeps to operators that every target implements (no NonMaxSuppression, NonZero, RoiAlign or GridSample) and
+has no shape that depends on the data. A runtime that knows the op uses its kernel, any other inlines the body.
 """
 
 from onnxscript import OnnxFunction

@@ -3,12 +3,12 @@
 from onnx import TensorProto
 from onnxscript import BOOL, FLOAT, INT64, graph, script
 
-from export.functions.domain import asag, op
+from export.functions.domain import asag_opset, op
 
 
-@script(asag, default_opset=op)
+@script(asag_opset, default_opset=op)
 def AdaptiveProbing(anchors, valid, feature, sizes, stride: int, capacity: int):  # noqa: N802
-    """Greedy suppression as `capacity` rounds of "take the best, drop what overlaps it": no data-dependent trip count."""
+    """Greedy suppression in `capacity` rounds of "take the best, drop what overlaps it": the trip count is constant."""
     places = op.Constant(value_int=capacity)
     cell_size = op.Cast(op.Constant(value_int=stride), to=TensorProto.FLOAT)
     side = cell_size * 15.0
@@ -28,7 +28,7 @@ def AdaptiveProbing(anchors, valid, feature, sizes, stride: int, capacity: int):
     all_asking = op.Where(candidate, confidence, -1.0)
 
     @graph()
-    def take_best(step: INT64, going: BOOL, asking: FLOAT["B", "A"]):
+    def take_best(step: INT64, going: BOOL, asking: FLOAT["B", "A"]):  # noqa: F821 (names of axes)
         """One round: the most confident square, and what it leaves. Only the trip count ends the loop."""
         best = op.ReduceMax(asking, op.Constant(value_ints=[1]), keepdims=1)
         index = op.ArgMax(asking, axis=1, keepdims=1)

@@ -7,5 +7,5 @@ DOMAIN = "asag"
 DOMAIN_VERSION = 1
 OPSET_VERSION = 20
 
-asag = Opset(DOMAIN, DOMAIN_VERSION)
+asag_opset = Opset(DOMAIN, DOMAIN_VERSION)
 op = opset20

@@ -3,10 +3,10 @@
 from onnx import TensorProto
 from onnxscript import script
 
-from export.functions.domain import asag, op
+from export.functions.domain import asag_opset, op
 
 
-@script(asag, default_opset=op)
+@script(asag_opset, default_opset=op)
 def GatherAnchors(anchors, selectable, first: int, keep_threshold: float, fewest: int, most: int):  # noqa: N802
     """Two sorts by TopK, which puts the lower index first among equals, as the definition's stable sort does."""
     axis = op.Constant(value_ints=[1])

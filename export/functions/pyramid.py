@@ -2,10 +2,10 @@
 
 from onnxscript import script
 
-from export.functions.domain import asag, op
+from export.functions.domain import asag_opset, op
 
 
-@script(asag, default_opset=op)
+@script(asag_opset, default_opset=op)
 def FlattenPyramid(p2, p3, p4, p5):  # noqa: N802
     """[B, C, H, W] x 4 -> cells [B, S, C], and of each level: height [4], width [4] and first cell [4], int64."""
     cells = op.Concat(

@@ -3,11 +3,11 @@
 from onnx import TensorProto
 from onnxscript import script
 
-from export.functions.domain import asag, op
+from export.functions.domain import asag_opset, op
 from export.functions.pyramid import FlattenPyramid
 
 
-@script(asag, default_opset=op)
+@script(asag_opset, default_opset=op)
 def SamplingMixing(p2, p3, p4, p5, points, parameters, mixed_points: int):  # noqa: N802
     """A sample is a weighted sum of 16 gathered rows: four levels, two neighbours per axis."""
     cells, heights, widths, firsts = FlattenPyramid(p2, p3, p4, p5)
