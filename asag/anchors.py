@@ -200,10 +200,10 @@ def resize_content(feature: Tensor, cells: Tensor, side: int) -> Tensor:
     count = cells.round().clamp(min=1)
 
     def hat(extent: int, length: Tensor) -> Tensor:
-        target = torch.arange(side, device=feature.device, dtype=torch.float32) + 0.5
+        target = torch.arange(side, device=feature.device, dtype=feature.dtype) + 0.5
         source = (target * (length / side).unsqueeze(1) - 0.5).clamp(min=0)
         source = torch.minimum(source, (length - 1).unsqueeze(1))
-        cell = torch.arange(extent, device=feature.device, dtype=torch.float32)
+        cell = torch.arange(extent, device=feature.device, dtype=feature.dtype)
         return (1 - (source.unsqueeze(2) - cell).abs()).clamp(min=0)
 
     rows = hat(feature.shape[2], count[:, 0]).unsqueeze(1)

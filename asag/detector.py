@@ -43,10 +43,10 @@ class Detector(nn.Module):
         self.head_embedding = nn.Embedding(len(HEADS), size.channels)
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """Images -> P2..P5, each [B, C, H/stride, W/stride] in float32."""
+        """Images -> P2..P5, each [B, C, H/stride, W/stride]; in float32 where autocast made them less."""
         maps = self.backbone(images)
         pyramid = self.neck({f"P{level}": feature for level, feature in enumerate(maps, start=2)})
-        return [feature.float() for feature in pyramid.values()]
+        return [feature.to(torch.promote_types(feature.dtype, torch.float32)) for feature in pyramid.values()]
 
     def propose(self, features: list[Tensor], anchors: Tensor, allowed: Tensor, sizes: Tensor) -> Proposals:
         """Anchors [B, N, 4] (`cxcywh`, pixels) -> dynamic proposals; allowed: [B, 1, N or 1, N] bool."""

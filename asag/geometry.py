@@ -67,7 +67,7 @@ def position_embedding(xyzr: Tensor, channels: int) -> Tensor:
     `channels` must be divisible by 8: each of the four coordinates gets a quarter, half sines, half cosines.
     """
     quarter = channels // 4
-    exponent = torch.arange(0, quarter, 2, device=xyzr.device, dtype=torch.float32) / quarter
+    exponent = torch.arange(0, quarter, 2, device=xyzr.device, dtype=xyzr.dtype) / quarter
     frequency = torch.exp(-math.log(10000.0) * exponent)
     scale = xyzr.new_tensor((1e-3, 1e-3, 1.0, 1.0))
     phase = (xyzr * scale).unsqueeze(-1) * frequency

@@ -10,8 +10,7 @@ from onnx.defs import OpSchema
 from onnxscript import OnnxFunction
 from onnxscript.values import Op
 
-# Importing the definitions registers `torch.ops.asag`.
-import asag.ops
+import asag.ops  # noqa: F401 (registers `torch.ops.asag`)
 from export.functions import OP_FUNCTIONS
 from export.functions.domain import DOMAIN, DOMAIN_VERSION, asag_opset
 

@@ -1,0 +1,154 @@
+// What the kernels need of the device beyond plain C++: 16-bit floats, reductions over a warp, asynchronous copies and
+// tensor cores. Nothing is included from the CUDA toolkit, so NVRTC alone compiles it.
+#pragma once
+
+// Storage of 16-bit floats. Arithmetic is always float.
+struct Half {
+    unsigned short bits;
+};
+struct BFloat16 {
+    unsigned short bits;
+};
+
+constexpr unsigned FULL_WARP = 0xffffffffu;
+constexpr int WARP_SIZE = 32;
+
+template <class To>
+struct Convert;
+
+#ifdef ASAG_EMULATION
+#include "emulation_device.h"
+#else
+
+__device__ __forceinline__ float to_float(float value) { return value; }
+
+__device__ __forceinline__ float to_float(Half value) {
+    float result;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
+    return result;
+}
+
+__device__ __forceinline__ float to_float(BFloat16 value) { return __uint_as_float(unsigned(value.bits) << 16); }
+
+template <>
+struct Convert<float> {
+    static __device__ __forceinline__ float from(float value) { return value; }
+};
+
+template <>
+struct Convert<Half> {
+    static __device__ __forceinline__ Half from(float value) {
+        Half result;
+        asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+        return result;
+    }
+};
+
+template <>
+struct Convert<BFloat16> {
+    // To nearest, ties to even, in integers: the instruction is missing before compute capability 8.0.
+    static __device__ __forceinline__ BFloat16 from(float value) {
+        const unsigned bits = __float_as_uint(value);
+        const unsigned rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+        return BFloat16{static_cast<unsigned short>(value != value ? 0x7fffu : rounded)};
+    }
+};
+
+// All lanes get the result; all lanes must take part. The order of a sum is fixed, so its bits are.
+__device__ __forceinline__ float warp_sum(float value) {
+#pragma unroll
+    for (int lane = WARP_SIZE / 2; lane > 0; lane /= 2) value += __shfl_xor_sync(FULL_WARP, value, lane);
+    return value;
+}
+
+__device__ __forceinline__ unsigned warp_max(unsigned value) {
+#if __CUDA_ARCH__ >= 800
+    return __reduce_max_sync(FULL_WARP, value);
+#else
+#pragma unroll
+    for (int lane = WARP_SIZE / 2; lane > 0; lane /= 2) value = max(value, __shfl_xor_sync(FULL_WARP, value, lane));
+    return value;
+#endif
+}
+
+__device__ __forceinline__ unsigned warp_min(unsigned value) { return ~warp_max(~value); }
+
+__device__ __forceinline__ unsigned warp_ballot(bool flag) { return __ballot_sync(FULL_WARP, flag); }
+
+// Copy 16 bytes from global to shared memory; they are there after wait_for_copies() and a barrier.
+__device__ __forceinline__ void copy_16_bytes(void* shared, const void* global) {
+#if __CUDA_ARCH__ >= 800
+    const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
+#else
+    *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
+#endif
+}
+
+__device__ __forceinline__ void wait_for_copies() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+// Four 8x8 tiles of 16-bit elements; lane i names row i%8 of tile i/8. A lane gets two neighbours of row lane/4 per tile.
+__device__ __forceinline__ void load_tiles(unsigned (&tiles)[4], const void* row) {
+    const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(row));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(tiles[0]), "=r"(tiles[1]), "=r"(tiles[2]), "=r"(tiles[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+// Two 8x8 tiles, transposed: a lane gets two neighbours of column lane/4 per tile. Lane i < 16 names row i%8 of tile i/8.
+__device__ __forceinline__ void load_tiles_transposed(unsigned (&tiles)[2], const void* row) {
+    const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(row));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(tiles[0]), "=r"(tiles[1])
+                 : "r"(address)
+                 : "memory");
+}
+
+template <class Element>
+struct TensorCore;
+
+// sum[16 x 8] += left[16 x 16] * right[16 x 8], in float; lane i holds rows i/4 and i/4 + 8, columns i%4*2 and the next.
+template <>
+struct TensorCore<Half> {
+    static __device__ __forceinline__ void multiply(float (&sum)[4], const unsigned (&left)[4],
+                                                    const unsigned (&right)[2]) {
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+            : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right[0]), "r"(right[1]));
+    }
+};
+
+template <>
+struct TensorCore<BFloat16> {
+    static __device__ __forceinline__ void multiply(float (&sum)[4], const unsigned (&left)[4],
+                                                    const unsigned (&right)[2]) {
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+            : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right[0]), "r"(right[1]));
+    }
+};
+
+#endif  // ASAG_EMULATION
+
+// Elements that move together: at most 16 bytes, and a whole number of them in COUNT.
+template <class Element, int COUNT>
+struct PacketSize {
+    static constexpr int value = (COUNT * sizeof(Element)) % 16 == 0  ? 16 / sizeof(Element)
+                                 : (COUNT * sizeof(Element)) % 8 == 0 ? 8 / sizeof(Element)
+                                 : (COUNT * sizeof(Element)) % 4 == 0 && sizeof(Element) == 2 ? 2
+                                                                                              : 1;
+};
+
+template <class Element, int SIZE>
+struct alignas(SIZE * sizeof(Element)) Packet {
+    Element items[SIZE];
+};
