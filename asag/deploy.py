@@ -77,12 +77,31 @@ class DeployedDetector(nn.Module):
         if self.input_type == "uint8":
             images = self.normalize(images, sizes)
         output, anchors = self.detector(images, sizes, self.patch_capacity)
-        scores = torch.where(anchors.valid.unsqueeze(-1), output.logits.sigmoid(), 0.0)
+        return *self.decode(output.logits, output.boxes, anchors.valid), anchors.overflow
+
+    def decode(self, logits: Tensor, boxes: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The best (query, class) pairs (specification section 6, before suppression).
+
+        logits: [B, N, classes]; boxes: [B, N, 4] `cxcywh`, fractions of the content; valid: [B, N]. Returns boxes,
+        scores and labels as :meth:`forward` does.
+        """
+        scores = torch.where(valid.unsqueeze(-1), logits.sigmoid(), 0.0)
         classes = scores.shape[-1]
         scores, chosen = scores.flatten(1).topk(self.detector.config.max_detections, dim=1)
-        boxes = cxcywh_to_xyxy(output.boxes)
-        boxes = boxes.gather(1, (chosen // classes).unsqueeze(-1).expand(-1, -1, 4))
-        return boxes, scores, self.category_ids[chosen % classes], anchors.overflow
+        boxes = cxcywh_to_xyxy(boxes).gather(1, (chosen // classes).unsqueeze(-1).expand(-1, -1, 4))
+        return boxes, scores, self.category_ids[chosen % classes]
+
+    @torch.no_grad()
+    def stages(self, images: Tensor, sizes: Tensor) -> dict[str, Tensor]:
+        """The detector's stages by name (:meth:`Detector.stages`), of this input, capacity and head, together with
+        the results `boxes`, `scores`, `labels` and `overflow` of :meth:`forward`.
+        """
+        if self.input_type == "uint8":
+            images = self.normalize(images, sizes)
+        found = self.detector.stages(images, sizes, self.patch_capacity)
+        head = self.detector.config.head
+        boxes, scores, labels = self.decode(found[f"{head}_logits"], found[f"{head}_boxes"], found["valid"])
+        return found | {"boxes": boxes, "scores": scores, "labels": labels}
 
     def normalize(self, images: Tensor, sizes: Tensor) -> Tensor:
         """Normalize uint8 RGB and set the padding to zero, as the detector expects it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import torch
@@ -42,6 +43,14 @@ class Detector(nn.Module):
         self.heads = nn.ModuleDict({name: head(config) for name in HEADS})
         self.head_embedding = nn.Embedding(len(HEADS), size.channels)
 
+    def choose(self, head: str | None = None, levels: str | None = None) -> None:
+        """Deploy another head, or explore other levels; None keeps the choice. No tensor depends on either.
+
+        Raises ValueError for a head or levels that do not exist.
+        """
+        chosen = {name: value for name, value in (("head", head), ("levels", levels)) if value is not None}
+        self.config = self.anchor_generator.config = dataclasses.replace(self.config, **chosen)
+
     def features(self, images: Tensor) -> list[Tensor]:
         """Images -> P2..P5, each [B, C, H/stride, W/stride]; in float32 where autocast made them less."""
         maps = self.backbone(images)
@@ -74,18 +83,19 @@ class Detector(nn.Module):
         return self.run_head(self.config.head, features, proposals, allowed, sizes), anchors
 
     @torch.no_grad()
-    def stages(self, images: Tensor, sizes: Tensor) -> dict[str, Tensor]:
+    def stages(self, images: Tensor, sizes: Tensor, capacity: tuple[int, int] | None = None) -> dict[str, Tensor]:
         """Every intermediate result by name, without gradient: what parity and pictures look at.
 
         `p6_anchors` [B, 1, k, 5], `p5_anchors` [B, 4, k, 5], and for each level that was explored `p4_anchors`
         [patches, k, 5], `p4_crop_xy` [patches, 2] (cells), `p4_image_index` [patches] (boxes after the sigmoid,
         confidence before it); `anchors` [B, N, 4] (`cxcywh`, pixels), `valid` [B, N]; `proposal_logits`,
         `proposal_boxes`, and `<head>_logits` [B, N, classes], `<head>_boxes` [B, N, 4] (`cxcywh`, fractions of the
-        content) of every head there is.
+        content) of every head there is; `overflow` [B] int32, the candidates that `capacity` (as in
+        :class:`AnchorGenerator`) left unexplored.
         """
         sizes = sizes.to(images.device, torch.float32)
         features = self.features(images)
-        anchors = self.anchor_generator(features, sizes)
+        anchors = self.anchor_generator(features, sizes, capacity)
         allowed = attention_allowed(anchors.valid)
         proposals = self.propose(features, anchors.boxes, allowed, sizes)
         found = {"p6_anchors": anchors.fixed.p6, "p5_anchors": anchors.fixed.p5}
@@ -94,7 +104,7 @@ class Detector(nn.Module):
             found[f"{name}_anchors"] = probed.predictions[probed.valid]
             found[f"{name}_crop_xy"] = probed.corners[probed.valid]
             found[f"{name}_image_index"] = probed.valid.nonzero()[:, 0]
-        found |= {"anchors": anchors.boxes, "valid": anchors.valid}
+        found |= {"anchors": anchors.boxes, "valid": anchors.valid, "overflow": anchors.overflow}
         found |= {"proposal_logits": proposals.logits, "proposal_boxes": proposals.boxes}
         for name in self.heads:
             output = self.run_head(name, features, proposals, allowed, sizes)

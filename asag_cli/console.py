@@ -82,3 +82,18 @@ def threads_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--threads", type=click.IntRange(1), help="CPU threads; the backend's choice by default.")(
         command
     )
+
+
+def variant_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`--head` and `--levels`, for commands that take a checkpoint; exported files have theirs fixed."""
+    head = click.option(
+        "--head",
+        type=click.Choice(["main", "aux_0", "aux_1", "aux_2"]),
+        help="Which of a checkpoint's trained heads; the preset's by default.",
+    )
+    levels = click.option(
+        "--levels",
+        type=click.Choice(["P3P6", "P4P6", "P5P6"]),
+        help="Which levels a checkpoint explores: fewer are faster and miss small objects; the preset's by default.",
+    )
+    return head(levels(command))

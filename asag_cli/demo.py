@@ -133,9 +133,9 @@ def _compare(output: Path, data: Path, checkpoint: Path, model: Path, engine: Pa
         candidates.append(Unavailable("model.engine", "tensorrt-rtx", "fp32", engine))
     with open_session(checkpoint) as reference, progress_bar("comparing") as advance:
         result = compare(reference, candidates, dataset, progress=advance)
+        report = write_report(output / "report.html", result, dataset, title="ASAG demo", reference=reference)
     console.print(parity_table(result))
     write_json(output / "parity.json", result.to_json())
-    report = write_report(output / "report.html", result, dataset, title="ASAG demo")
     reference_result = result.rows[0].result
     assert reference_result is not None
     return DemoResult(reference_result.ap, report, time.perf_counter() - began)

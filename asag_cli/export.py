@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import click
 
-from asag_cli.console import EXISTING_FILE, OUTPUT_FILE, IntegersType, SizeType, console
+from asag_cli.console import EXISTING_FILE, OUTPUT_FILE, IntegersType, SizeType, console, variant_options
 
 
 @click.command(short_help="Write a checkpoint as one ONNX file.")
@@ -23,11 +22,7 @@ from asag_cli.console import EXISTING_FILE, OUTPUT_FILE, IntegersType, SizeType,
     show_default=True,
     help="uint8 takes RGB pixels and normalizes inside; float32 takes normalized RGB.",
 )
-@click.option(
-    "--head",
-    type=click.Choice(["main", "aux_0", "aux_1", "aux_2"]),
-    help="Which of the trained heads; the preset's by default.",
-)
+@variant_options
 @click.option(
     "--patch-capacity",
     type=IntegersType(2, ",", "P4,P3"),
@@ -39,6 +34,7 @@ def export(
     input_size: tuple[int, int] | None,
     input_type: str,
     head: str | None,
+    levels: str | None,
     patch_capacity: tuple[int, int] | None,
 ) -> None:
     """Write CHECKPOINT (.safetensors) as one ONNX file with dynamic batch.
@@ -63,8 +59,7 @@ def export(
 
     with console.status("loading"):
         detector, info = load_detector(checkpoint)
-    if head is not None:
-        detector.config = dataclasses.replace(detector.config, head=head)
+    detector.choose(head, levels)
     parameters = sum(parameter.numel() for parameter in detector.parameters())
     model = DeployedDetector(detector, info, input_size, input_type, patch_capacity)
     with console.status("exporting"):

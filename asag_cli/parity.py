@@ -36,23 +36,23 @@ def parity(
 
     Detections of an image are matched one to one; scores may differ by 1e-4 and boxes by 0.05 pixels. Ties (equal
     scores in another order, or at the cut of 100 detections) are counted apart. A candidate that cannot run here is a
-    row that says why.
+    row that says why. A checkpoint as the reference is run with the input size, head, levels and patch capacity of the
+    first candidate.
     """
     from runtime.coco_evaluation import open_coco
     from runtime.files import write_json
-    from runtime.parity import compare, open_candidate, parity_table
+    from runtime.parity import compare, open_candidate, open_reference, parity_table
     from runtime.report import write_report
-    from runtime.session import open_session
 
     dataset = open_coco(data, split)
-    first = open_session(reference, device=device, threads=threads)
     others = [open_candidate(path, device=device, threads=threads) for path in candidates]
+    first = open_reference(reference, others, device=device, threads=threads)
     with progress_bar("comparing") as advance:
         result = compare(first, others, dataset, images=images, progress=advance)
     console.print(parity_table(result))
     if json_path is not None:
         write_json(json_path, result.to_json())
     if report is not None:
-        console.print(f"report: {write_report(report, result, dataset)}")
+        console.print(f"report: {write_report(report, result, dataset, reference=first)}")
     if check and not result.agrees:
         raise SystemExit(1)

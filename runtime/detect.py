@@ -17,6 +17,7 @@ from runtime.files import atomic_path, write_json
 from runtime.postprocessing import Detections
 from runtime.preprocessing import load_image
 from runtime.session import Session
+from runtime.stages import Stages, draw_stages
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 
@@ -54,14 +55,18 @@ def detect_files(
     score_threshold: float = 0.3,
     progress: Callable[[int, int], None] | None = None,
     batch_size: int = 1,
+    stages: bool = False,
 ) -> DetectionSummary:
     """Detect on image files (or folders of them) and write ``detections.json`` and ``<name>.jpg`` to ``output_dir``.
 
     The JSON holds ``model``, ``images`` (``id``, ``file_name``, ``width``, ``height``, ``picture``, ``overflow``),
     ``detections`` (COCO results with ``category_name``; boxes x, y, width, height in pixels) and ``errors``. A file
     that cannot be read is reported there and in the summary, and does not stop the rest. ``progress`` gets
-    (files done, all).
+    (files done, all). With ``stages`` each picture is the method's stages side by side instead of the detections
+    alone; ValueError where the session does not show them.
     """
+    if stages:
+        session.check_stages()
     files = expand_paths(paths)
     if not files:
         raise ValueError("no images were named")
@@ -71,9 +76,14 @@ def detect_files(
     writer = _Writer(session, output, score_threshold, files)
     for start in range(0, len(files), batch_size):
         loaded = writer.load(files[start : start + batch_size])
-        found = session.detect([image for _, image in loaded], batch_size, score_threshold)
-        for (path, image), detections in zip(loaded, found, strict=True):
-            writer.add(path, image, detections)
+        if stages:
+            for path, image in loaded:
+                writer.add_stages(path, image, session.stages(image))
+        else:
+            found = session.detect([image for _, image in loaded], batch_size, score_threshold)
+            for (path, image), detections in zip(loaded, found, strict=True):
+                drawn = draw_detections(image, detections, session.metadata, score_threshold)
+                writer.add(path, image, detections, drawn)
         if progress is not None:
             progress(min(start + batch_size, len(files)), len(files))
     return writer.finish()
@@ -103,9 +113,12 @@ class _Writer:
                 self._errors.append((path, one_line(error)))
         return loaded
 
-    def add(self, path: Path, image: Image.Image, detections: Detections) -> None:
-        picture = self._picture_path(path)
-        drawn = draw_detections(image, detections, self._session.metadata, self._score_threshold)
+    def add_stages(self, path: Path, image: Image.Image, stages: Stages) -> None:
+        drawn = draw_stages(image, stages, self._session.metadata, self._score_threshold)
+        self.add(path, image, stages.detections.above(self._score_threshold), drawn, "-stages")
+
+    def add(self, path: Path, image: Image.Image, detections: Detections, drawn: Image.Image, ending: str = "") -> None:
+        picture = self._picture_path(path, ending)
         with atomic_path(picture) as temporary:
             drawn.save(temporary, "JPEG", quality=90)
         number = len(self._images) + 1
@@ -123,13 +136,13 @@ class _Writer:
             name = self._session.metadata.category_name(record["category_id"])
             self._detections.append({**record, "category_name": name})
 
-    def _picture_path(self, path: Path) -> Path:
+    def _picture_path(self, path: Path, ending: str) -> Path:
         """A path in the output folder that no other picture of this run has, and no input."""
         number = 1
-        picture = self._output / f"{path.stem}.jpg"
+        picture = self._output / f"{path.stem}{ending}.jpg"
         while picture.resolve() in self._taken:
             number += 1
-            picture = self._output / f"{path.stem}-{number}.jpg"
+            picture = self._output / f"{path.stem}{ending}-{number}.jpg"
         self._taken.add(picture.resolve())
         self._pictures.append(picture)
         return picture

@@ -34,7 +34,7 @@ def draw_detections(
     height, width = detections.image_size
     scale_x, scale_y = canvas.width / width, canvas.height / height
     line_width = max(2, round(min(canvas.size) / 200))
-    font = _font(max(11, round(min(canvas.size) / 30)))
+    font = caption_font(max(11, round(min(canvas.size) / 30)))
     shown = detections.above(score_threshold)
     for box, score, label in reversed(list(zip(shown.boxes, shown.scores, shown.labels, strict=True))):
         left, right = (min(max(float(value) * scale_x, 0), canvas.width - 1) for value in box[[0, 2]])
@@ -72,5 +72,6 @@ def _draw_label(
 
 
 @lru_cache
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def caption_font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's own font at a size in pixels."""
     return ImageFont.load_default(size)

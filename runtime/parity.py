@@ -24,7 +24,7 @@ from runtime.errors import BackendUnavailableError, one_line
 from runtime.machine import Machine, describe_machine
 from runtime.metadata import ModelMetadata
 from runtime.postprocessing import Detections
-from runtime.session import Session, open_session
+from runtime.session import Session, Variant, open_session
 
 HEADINGS = (
     "model",
@@ -152,6 +152,19 @@ def open_candidate(path: str | os.PathLike[str], **options: Any) -> Session | Un
         name = Path(path).name
         backend, precision = _backend_of(Path(path), str(options.get("device", "cpu")))
         return Unavailable(name, backend, precision, one_line(error))
+
+
+def open_reference(
+    path: str | os.PathLike[str], candidates: Sequence[Session | Unavailable], **options: Any
+) -> Session:
+    """:func:`runtime.session.open_session` of the reference; a checkpoint is deployed as the first candidate that runs
+    here was exported (input size, head, levels, patch capacity), so that a file exported with options is compared with
+    the same model.
+    """
+    sessions = [candidate for candidate in candidates if isinstance(candidate, Session)]
+    if Path(path).suffix.lower() == ".safetensors" and sessions:
+        options |= dataclasses.asdict(Variant.of(sessions[0].metadata))
+    return open_session(path, **options)
 
 
 def compare(
@@ -282,13 +295,19 @@ def _with_unavailable(
     return tuple(rows), tuple(found)
 
 
+_TASK_FIELDS = (
+    *("head", "levels", "input_height", "input_width"),
+    *("shorter_side", "longer_side", "category_ids", "nms_iou"),
+)
+
+
 def _check_same_task(reference: Session, session: Session) -> None:
-    for field in ("input_height", "input_width", "shorter_side", "longer_side", "category_ids", "nms_iou"):
+    for field in _TASK_FIELDS:
         ours, theirs = getattr(reference.metadata, field), getattr(session.metadata, field)
         if ours != theirs:
             raise ValueError(
                 f"{session.name} and {reference.name} differ in {field} ({theirs} and {ours}): their detections"
-                " cannot be compared; export again, or open the reference with the exported file's input size"
+                " cannot be compared; export again with the same choice"
             )
 
 

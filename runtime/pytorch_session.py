@@ -12,9 +12,13 @@ from numpy.typing import NDArray
 from runtime.errors import BackendUnavailableError
 from runtime.metadata import ModelMetadata
 from runtime.postprocessing import OUTPUT_NAMES
-from runtime.session import INPUT_NAMES, Session
+from runtime.preprocessing import ImageLike, as_image, prepare
+from runtime.session import INPUT_NAMES, Session, Variant
+from runtime.stages import Stages, read_stages
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from asag.deploy import DeployedDetector
 
 
@@ -23,6 +27,8 @@ class PyTorchSession(Session):
 
     ``deployed`` is put into evaluation mode on ``device``; its ``describe()`` gives the metadata.
     """
+
+    shows_stages = True
 
     def __init__(self, deployed: DeployedDetector, name: str, device: str = "cpu") -> None:
         import torch
@@ -42,20 +48,29 @@ class PyTorchSession(Session):
         """Run one batch; see :meth:`runtime.session.Session.run`."""
         import torch
 
-        inputs = [torch.from_numpy(np.ascontiguousarray(tensors[name])).to(self._device) for name in INPUT_NAMES]
         with torch.inference_mode():
-            outputs = self._deployed(*inputs)
+            outputs = self._deployed(*self._inputs(tensors))
         return {name: value.cpu().numpy() for name, value in zip(OUTPUT_NAMES, outputs, strict=True)}
+
+    def stages(self, image: ImageLike) -> Stages:
+        """Run one image and keep what the method did; see :meth:`runtime.session.Session.stages`."""
+        picture = as_image(image)
+        tensors = prepare([picture], self.metadata)
+        found = {name: value.cpu().numpy() for name, value in self._deployed.stages(*self._inputs(tensors)).items()}
+        return read_stages({**found, "sizes": tensors["sizes"]}, self.metadata, (picture.height, picture.width))
+
+    def _inputs(self, tensors: Mapping[str, NDArray]) -> list[Tensor]:
+        import torch
+
+        return [torch.from_numpy(np.ascontiguousarray(tensors[name])).to(self._device) for name in INPUT_NAMES]
 
     def close(self) -> None:
         """Release the model and its memory."""
         self._deployed = None
 
 
-def open_pytorch(
-    path: Path, kind: str, device_index: int, threads: int | None, input_size: tuple[int, int] | None
-) -> PyTorchSession:
-    """Load a safetensors checkpoint; ``input_size`` (height, width) defaults to the checkpoint's, as in an export.
+def open_pytorch(path: Path, kind: str, device_index: int, threads: int | None, variant: Variant) -> PyTorchSession:
+    """Load a safetensors checkpoint and deploy it as an export would, with the choices of ``variant``.
 
     ``threads`` sets PyTorch's number of CPU threads, which holds for the whole process.
     """
@@ -78,5 +93,6 @@ def open_pytorch(
     if threads is not None:
         torch.set_num_threads(threads)
     detector, info = load_detector(path)
-    deployed = DeployedDetector(detector, info, input_size=input_size, input_type="uint8")
+    detector.choose(variant.head, variant.levels)
+    deployed = DeployedDetector(detector, info, variant.input_size, "uint8", variant.patch_capacity)
     return PyTorchSession(deployed, path.name, "cpu" if kind == "cpu" else f"cuda:{device_index}")

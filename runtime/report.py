@@ -1,4 +1,4 @@
-"""A self-contained HTML page of a parity comparison: its table, and detections drawn on images."""
+"""A self-contained HTML page of a parity comparison: its table, detections drawn on images, and how they came about."""
 
 from __future__ import annotations
 
@@ -16,11 +16,15 @@ from runtime.coco_evaluation import CocoFolder
 from runtime.drawing import draw_detections
 from runtime.files import write_text
 from runtime.parity import HEADINGS, ParityReport, row_cells
+from runtime.stages import stage_panels
 
 if TYPE_CHECKING:
     import jinja2
 
+    from runtime.session import Session
+
 _PICTURE_SIDE = 640
+_STAGE_IMAGES = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class PictureGroup:
-    """The same image under every backend that ran."""
+    """Pictures of the same image: under every backend that ran, or the stages of the method."""
 
     title: str
     pictures: tuple[Picture, ...]
@@ -50,14 +54,20 @@ def write_report(
     title: str = "Parity report",
     notes: Sequence[str] = (),
     score_threshold: float = 0.3,
+    reference: Session | None = None,
 ) -> Path:
     """Write the page: the table, ``notes`` as paragraphs, and up to ``pictures`` images drawn under every backend.
 
-    The images where backends differ most come first, then evenly spaced others. The file needs no network.
+    The images where backends differ most come first, then evenly spaced others. With a ``reference`` session that
+    shows its stages, the first three of them are also drawn stage by stage. The file needs no network.
     """
-    groups = [
-        _picture_group(report, dataset, image_id, score_threshold) for image_id in _chosen_images(report, pictures)
-    ]
+    chosen = _chosen_images(report, pictures)
+    groups = [_picture_group(report, dataset, image_id, score_threshold) for image_id in chosen]
+    stage_groups = []
+    if reference is not None and reference.shows_stages:
+        stage_groups = [
+            _stage_group(reference, dataset, image_id, score_threshold) for image_id in chosen[:_STAGE_IMAGES]
+        ]
     versions = report.machine.versions
     page = _template().render(
         title=title,
@@ -69,6 +79,7 @@ def write_report(
         verdicts=_verdicts(report),
         notes=notes,
         groups=groups,
+        stage_groups=stage_groups,
         score_threshold=score_threshold,
         machine=report.machine,
         versions=", ".join(f"{name} {text}" for name, text in versions.items()),
@@ -129,6 +140,15 @@ def _picture_group(report: ParityReport, dataset: CocoFolder, image_id: int, sco
         count = len(found.above(score_threshold))
         caption = f"{row.name}, {row.backend} {row.precision}: {count} {'object' if count == 1 else 'objects'}"
         pictures.append(Picture(_data_uri(drawn), caption, drawn.width, drawn.height))
+    return PictureGroup(dataset.path(image_id).name, tuple(pictures))
+
+
+def _stage_group(reference: Session, dataset: CocoFolder, image_id: int, score_threshold: float) -> PictureGroup:
+    image = dataset.load(image_id)
+    panels = stage_panels(image, reference.stages(image), reference.metadata, score_threshold)
+    pictures = [
+        Picture(_data_uri(panel.picture), panel.caption, panel.picture.width, panel.picture.height) for panel in panels
+    ]
     return PictureGroup(dataset.path(image_id).name, tuple(pictures))
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from numpy.typing import NDArray
 
@@ -16,6 +17,9 @@ from runtime.errors import BackendUnavailableError
 from runtime.metadata import ModelMetadata
 from runtime.postprocessing import Detections, postprocess
 from runtime.preprocessing import ImageLike, as_image, prepare
+
+if TYPE_CHECKING:
+    from runtime.stages import Stages
 
 __all__ = ["BackendUnavailableError", "Session", "check_device", "open_session"]
 
@@ -26,8 +30,10 @@ class Session(abc.ABC):
     """A model ready to run. Backends add only :meth:`run`; images go in and detections come out the same way.
 
     ``name`` is the file's name, ``backend`` and ``precision`` what a table shows, ``max_batch`` the largest batch the
-    model takes (None: any). A session serves one thread at a time.
+    model takes (None: any). A session serves one thread at a time. Where ``shows_stages`` is true, :meth:`stages` works.
     """
+
+    shows_stages = False
 
     def __init__(
         self,
@@ -54,6 +60,19 @@ class Session(abc.ABC):
         pixels of the content). Returns ``boxes`` [B, N, 4] ``xyxy`` fractions of the content, ``scores`` [B, N],
         ``labels`` [B, N] category ids, ``overflow`` [B].
         """
+
+    def stages(self, image: ImageLike) -> Stages:
+        """What the method did on one image (see :class:`runtime.stages.Stages`), from the same run as its detections.
+
+        Raises ValueError where the model holds the result alone, as every exported file does.
+        """
+        self.check_stages()
+        raise NotImplementedError
+
+    def check_stages(self) -> None:
+        """Raise ValueError unless :meth:`stages` works."""
+        if not self.shows_stages:
+            raise ValueError(f"{self.name} gives detections only: the stages need a PyTorch checkpoint (.safetensors)")
 
     def close(self) -> None:  # noqa: B027 (nothing to release is the common case)
         """Release what the backend holds; the session cannot run afterwards."""
@@ -100,13 +119,17 @@ def open_session(
     precision: str | None = None,
     threads: int | None = None,
     input_size: tuple[int, int] | None = None,
+    head: str | None = None,
+    levels: str | None = None,
+    patch_capacity: tuple[int, int] | None = None,
 ) -> Session:
     """Open a model file with the backend that its suffix names.
 
     ``.onnx``: ONNX Runtime; ``.safetensors``: PyTorch; ``.engine``: TensorRT-RTX. ``device`` is ``cpu``, ``cuda`` or
     ``cuda:<index>`` (an engine always runs on a GPU). ``precision`` must be the file's own where that is fixed.
-    ``threads`` bounds the CPU threads. ``input_size`` (height, width in pixels) is for PyTorch models only, whose input
-    is not fixed by the file; its default is that of an exported file.
+    ``threads`` bounds the CPU threads. The rest is fixed in an exported file and therefore for PyTorch models only:
+    ``input_size`` (height, width in pixels), ``head``, ``levels`` and ``patch_capacity`` (places for patches on P4 and
+    P3); the default of each is what an export would take.
 
     Raises FileNotFoundError for a missing file, ValueError for one that is damaged, unknown or not an asag model, and
     BackendUnavailableError where the backend cannot run on this machine.
@@ -122,9 +145,12 @@ def open_session(
         raise FileNotFoundError(f"model not found: {path}")
     if not path.is_file():
         raise ValueError(f"{path} is not a file; name a model file")
-    if input_size is not None and path.suffix.lower() != ".safetensors":
-        raise ValueError(f"the input size of {path} is fixed in the file; export again with the size you want")
-    session = opener(path, _Options(kind, device_index, threads, input_size))
+    chosen = Variant(input_size, head, levels, patch_capacity)
+    if chosen.names and path.suffix.lower() != ".safetensors":
+        raise ValueError(
+            f"{path} has its {chosen.names[0]} fixed in the file; export the checkpoint again with your choice"
+        )
+    session = opener(path, _Options(kind, device_index, threads, chosen))
     if precision is not None and session.precision != precision:
         session.close()
         raise ValueError(f"{path} is {session.precision}, not {precision}; export or build it with that precision")
@@ -140,13 +166,35 @@ def check_device(device: str) -> tuple[str, int]:
 
 
 @dataclasses.dataclass(frozen=True)
+class Variant:
+    """How a checkpoint is deployed: ``input_size`` (height, width in pixels), ``head``, ``levels`` ("P3P6", "P4P6" or
+    "P5P6") and ``patch_capacity`` (places for patches on P4 and P3). None leaves a choice to the checkpoint.
+    """
+
+    input_size: tuple[int, int] | None = None
+    head: str | None = None
+    levels: str | None = None
+    patch_capacity: tuple[int, int] | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """The choices that are made, in words."""
+        return [f.name.replace("_", " ") for f in dataclasses.fields(self) if getattr(self, f.name) is not None]
+
+    @classmethod
+    def of(cls, metadata: ModelMetadata) -> Variant:
+        """The choices that an exported file was made with."""
+        return cls(metadata.input_size, metadata.head, metadata.levels, metadata.patch_capacity)
+
+
+@dataclasses.dataclass(frozen=True)
 class _Options:
     """What :func:`open_session` hands to a backend."""
 
     device_kind: str
     device_index: int
     threads: int | None
-    input_size: tuple[int, int] | None
+    variant: Variant
 
 
 def _open_onnxruntime(path: Path, options: _Options) -> Session:
@@ -158,7 +206,7 @@ def _open_onnxruntime(path: Path, options: _Options) -> Session:
 def _open_pytorch(path: Path, options: _Options) -> Session:
     from runtime.pytorch_session import open_pytorch
 
-    return open_pytorch(path, options.device_kind, options.device_index, options.threads, options.input_size)
+    return open_pytorch(path, options.device_kind, options.device_index, options.threads, options.variant)
 
 
 def _open_tensorrt_rtx(path: Path, options: _Options) -> Session:

@@ -143,7 +143,7 @@ def _explored_anchors(pixels: Tensor, patches: TrainingPatches, batch: int) -> _
     """Anchors [N, k, 5] of patches, laid out per image; patches that serve the loss alone are left out."""
     image_index = patches.image_index[patches.explored]
     counts = torch.bincount(image_index, minlength=batch)
-    places = int(counts.max())
+    places = max(int(counts.max()), 1)  # one that is not valid where no image explores: probing needs an axis
     place = torch.arange(len(image_index), device=pixels.device) - (counts.cumsum(0) - counts)[image_index]
     laid_out = pixels.new_zeros((batch, places, *pixels.shape[1:]))
     laid_out[image_index, place] = pixels[patches.explored]

@@ -13,33 +13,29 @@ constexpr int TAKEN_FIRST = FEWEST < FIRST ? FEWEST : FIRST;
 static_assert(THREADS % WARP_SIZE == 0 && WARPS <= WARP_SIZE, "sums over warps are one warp wide");
 static_assert(FIRST <= ANCHORS, "the first level is part of the anchors");
 
-// Sum over the block; every thread gets it. `totals` may be reused after the next barrier of the caller.
+// Sum over a warp; exact, because counts stay far under 2^24.
+__device__ int warp_count(int value) { return int(warp_sum(float(value))); }
+
+// Sum over the block; every thread gets it.
 __device__ int block_sum(int value, int* totals) {
-    const int total = int(warp_sum(float(value)));  // exact: counts stay far under 2^24
+    const int lane = threadIdx.x % WARP_SIZE;
+    const int total = warp_count(value);
+    __syncthreads();  // the last user of `totals` is done
+    if (lane == 0) totals[threadIdx.x / WARP_SIZE] = total;
     __syncthreads();
-    if (threadIdx.x % WARP_SIZE == 0) totals[threadIdx.x / WARP_SIZE] = total;
-    __syncthreads();
-    int sum = 0;
-#pragma unroll
-    for (int warp = 0; warp < WARPS; ++warp) sum += totals[warp];
-    return sum;
+    return warp_count(lane < WARPS ? totals[lane] : 0);
 }
 
 // How many threads before this one have the flag; `total` becomes the number in the block.
 __device__ int block_rank(bool flag, int* totals, int& total) {
-    const int lane = threadIdx.x % WARP_SIZE, own_warp = threadIdx.x / WARP_SIZE;
+    const int lane = threadIdx.x % WARP_SIZE, warp = threadIdx.x / WARP_SIZE;
     const unsigned flags = warp_ballot(flag);
     __syncthreads();
-    if (lane == 0) totals[own_warp] = __popc(flags);
+    if (lane == 0) totals[warp] = __popc(flags);
     __syncthreads();
-    int rank = __popc(flags & ((1u << lane) - 1));
-    total = 0;
-#pragma unroll
-    for (int warp = 0; warp < WARPS; ++warp) {
-        if (warp < own_warp) rank += totals[warp];
-        total += totals[warp];
-    }
-    return rank;
+    const int of_warp = lane < WARPS ? totals[lane] : 0;
+    total = warp_count(of_warp);
+    return warp_count(lane < warp ? of_warp : 0) + __popc(flags & ((1u << lane) - 1));
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -104,6 +100,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     unsigned threshold = 0;
     int room_for_equals = 0;
     if (too_many) {
+#pragma unroll 1
         for (int bit = 30; bit >= 0; --bit) {
             const unsigned trial = threshold | (1u << bit);
             int reached = 0;

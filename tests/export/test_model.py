@@ -1,0 +1,276 @@
+"""The exported file: what is in it, and that ONNX Runtime gets PyTorch's numbers from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from builders import random_detector, random_picture, small_info, uint8_batch, write_checkpoint
+
+import export.model
+from asag.checkpoint import load_detector
+from asag.config import DetectorConfig
+from asag.deploy import DeployedDetector
+from asag.detector import Detector
+from asag.presets import PRESETS
+from export.functions import OP_FUNCTIONS
+from export.functions.domain import DOMAIN, DOMAIN_VERSION
+from export.model import ExportReport, export_onnx
+from runtime.agreement import compare_detections
+from runtime.metadata import ModelMetadata
+from runtime.postprocessing import OUTPUT_NAMES, postprocess
+from runtime.session import open_session
+
+HEIGHT, WIDTH = 160, 192
+
+
+@pytest.fixture(scope="module")
+def deployed() -> DeployedDetector:
+    """The demo's preset with random weights, at a smaller input."""
+    config = dataclasses.replace(PRESETS["asag-a-tiny"].config, num_classes=3)
+    return DeployedDetector(random_detector(config), small_info((HEIGHT, WIDTH)))
+
+
+@pytest.fixture(scope="module")
+def report(deployed: DeployedDetector, tmp_path_factory: pytest.TempPathFactory) -> ExportReport:
+    return export_onnx(deployed, tmp_path_factory.mktemp("export") / "model.onnx", parameters_of_checkpoint=10_000_000)
+
+
+@pytest.fixture(scope="module")
+def proto(report: ExportReport) -> onnx.ModelProto:
+    return onnx.load(report.path)
+
+
+def test_the_checker_passes(report: ExportReport, proto: onnx.ModelProto) -> None:
+    onnx.checker.check_model(str(report.path), full_check=False)
+    assert {entry.domain: entry.version for entry in proto.opset_import}[DOMAIN] == DOMAIN_VERSION
+
+
+def test_the_ops_are_nodes_with_bodies(report: ExportReport, proto: onnx.ModelProto) -> None:
+    nodes = Counter(node.op_type for node in proto.graph.node if node.domain == DOMAIN)
+    assert nodes == {"AdaptiveProbing": 2, "GatherAnchors": 1, "PyramidRoIAlign": 1, "SamplingMixing": 1}
+    assert nodes == report.operations
+    bodies = {function.name for function in proto.functions}
+    assert {function.name for function in OP_FUNCTIONS} <= bodies
+    domains = {node.domain for node in proto.graph.node}
+    assert domains <= {"", DOMAIN}
+    used = {node.op_type for function in proto.functions for node in function.node if node.domain == DOMAIN}
+    assert used <= bodies
+    assert report.nodes == len(proto.graph.node)
+
+
+def test_attributes_are_those_of_the_preset(deployed: DeployedDetector, proto: onnx.ModelProto) -> None:
+    found = {}
+    for node in proto.graph.node:
+        if node.domain == DOMAIN:
+            values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+            found.setdefault(node.op_type, []).append(values)
+    p4, p3 = deployed.patch_capacity
+    assert found["AdaptiveProbing"] == [{"stride": 16, "capacity": p4}, {"stride": 8, "capacity": p3}]
+    budget = deployed.detector.config.budget
+    gather = found["GatherAnchors"][0]
+    assert gather.pop("keep_threshold") == pytest.approx(budget.keep_threshold)
+    assert gather == {"first": 5 * budget.fixed_anchors, "fewest": budget.fewest, "most": budget.most}
+    assert found["PyramidRoIAlign"] == [{}]
+    assert found["SamplingMixing"] == [{"mixed_points": deployed.detector.config.size.mixed_points}]
+
+
+def dimensions(value: onnx.ValueInfoProto) -> list[int | str]:
+    return [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
+
+
+def test_inputs_and_outputs(proto: onnx.ModelProto) -> None:
+    """Batch is the only dynamic axis, and the same one everywhere."""
+    shapes = {value.name: dimensions(value) for value in (*proto.graph.input, *proto.graph.output)}
+    batch = shapes["images"][0]
+    assert isinstance(batch, str)
+    assert shapes == {
+        "images": [batch, 3, HEIGHT, WIDTH],
+        "sizes": [batch, 2],
+        "boxes": [batch, 100, 4],
+        "scores": [batch, 100],
+        "labels": [batch, 100],
+        "overflow": [batch],
+    }
+    types = {value.name: value.type.tensor_type.elem_type for value in (*proto.graph.input, *proto.graph.output)}
+    assert types["images"] == onnx.TensorProto.UINT8
+    assert types["sizes"] == types["boxes"] == types["scores"] == onnx.TensorProto.FLOAT
+    assert types["labels"] == onnx.TensorProto.INT64
+    assert types["overflow"] == onnx.TensorProto.INT32
+
+
+def test_no_shape_depends_on_the_data(proto: onnx.ModelProto) -> None:
+    operators = {node.op_type for node in proto.graph.node}
+    assert not operators & {"NonZero", "NonMaxSuppression", "Compress", "Unique", "If", "Loop", "Scan", "RoiAlign"}
+    unknown = [
+        value.name
+        for value in proto.graph.value_info
+        for axis in dimensions(value)[1:]
+        if isinstance(axis, str) and axis.startswith("unk")
+    ]
+    assert not unknown
+
+
+def test_metadata(deployed: DeployedDetector, report: ExportReport, proto: onnx.ModelProto) -> None:
+    metadata = ModelMetadata.from_properties({entry.key: entry.value for entry in proto.metadata_props})
+    assert metadata == report.metadata == ModelMetadata(**deployed.describe())
+    assert metadata.weights_digest == deployed.digest
+    assert {entry.key.partition(".")[0] for entry in proto.metadata_props} == {"asag"}
+
+
+def test_the_report_counts(deployed: DeployedDetector, report: ExportReport) -> None:
+    kept = sum(parameter.numel() for parameter in deployed.parameters())
+    assert report.bytes == report.path.stat().st_size
+    assert report.bytes > 4 * kept
+    assert report.parameters_left_out == 10_000_000 - kept
+    assert report.heads_left_out == ("aux_0", "aux_1", "aux_2")
+
+
+def test_nothing_names_the_exporting_machine(report: ExportReport) -> None:
+    content = report.path.read_bytes()
+    folders = {str(Path.home()), str(Path.cwd()), sys.prefix, tempfile.gettempdir(), os.path.dirname(torch.__file__)}
+    folders.add(str(Path(__file__).resolve().parents[2]))
+    for text in (*sorted(folders - {"/"}), "site-packages", ".py", "Traceback"):
+        assert text.encode() not in content, text
+
+
+def runtime_session(path: Path) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+@pytest.fixture(scope="module")
+def session(report: ExportReport) -> onnxruntime.InferenceSession:
+    return runtime_session(report.path)
+
+
+CONTENTS = {
+    "whole": [(HEIGHT, WIDTH)],
+    "part": [(97, 131)],
+    "one-row": [(1, WIDTH)],
+    "one-pixel": [(1, 1)],
+    "two": [(HEIGHT, WIDTH), (40, 180)],
+    "three": [(90, 100), (HEIGHT, 33), (HEIGHT, WIDTH)],
+}
+
+
+@pytest.mark.parametrize("contents", CONTENTS.values(), ids=CONTENTS)
+def test_onnxruntime_equals_pytorch(
+    deployed: DeployedDetector, session: onnxruntime.InferenceSession, contents: list[tuple[int, int]]
+) -> None:
+    """Scores within 1e-4 and boxes within 0.05 pixels, image by image, from the same file for every batch size."""
+    images, sizes = uint8_batch([random_picture(20 + i, *size) for i, size in enumerate(contents)], HEIGHT, WIDTH)
+    with torch.no_grad():
+        expected = dict(zip(OUTPUT_NAMES, (value.numpy() for value in deployed(images, sizes)), strict=True))
+    found = session.run(list(OUTPUT_NAMES), {"images": images.numpy(), "sizes": sizes.numpy()})
+    found = dict(zip(OUTPUT_NAMES, found, strict=True))
+    assert {name: (value.dtype, value.shape) for name, value in found.items()} == {
+        name: (value.dtype, value.shape) for name, value in expected.items()
+    }
+    np.testing.assert_allclose(found["scores"], expected["scores"], rtol=0, atol=1e-4)
+    np.testing.assert_array_equal(found["overflow"], expected["overflow"])
+    metadata = ModelMetadata(**deployed.describe())
+    pairs = zip(postprocess(expected, contents, metadata), postprocess(found, contents, metadata), strict=True)
+    for index, (reference, ours) in enumerate(pairs):
+        assert len(ours) > 0
+        assert compare_detections(index, reference, ours, metadata.max_detections).within(), contents[index]
+
+
+def test_a_full_capacity_overflows_alike(tmp_path: Path) -> None:
+    """Room for one patch per level: the count of what was left is the same, and not zero."""
+    deployed = DeployedDetector(random_detector(), small_info(), patch_capacity=(1, 1))
+    session = runtime_session(export_onnx(deployed, tmp_path / "small.onnx").path)
+    images, sizes = uint8_batch([random_picture(30, HEIGHT, WIDTH)], HEIGHT, WIDTH)
+    with torch.no_grad():
+        expected = deployed(images, sizes)
+    found = session.run(None, {"images": images.numpy(), "sizes": sizes.numpy()})
+    assert found[3].tolist() == expected[3].tolist()
+    assert found[3][0] > 0
+    np.testing.assert_allclose(found[1], expected[1].numpy(), rtol=0, atol=1e-4)
+
+
+def small_deployed(**changes: object) -> DeployedDetector:
+    from builders import small_config
+
+    info = small_info((96, 96))
+    if changes.get("num_classes") == 1:
+        info = dataclasses.replace(info, category_ids=(1,), category_names=("person",))
+    return DeployedDetector(random_detector(small_config(**changes)), info, input_type="float32")
+
+
+@pytest.mark.parametrize(
+    ("changes", "operations"),
+    [
+        ({"decoder": "sparse_rcnn"}, {"AdaptiveProbing": 2, "GatherAnchors": 1, "PyramidRoIAlign": 2}),
+        (
+            {"levels": "P5P6", "queries": 300, "dataset": "crowdhuman", "num_classes": 1},
+            {"GatherAnchors": 1, "PyramidRoIAlign": 1, "SamplingMixing": 1},
+        ),
+    ],
+    ids=["sparse_rcnn", "no-probing"],
+)
+def test_other_variants(changes: dict[str, object], operations: dict[str, int], tmp_path: Path) -> None:
+    """Float32 input, the other head, no probing, many queries: exported and equal."""
+    deployed = small_deployed(**changes)
+    report = export_onnx(deployed, tmp_path / "variant.onnx")
+    assert report.operations == operations
+    bodies = {function.name for function in onnx.load(report.path).functions}
+    assert ("AdaptiveProbing" in bodies) is ("AdaptiveProbing" in operations)
+    images = torch.randn(2, 3, 96, 96)
+    sizes = torch.tensor([[96.0, 96.0], [96.0, 96.0]])
+    with torch.no_grad():
+        expected = deployed(images, sizes)
+    found = runtime_session(report.path).run(None, {"images": images.numpy(), "sizes": sizes.numpy()})
+    np.testing.assert_allclose(found[1], expected[1].numpy(), rtol=0, atol=1e-4)
+    assert found[1].max() > 0
+
+
+def test_sessions_of_checkpoint_and_file_agree(tmp_path: Path, report: ExportReport, deployed: DeployedDetector) -> None:
+    """The whole way with the runtime's pre- and post-processing, from a checkpoint that was written and read."""
+    detector: Detector = random_detector(deployed.detector.config)
+    checkpoint = write_checkpoint(tmp_path / "model.safetensors", detector, deployed.info)
+    assert load_detector(checkpoint)[0].config == DetectorConfig.from_dict(deployed.detector.config.to_dict())
+    pictures = [random_picture(40 + i, *size) for i, size in enumerate([(200, 240), (50, 300), (333, 100)])]
+    with open_session(checkpoint) as reference, open_session(report.path, threads=1) as candidate:
+        assert candidate.metadata == reference.metadata
+        results = zip(reference.detect(pictures), candidate.detect(pictures, batch_size=2), strict=True)
+        for index, (one, other) in enumerate(results):
+            assert compare_detections(index, one, other, 100).within()
+
+
+def test_a_refused_model_leaves_the_old_file(
+    deployed: DeployedDetector, proto: onnx.ModelProto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"the old one")
+    broken = onnx.ModelProto()
+    broken.CopyFrom(proto)
+    broken.graph.node[0].op_type = "NoSuchOperator"
+    monkeypatch.setattr(export.model, "build_onnx", lambda model: broken)
+    with pytest.raises((ValueError, onnx.checker.ValidationError)):
+        export_onnx(deployed, path)
+    assert path.read_bytes() == b"the old one"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_folder_is_made_and_nothing_else(
+    deployed: DeployedDetector, proto: onnx.ModelProto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = onnx.ModelProto()
+    built.CopyFrom(proto)
+    del built.metadata_props[:]
+    monkeypatch.setattr(export.model, "build_onnx", lambda model: built)
+    written = export_onnx(deployed, tmp_path / "new" / "model.onnx").path
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["model.onnx"]
+    assert onnx.load(written) == proto

@@ -1,0 +1,137 @@
+"""Compiles a kernel's source as C++ with `emulation.h` and runs it on numpy arrays."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import trt_plugins
+from trt_plugins.plan import Plan, make_plan
+
+HERE = Path(__file__).parent
+KERNELS = Path(trt_plugins.__file__).parent / "kernels"
+GUARD = 64
+"""Bytes on either side of an output that must stay as they were."""
+
+# bfloat16 travels as its bits.
+NUMPY_TYPES = {
+    "float32": np.float32,
+    "float16": np.float16,
+    "bfloat16": np.uint16,
+    "bool": np.bool_,
+    "int32": np.int32,
+    "int64": np.int64,
+}
+
+
+def compiler() -> str:
+    """A C++ compiler, or skip the test."""
+    found = shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
+    if found is None:
+        pytest.skip("emulating kernels needs a C++ compiler")
+    return found
+
+
+@cache
+def _folder() -> Path:
+    return Path(mkdtemp(prefix="asag-emulation-"))
+
+
+@cache
+def _library(kernel: str, defines: tuple[tuple[str, str], ...]) -> ctypes.CDLL:
+    name = hashlib.sha256(repr((kernel, defines)).encode()).hexdigest()[:16]
+    source, library = _folder() / f"{name}.cpp", _folder() / f"{name}.so"
+    source.write_text(
+        '#include "emulation.h"\n'
+        f'#include "{kernel}.cu"\n'
+        'extern "C" void emulate(const unsigned* grid, unsigned threads, void** arguments, int backwards) {\n'
+        f"    emulation::launch({kernel}, grid, threads, arguments, backwards);\n"
+        "}\n"
+    )
+    command = [compiler(), "-std=c++17", "-O1", "-shared", "-fPIC", "-U_FORTIFY_SOURCE", "-ffp-contract=off", "-w"]
+    command += [f"-D{key}={value}" for key, value in defines]
+    command += ["-I", str(HERE), "-I", str(KERNELS), str(source), "-o", str(library)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return ctypes.CDLL(str(library))
+
+
+def emulate(
+    name: str,
+    inputs: Sequence[NDArray[Any]],
+    attributes: Mapping[str, Any] | None = None,
+    element: str = "float32",
+    channels_last: bool = False,
+    tensor_cores: bool = False,
+    backwards: bool = False,
+) -> list[NDArray[Any]]:
+    """Run op `name`; feature maps are given as [B, C, H, W] and laid out channels-last here where asked.
+
+    Also checks that every output element is written and nothing around the outputs is.
+    """
+    attributes = attributes or {}
+    shapes = [array.shape for array in inputs]
+    plan = make_plan(name, shapes, attributes, element, channels_last, tensor_cores)
+    runs = [_run(plan, inputs, shapes, attributes, element, channels_last, backwards, fill) for fill in (0xA5, 0x5A)]
+    for first, second in zip(*runs, strict=True):
+        assert first.tobytes() == second.tobytes(), f"{name} leaves part of an output unwritten"
+    return runs[0]
+
+
+def _run(
+    plan: Plan,
+    inputs: Sequence[NDArray[Any]],
+    shapes: Sequence[Sequence[int]],
+    attributes: Mapping[str, Any],
+    element: str,
+    channels_last: bool,
+    backwards: bool,
+    fill: int,
+) -> list[NDArray[Any]]:
+    operation = plan.operation
+    held = []
+    for tensor, array in zip(operation.inputs, inputs, strict=True):
+        assert array.dtype == NUMPY_TYPES[tensor.resolve(element)], tensor.name
+        laid_out = array.transpose(0, 2, 3, 1) if tensor.pyramid and channels_last else array
+        held.append(_aligned(np.ascontiguousarray(laid_out)))
+    outputs = []
+    for tensor, shape in zip(operation.outputs, operation.output_shapes(shapes, attributes), strict=True):
+        dtype = np.dtype(NUMPY_TYPES[tensor.resolve(element)])
+        size = int(np.prod(shape)) * dtype.itemsize
+        outputs.append((_aligned(np.full(size + 2 * GUARD, fill, np.uint8)), size, dtype, shape))
+    pointers = [array.ctypes.data for array in held]
+    results = [memory.ctypes.data + GUARD for memory, *_ in outputs]
+    values = [
+        *(ctypes.c_void_p(pointer) for pointer in pointers),
+        *(ctypes.c_int(scalar) for scalar in plan.scalars),
+        *(ctypes.c_void_p(pointer) for pointer in results),
+    ]
+    arguments = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+    grid = (ctypes.c_uint * 3)(*plan.grid)
+    _library(plan.kernel, plan.defines).emulate(grid, plan.threads, arguments, int(backwards))
+    arrays = []
+    for memory, size, dtype, shape in outputs:
+        around = np.concatenate((memory[:GUARD], memory[GUARD + size :]))
+        assert (around == fill).all(), f"{operation.name} writes outside an output"
+        arrays.append(memory[GUARD : GUARD + size].view(dtype).reshape(shape).copy())
+    return arrays
+
+
+def _aligned(array: NDArray[Any]) -> NDArray[Any]:
+    """A copy at an address that is a multiple of 64, as GPU allocations are."""
+    memory = np.empty(array.nbytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    result = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    result[...] = array
+    return result
