@@ -45,11 +45,11 @@ class DeployedDetector(nn.Module):
         super().__init__()
         if input_type not in INPUT_TYPES:
             raise ValueError(f"input type is {input_type!r}; choose one of {', '.join(INPUT_TYPES)}")
-        self.input_size = tuple(input_size or info.input_size)
+        self.input_size: tuple[int, int] = input_size or info.input_size
         if any(side < 32 or side % 32 for side in self.input_size):
             raise ValueError(f"input size is {self.input_size}; height and width must be multiples of 32")
         self.info, self.input_type = info, input_type
-        self.patch_capacity = tuple(patch_capacity or info.patch_capacity)
+        self.patch_capacity: tuple[int, int] = patch_capacity or info.patch_capacity
         if any(capacity < 1 for capacity in self.patch_capacity):
             raise ValueError(f"patch capacity is {self.patch_capacity}; each level needs at least one place")
         self.digest = weights_digest(detector)

@@ -48,8 +48,8 @@ class Detector(nn.Module):
 
         Raises ValueError for a head or levels that do not exist.
         """
-        chosen = {name: value for name, value in (("head", head), ("levels", levels)) if value is not None}
-        self.config = self.anchor_generator.config = dataclasses.replace(self.config, **chosen)
+        config = dataclasses.replace(self.config, head=head or self.config.head, levels=levels or self.config.levels)
+        self.config = self.anchor_generator.config = config
 
     def features(self, images: Tensor) -> list[Tensor]:
         """Images -> P2..P5, each [B, C, H/stride, W/stride]; in float32 where autocast made them less."""

@@ -23,7 +23,7 @@ from asag.detector import build_detector
 from asag.presets import PRESETS, find_preset
 from asag.published import load_published
 
-_HARMLESS: list[Any] = [argparse.Namespace, collections.Counter, collections.defaultdict, dict, pathlib.PosixPath]
+HARMLESS_GLOBALS: list[Any] = [argparse.Namespace, collections.Counter, collections.defaultdict, dict, pathlib.PosixPath]
 """What published files hold besides tensors and plain values. None of it runs code when it is rebuilt."""
 
 
@@ -46,7 +46,7 @@ def read_published(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
-        with torch.serialization.safe_globals(_HARMLESS):
+        with torch.serialization.safe_globals(HARMLESS_GLOBALS):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(

@@ -46,8 +46,10 @@ def detect(
     """Detect objects in IMAGES (files or folders).
 
     Writes detections.json (COCO's results format, boxes as x, y, width, height in pixels) and each image with its
-    detections drawn; with --stages four pictures side by side (NAME-stages.jpg): the patches that were explored in red,
-    the sparse anchors in white, dynamic proposals and final boxes coloured by class. An image that cannot be read is reported and does not stop the rest; the exit code is then 2.
+    detections drawn. An image that cannot be read is reported and does not stop the rest; the exit code is then 2.
+
+    With --stages a picture shows how they came about, side by side (NAME-stages.jpg): the patches that were explored in
+    red, the sparse anchors in white, dynamic proposals and final boxes coloured by class.
     """
     from runtime.detect import detect_files
     from runtime.session import open_session

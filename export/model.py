@@ -44,14 +44,17 @@ def export_onnx(model: DeployedDetector, path: str | Path, parameters_of_checkpo
     metadata.
 
     parameters_of_checkpoint: number of parameters before heads were dropped, for the report. The file is checked
-    before it is written, whole or not at all. Raises ValueError when the exporter or the checker refuses.
+    before it is written, whole or not at all. Raises ValueError when the checker refuses it.
     """
     path = Path(path)
     metadata = ModelMetadata(**model.describe())
     proto = build_onnx(model)
     for key, value in metadata.to_properties().items():
         proto.metadata_props.add(key=key, value=value)
-    onnx.checker.check_model(proto)
+    try:
+        onnx.checker.check_model(proto)
+    except onnx.checker.ValidationError as error:
+        raise ValueError(f"the model exported for {path} is not valid ONNX: {' '.join(str(error).split())}") from None
     payload = proto.SerializeToString()
     write_bytes(path, payload)
     kept = sum(parameter.numel() for parameter in model.parameters())

@@ -30,7 +30,7 @@ class Session(abc.ABC):
     """A model ready to run. Backends add only :meth:`run`; images go in and detections come out the same way.
 
     ``name`` is the file's name, ``backend`` and ``precision`` what a table shows, ``max_batch`` the largest batch the
-    model takes (None: any). A session serves one thread at a time. Where ``shows_stages`` is true, :meth:`stages` works.
+    model takes (None: any). A session serves one thread at a time. ``shows_stages``: whether :meth:`stages` works.
     """
 
     shows_stages = False

@@ -13,6 +13,7 @@ from train.anchor_targets import flip_groups, patch_groups, quarter_groups
 from train.denoising import repetition_matches
 from train.matching import Matches, TargetGroups, assign, matching_costs, pad_targets
 from train.query_weighting import GroupLosses, anchor_losses, query_losses
+from train.timing import PartTimer
 
 _Value = TypeVar("_Value")
 
@@ -32,21 +33,23 @@ class BatchTotals:
 
     ``objects``: the objects of the step's whole batch over all processes (at least 1), over the number of processes.
     ``patches``: the P4 and P3 patches of the step's whole batch over all processes, at least 1.
+    ``images``: its images over all processes, over the number of processes; None takes those of the call.
     """
 
     objects: Tensor | float
     patches: Tensor | float
+    images: Tensor | float | None = None
 
 
-def count_totals(objects: int, patches: int, device: torch.device) -> BatchTotals:
+def count_totals(objects: int, patches: int, device: torch.device, images: int = 1) -> BatchTotals:
     """Totals from this process's counts, added up over the processes where ``torch.distributed`` is initialized."""
-    counts = torch.tensor([objects, patches], dtype=torch.float32, device=device)
+    counts = torch.tensor([objects, patches, images], dtype=torch.float32, device=device)
     processes = 1
     if distributed.is_available() and distributed.is_initialized():
         distributed.all_reduce(counts)
         processes = distributed.get_world_size()
     counts = counts.clamp(min=1)
-    return BatchTotals(counts[0] / processes, counts[1])
+    return BatchTotals(counts[0] / processes, counts[1], counts[2] / processes)
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ class DetectionCriterion(nn.Module):
     def __init__(self, num_classes: int = 80) -> None:
         super().__init__()
         self.num_classes = num_classes
+        self.timer = PartTimer(enabled=False)
         self.statistics: dict[str, Tensor] = {}
         self.weights = _named(ANCHOR_WEIGHTS, "", "_anchor")
         for position, suffix in enumerate(STAGES.values()):
@@ -108,19 +112,21 @@ class DetectionCriterion(nn.Module):
         terms = _anchor_terms(outputs, images)
         if totals is None:
             patches = sum(term.logits.shape[0] for term in terms if term.probed)
-            totals = count_totals(sum(len(target["boxes"]) for target in targets), patches, logits.device)
+            counted = sum(len(target["boxes"]) for target in targets)
+            totals = count_totals(counted, patches, logits.device, len(targets))
 
         # Stages times images are groups alike, so that all of them are costed, assigned and summed at once.
         objects = images.repeat(len(stages))
         query_logits, query_boxes = logits[:, :, noised:].flatten(0, 1), boxes[:, :, noised:].flatten(0, 1)
         valid = outputs["valid"].repeat(len(stages), 1)
-        costs = [matching_costs(query_logits, query_boxes, valid, objects)[0]]
-        overlaps = []
-        for term in terms:
-            cost, iou = matching_costs(term.logits[..., None], term.boxes, None, term.groups)
-            costs.append(cost)
-            overlaps.append(iou)
-        matches, *anchor_matches = assign(costs)
+        with self.timer.part("assignment"):
+            costs = [matching_costs(query_logits, query_boxes, valid, objects)[0]]
+            overlaps = []
+            for term in terms:
+                cost, iou = matching_costs(term.logits[..., None], term.boxes, None, term.groups)
+                costs.append(cost)
+                overlaps.append(iou)
+            matches, *anchor_matches = assign(costs)
 
         found = _sum_images(query_losses(query_logits, query_boxes, valid, objects, matches), len(stages))
         losses: dict[str, Tensor] = {}
@@ -129,7 +135,10 @@ class DetectionCriterion(nn.Module):
         if terms:
             losses |= self._anchor_losses(terms, overlaps, anchor_matches, totals)
         if noised:
-            losses |= _denoising_losses(logits[:, :, :noised], boxes[:, :, :noised], targets, objects, stages)
+            images_total = len(targets) if totals.images is None else totals.images
+            found = _denoising_sums(logits[:, :, :noised], boxes[:, :, :noised], targets, objects, len(stages))
+            for stage, values in zip(stages, (found / (noised * images_total)).unbind(1), strict=True):
+                losses |= _named(values, "dn_", f"_{list(STAGES).index(stage)}")
         return losses
 
     def _anchor_losses(
@@ -175,19 +184,13 @@ def _anchor_terms(outputs: Mapping[str, Any], images: TargetGroups) -> list[_Anc
     return terms
 
 
-def _denoising_losses(
-    logits: Tensor, boxes: Tensor, targets: Sequence[Mapping[str, Tensor]], objects: TargetGroups, stages: list[str]
-) -> dict[str, Tensor]:
-    """Losses of the noised queries: logits [S, B, D, C], boxes [S, B, D, 4]; divided by all slots, used or not."""
-    slots = logits.shape[2]
-    counts = [len(target["boxes"]) for target in targets] * len(stages)
-    valid, matches = repetition_matches(counts, slots, logits.device)
-    found = query_losses(logits.flatten(0, 1), boxes.flatten(0, 1), valid, objects, matches)
-    sums = _sum_images(found, len(stages)) / max(slots * len(targets), 1)
-    losses: dict[str, Tensor] = {}
-    for stage, values in zip(stages, sums.unbind(1), strict=True):
-        losses |= _named(values, "dn_", f"_{list(STAGES).index(stage)}")
-    return losses
+def _denoising_sums(
+    logits: Tensor, boxes: Tensor, targets: Sequence[Mapping[str, Tensor]], objects: TargetGroups, stages: int
+) -> Tensor:
+    """Losses [3, stages] of the noised queries: logits [stages, B, D, C], boxes [stages, B, D, 4]."""
+    counts = [len(target["boxes"]) for target in targets] * stages
+    valid, matches = repetition_matches(counts, logits.shape[2], logits.device)
+    return _sum_images(query_losses(logits.flatten(0, 1), boxes.flatten(0, 1), valid, objects, matches), stages)
 
 
 def _sum_images(found: GroupLosses, stages: int) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from train.matching import Matches
+from train.randomness import Generators, generator_of
 
 SLOTS = 200
 PADDING_GROUP = -1
@@ -32,9 +33,12 @@ class NoisedQueries:
         return self.group != PADDING_GROUP
 
 
-def noise_scale(epoch: int, falling: bool = False) -> float:
-    """0.4 throughout, or ``0.8 - 0.04 * epoch`` (epochs from 0, never under 0) where it falls."""
-    return max(0.8 - 0.04 * epoch, 0.0) if falling else 0.4
+def noise_scale(epoch: int, start: float = 0.4, fall: float = 0.0) -> float:
+    """``start - fall * epoch`` (epochs from 0, never under 0).
+
+    The method trains with 0.4 throughout, or with 0.8 falling by 0.04 (specification section 7, "Denoising").
+    """
+    return max(start - fall * epoch, 0.0)
 
 
 def assign_slots(counts: Sequence[int], slots: int) -> tuple[Tensor, Tensor]:
@@ -52,26 +56,31 @@ def assign_slots(counts: Sequence[int], slots: int) -> tuple[Tensor, Tensor]:
 def noised_queries(
     targets: Sequence[Mapping[str, Tensor]],
     scale: float,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
     slots: int = SLOTS,
 ) -> NoisedQueries:
     """Repeat and move each image's ``boxes`` [n, 4] (``cxcywh``, fractions of the content).
 
     The centre moves uniformly by up to ``scale`` times half the size, the size by up to ``scale`` times itself; the
-    four numbers are then clamped to [0, 1]. The random numbers are drawn on the generator's device, so a CPU
-    generator gives the same queries on every device.
+    four numbers are then clamped to [0, 1]. ``generator``: one for all images, or one for each. The random numbers are
+    drawn on the generator's device, so a CPU generator gives the same queries on every device.
     """
     device = targets[0]["boxes"].device if targets else torch.device("cpu")
-    drawn_on = generator.device if generator is not None else device
     objects, group = (index.to(device) for index in assign_slots([len(t["boxes"]) for t in targets], slots))
     boxes = torch.tensor([0.5, 0.5, 1.0, 1.0], device=device).repeat(len(targets), slots, 1)
-    noise = torch.rand(len(targets), slots, 4, generator=generator, device=drawn_on).to(device) * 2 - 1
+    noise = [_draw(slots, generator_of(generator, image), device) for image in range(len(targets))]
     for image, target in enumerate(targets):
         used = group[image] != PADDING_GROUP
         clean = target["boxes"].to(torch.float32)[objects[image, used]]
         reach = torch.cat([clean[:, 2:] / 2, clean[:, 2:]], 1)
-        boxes[image, used] = (clean + noise[image, used] * scale * reach).clamp(0, 1)
+        boxes[image, used] = (clean + noise[image][used] * scale * reach).clamp(0, 1)
     return NoisedQueries(boxes, group)
+
+
+def _draw(slots: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """Uniform numbers from -1 to 1, [slots, 4]."""
+    drawn_on = generator.device if generator is not None else device
+    return torch.rand(slots, 4, generator=generator, device=drawn_on).to(device) * 2 - 1
 
 
 def denoising_attention_mask(group: Tensor, valid: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from asag.anchors import (
     LEVEL_STRIDES,
@@ -26,6 +26,7 @@ from asag.ops import adaptive_probing_definition, crop_patches
 from asag.proposals import attention_allowed
 from train.denoising import denoising_attention_mask, noised_queries
 from train.probing import TrainingPatches, four_flips, training_patches
+from train.randomness import Generators
 
 
 @dataclass
@@ -36,13 +37,25 @@ class _Explored:
     valid: Tensor
 
 
+class TrainingForward(nn.Module):
+    """`training_outputs` as a module, for wrappers that take one; called with its arguments after the detector."""
+
+    def __init__(self, detector: Detector) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, *arguments: Any, **options: Any) -> dict[str, Any]:
+        """See `training_outputs`."""
+        return training_outputs(self.detector, *arguments, **options)
+
+
 def training_outputs(
     detector: Detector,
     images: Tensor,
     sizes: Tensor,
     targets: Sequence[Mapping[str, Tensor]],
     epoch: int,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
     denoising_scale: float | None = None,
     feature_precision: torch.dtype | None = None,
 ) -> dict[str, Any]:
@@ -50,7 +63,7 @@ def training_outputs(
 
     images: [B, 3, H, W] normalized, zero-padded; sizes: [B, 2] float32 (height, width) of the content in pixels;
     targets: per image `boxes` [n, 4] (normalized `cxcywh`) and `labels` [n]; epoch: from 0, which takes its patches
-    from ground truth; generator: source of every random draw; denoising_scale: adds noised queries (None for none);
+    from ground truth; generator: source of every random draw, one or one for each image; denoising_scale: adds noised queries (None for none);
     feature_precision: run backbone and neck in that type under autocast.
     """
     with torch.autocast(images.device.type, dtype=feature_precision, enabled=feature_precision is not None):
@@ -73,13 +86,41 @@ def training_outputs(
     return outputs
 
 
+@torch.no_grad()
+def count_patches(
+    detector: Detector,
+    images: Tensor,
+    sizes: Tensor,
+    targets: Sequence[Mapping[str, Tensor]],
+    epoch: int,
+    generator: Generators = None,
+    feature_precision: torch.dtype | None = None,
+) -> int:
+    """How many P4 and P3 patches `training_outputs` would predict with a generator in the same state.
+
+    Running statistics of norms stay as they are.
+    """
+    learning = [norm for norm in detector.backbone.norms() if norm.training]
+    for norm in learning:
+        norm.track_running_stats = False
+    try:
+        with torch.autocast(images.device.type, dtype=feature_precision, enabled=feature_precision is not None):
+            features = detector.features(images)
+    finally:
+        for norm in learning:
+            norm.track_running_stats = True
+    found: dict[str, Any] = {}
+    _training_anchors(detector.anchor_generator, features, sizes, targets, epoch, generator, found)
+    return sum(len(found[name]) for name in ("p4_image_index", "p3_image_index") if name in found)
+
+
 def _training_anchors(
     anchors: AnchorGenerator,
     features: list[Tensor],
     sizes: Tensor,
     targets: Sequence[Mapping[str, Tensor]],
     epoch: int,
-    generator: torch.Generator | None,
+    generator: Generators,
     outputs: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
     """Predict every patch of this step into `outputs`; return the queries' boxes [B, Q, 4] and valid [B, Q]."""
@@ -113,7 +154,7 @@ def _probe(
     sizes: Tensor,
     targets: Sequence[Mapping[str, Tensor]],
     epoch: int,
-    generator: torch.Generator | None,
+    generator: Generators,
     outputs: dict[str, Any],
 ) -> tuple[_Explored, Tensor]:
     """Predict the patches of one level; returns its explored anchors and which coarser ones asked for them."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import pickle
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +18,7 @@ from torch import Tensor
 from asag.checkpoint import CheckpointInfo, load_detector
 from asag.detector import Detector, build_detector
 from asag.presets import find_preset
+from asag.zoo import HARMLESS_GLOBALS
 from train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -76,22 +79,52 @@ def load_initial_weights(detector: Detector, info: CheckpointInfo, path: Path) -
 
 
 def load_backbone(detector: Detector, path: Path) -> None:
-    """Take a backbone's weights (torchvision's names; a classifier's last layer is ignored), in place.
+    """Take a backbone's weights, in place.
 
-    The file is a safetensors file or a torch file of tensors only. Raises FileNotFoundError without it, and ValueError
-    when it cannot be read or is of another backbone.
+    The file is a safetensors file or a torch file of tensors and plain values, the tensors perhaps nested under
+    ``state_dict`` or ``model``. Names are torchvision's, also behind a prefix as contrastive pretraining writes them
+    (``module.encoder_q.``, ``backbone.``, ``encoder.``, ``body.``). Classifier layers and everything outside the prefix
+    (a momentum encoder, a queue, a neck) are ignored. Raises FileNotFoundError without the file, and ValueError when
+    it cannot be read, is of another backbone, or holds several.
     """
-    state = {name: value for name, value in _read_tensors(path).items() if not name.startswith("fc.")}
+    tensors = _read_tensors(path)
     ours = detector.backbone.state_dict()
-    wrong = [name for name, value in state.items() if name not in ours or ours[name].shape != value.shape]
-    missing = [name for name in ours if name not in state and not name.endswith("num_batches_tracked")]
-    if wrong or missing:
-        example = (wrong or missing)[0]
+    prefix = _backbone_prefix(tensors, set(ours), path)
+    state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    state = {name: value for name, value in state.items() if not name.startswith(_CLASSIFIERS)}
+    problems = {
+        "missing": [name for name in ours if name not in state and not name.endswith("num_batches_tracked")],
+        "left over": [name for name in state if name not in ours],
+        "of another shape": [name for name in state if name in ours and ours[name].shape != state[name].shape],
+    }
+    told = [f"{len(names)} {kind} ({', '.join(names[:3])})" for kind, names in problems.items() if names]
+    if told:
+        behind = f" behind the prefix {prefix!r}" if prefix else ""
         raise ValueError(
-            f"{path} does not hold the weights of {detector.config.backbone}: {len(missing)} tensors are missing and"
-            f" {len(wrong)} do not fit, for example {example}"
+            f"{path} does not hold the weights of {detector.config.backbone}{behind}: tensors {', '.join(told)}"
         )
     detector.backbone.load_state_dict(state, strict=False)
+    if prefix:
+        ignored = sum(not name.startswith(prefix) for name in tensors)
+        logger.info("backbone weights: the tensors named %s* of %s; %d others are not used", prefix, path, ignored)
+
+
+_CLASSIFIERS = ("fc.", "head.", "classifier.", "projector.", "predictor.")
+_MOMENTUM_COPY = re.compile(r"(?:^|[._])(?:encoder_k|momentum|target|teacher|ema)[._]")
+
+
+def _backbone_prefix(tensors: Mapping[str, Tensor], wanted: set[str], path: Path) -> str:
+    """What stands before torchvision's names; where several copies of the backbone are, the one that is trained."""
+    stem = "conv1.weight"
+    found = {name.removesuffix(stem) for name in tensors if name == stem or name.endswith(f".{stem}")}
+    # Blocks have a `conv1` as well: the backbone's prefix is one that most of the names follow.
+    counts = {prefix: sum(prefix + name in tensors for name in wanted) for prefix in found}
+    most = max(counts.values(), default=0)
+    fitting = sorted(prefix for prefix, count in counts.items() if count == most)
+    trained = [prefix for prefix in fitting if not _MOMENTUM_COPY.search(prefix)] or fitting
+    if len(trained) > 1:
+        raise ValueError(f"{path} holds several backbones ({', '.join(trained)}): keep one of them in the file")
+    return trained[0] if trained else ""
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -100,12 +133,14 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(HARMLESS_GLOBALS):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} cannot be read as tensors: {reason[:120]}") from None
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+    for name in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            content = content[name]
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path} is not a file of named tensors")
-    return content
+    return dict(content)

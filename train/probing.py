@@ -16,6 +16,7 @@ from torchvision.ops import box_convert, nms
 
 from asag.config import PATCH_SIDE
 from train.anchor_targets import FLIPS
+from train.randomness import Generators, generator_of
 
 FEWEST_PATCHES = 4
 SUPPRESSION_IOU = 0.25
@@ -109,7 +110,7 @@ def training_patches(
     image_sizes: Tensor,
     stride: int,
     epoch: int,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
     most: int | None = None,
 ) -> TrainingPatches:
     """The patches of one level for a training step of ``epoch`` (from 0).
@@ -117,7 +118,7 @@ def training_patches(
     ``corners`` [N, 2] and ``image_index`` [N] are the predicted patches, ``boxes`` per image [n, 4] the objects
     (``cxcywh``, fractions of the content), ``image_sizes`` [B, 2] the contents' (height, width) in pixels. Epoch 0
     explores ground-truth patches alone, at most ``most`` of an image; later epochs explore the predicted ones and
-    top up images that have few.
+    top up images that have few. ``generator``: one for all images, or one for each.
     """
     device = corners.device
     predicted, owner = corners.cpu(), image_index.cpu()
@@ -127,11 +128,11 @@ def training_patches(
         height, width = content
         pixels = box_convert(fractions.cpu() * torch.tensor([width, height, width, height]), "cxcywh", "xyxy")
         if epoch == 0:
-            first = ground_truth_corners(pixels, content, stride, generator)[:most]
+            first = ground_truth_corners(pixels, content, stride, generator_of(generator, image))[:most]
             added = first[:0]
         else:
             first = predicted[owner == image]
-            added = top_up_corners(len(first), pixels, content, stride, generator)
+            added = top_up_corners(len(first), pixels, content, stride, generator_of(generator, image))
         parts += [first, added]
         explored += [torch.ones(len(first), dtype=torch.bool), torch.zeros(len(added), dtype=torch.bool)]
         owners.append(torch.full((len(first) + len(added),), image))

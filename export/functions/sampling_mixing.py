@@ -60,13 +60,10 @@ def SamplingMixing(p2, p3, p4, p5, points, parameters, mixed_points: int):  # no
     channel_matrix = op.Reshape(channel_part, op.Concat(group_shape, per_group, per_group, axis=0))
     point_matrix = op.Reshape(point_part, op.Concat(group_shape, mixed_count, count, axis=0))
 
-    mixed = op.MatMul(samples, channel_matrix)
-    deviation = mixed - op.ReduceMean(mixed, [3, 4], keepdims=1)
-    variance = op.ReduceMean(deviation * deviation, [3, 4], keepdims=1)
-    mixed = op.Gelu(deviation / op.Sqrt(variance + 1e-5))
-    mixed = op.MatMul(point_matrix, mixed)
-    deviation = mixed - op.ReduceMean(mixed, [3, 4], keepdims=1)
-    variance = op.ReduceMean(deviation * deviation, [3, 4], keepdims=1)
-    mixed = op.Gelu(deviation / op.Sqrt(variance + 1e-5))
+    # The norms have no parameters; the operator wants a scale.
+    inner = op.Expand(1.0, op.Concat(count, per_group, axis=0))
+    outer = op.Expand(1.0, op.Concat(mixed_count, per_group, axis=0))
+    mixed = op.Gelu(op.LayerNormalization(op.MatMul(samples, channel_matrix), inner, axis=-2, epsilon=1e-5))
+    mixed = op.Gelu(op.LayerNormalization(op.MatMul(point_matrix, mixed), outer, axis=-2, epsilon=1e-5))
     flat = op.Reshape(mixed, op.Concat(batch_queries, [-1], axis=0))
     return flat

@@ -244,7 +244,8 @@ def test_batches_do_not_depend_on_workers_or_random_state(tmp_path):
     transform = TrainingTransform((32, 48, 64), 96)
 
     def loader(**options) -> DataLoader:
-        return make_loader(dataset, transform, batch_size=2, steps=7, seed=5, **options)
+        sampler = StepSampler(len(dataset), 2, 7, 5, options.pop("first_step", 0))
+        return make_loader(dataset, transform, sampler, **options)
 
     torch.manual_seed(0)
     state = torch.get_rng_state()

@@ -19,7 +19,7 @@ def targets_of(*counts: int) -> list[dict[str, torch.Tensor]]:
 
 def test_noise_scale_is_constant_or_falls() -> None:
     assert [noise_scale(epoch) for epoch in (0, 30)] == [0.4, 0.4]
-    assert [noise_scale(epoch, falling=True) for epoch in (0, 10, 36)] == pytest.approx([0.8, 0.4, 0.0])
+    assert [noise_scale(epoch, start=0.8, fall=0.04) for epoch in (0, 10, 36)] == pytest.approx([0.8, 0.4, 0.0])
 
 
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=4), st.integers(0, 25))

@@ -1,0 +1,90 @@
+"""Inputs for the ops that the kernels and the ONNX bodies are both tried on, and conversions of 16-bit floats."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+TORCH_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def to_element(array: Array, element: str) -> Array:
+    """float32 to the element type; bfloat16 as its bits."""
+    if element == "bfloat16":
+        return torch.from_numpy(array).bfloat16().view(torch.int16).numpy().view(np.uint16)
+    return array.astype(element)
+
+
+def to_float(array: Array, element: str) -> Array:
+    """The inverse of :func:`to_element`."""
+    if element == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).float().numpy()
+    return array.astype(np.float32)
+
+
+def tensors(*arrays: Array) -> list[torch.Tensor]:
+    return [torch.from_numpy(array) for array in arrays]
+
+
+def pyramid(random: np.random.Generator, batch: int, channels: int, finest: tuple[int, int]) -> list[Array]:
+    """P2..P5 with a finest map of `finest` cells, each level half as large, at least one cell."""
+    sizes = [(max(finest[0] >> level, 1), max(finest[1] >> level, 1)) for level in range(4)]
+    return [random.normal(size=(batch, channels, *size)).astype(np.float32) for size in sizes]
+
+
+def anchors(random: np.random.Generator, batch: int, count: int, extent: float, coarse: bool = False) -> Array:
+    """[B, A, 5]; `coarse` makes many equal confidences and places."""
+    centres = random.uniform(-0.1 * extent, 1.1 * extent, (batch, count, 2))
+    sizes = random.uniform(2, 200, (batch, count, 2))
+    confidence = random.uniform(0, 1, (batch, count, 1))
+    if coarse:
+        centres, confidence = np.round(centres / 40) * 40, np.round(confidence * 5) / 5
+    return np.concatenate((centres, sizes, confidence), axis=-1).astype(np.float32)
+
+
+def probing_inputs(
+    seed: int = 0, batch: int = 2, count: int = 100, cells: tuple[int, int] = (26, 25), coarse: bool = False
+) -> list[Array]:
+    """anchors, valid, feature and sizes of AdaptiveProbing at stride 16."""
+    random = np.random.default_rng(seed)
+    extent = 16 * max(cells)
+    sizes = np.stack([16 * np.array(cells) * random.uniform(0.4, 1, 2) for _ in range(batch)]).astype(np.float32)
+    return [
+        anchors(random, batch, count, extent, coarse),
+        random.random((batch, count)) < 0.8,
+        random.normal(size=(batch, 8, *cells)).astype(np.float32),
+        sizes,
+    ]
+
+
+def roi_boxes(random: np.random.Generator, batch: int, queries: int, extent: float) -> Array:
+    """[B, Q, 4] `cxcywh`: of all sizes, some far outside, some empty, some exactly between two levels."""
+    boxes = np.concatenate(
+        (random.uniform(-0.3, 1.3, (batch, queries, 2)) * extent, extent * 2 ** random.uniform(-8, 2, (batch, queries, 2))),
+        axis=-1,
+    )
+    special = [(20, 20, 112, 112), (30, 10, 224, 224), (0, 0, 448, 448), (5, 5, 0, 0), (-900, 40, 50, 50), (8, 8, 1e-3, 600)]
+    boxes[:, : len(special)] = special
+    return boxes.astype(np.float32)
+
+
+def mixing_inputs(
+    seed: int, batch: int, queries: int, sizes: tuple[int, int, int, int], finest: tuple[int, int]
+) -> list[Array]:
+    """P2..P5, points and parameters of SamplingMixing; sizes: groups, channels of a group, points, mixed points."""
+    random = np.random.default_rng(seed)
+    groups, channels, points, mixed = sizes
+    place = random.uniform(-0.2, 1.2, (batch, queries, groups, points, 2)) * np.array(finest[::-1])
+    level = random.uniform(-1, 4, (batch, queries, groups, points, 1))
+    # Far away, exactly on the first cell's centre, and on the map's corner.
+    place[:, :, :, :3] = np.array([(1e7, -1e7), (0.5, 0.5), finest[::-1]])
+    parameters = random.normal(size=(batch, queries, groups * (channels * channels + mixed * points)))
+    return [
+        *pyramid(random, batch, groups * channels, finest),
+        np.concatenate((place, level), axis=-1).astype(np.float32),
+        parameters.astype(np.float32),
+    ]
