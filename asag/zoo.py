@@ -23,7 +23,13 @@ from asag.detector import build_detector
 from asag.presets import PRESETS, find_preset
 from asag.published import load_published
 
-HARMLESS_GLOBALS: list[Any] = [argparse.Namespace, collections.Counter, collections.defaultdict, dict, pathlib.PosixPath]
+HARMLESS_GLOBALS: list[Any] = [
+    argparse.Namespace,
+    collections.Counter,
+    collections.defaultdict,
+    dict,
+    pathlib.PosixPath,
+]
 """What published files hold besides tensors and plain values. None of it runs code when it is rebuilt."""
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from asag_cli.console import EXISTING_FILE, FOLDER, console, progress_bar
+
+if TYPE_CHECKING:
+    from runtime.parity import Unavailable
 
 PRESET = "asag-a-tiny"
 TRAIN_IMAGES = 1600
@@ -26,6 +31,10 @@ CONTINUE_RECIPE = {
 
 SCRATCH_RECIPE = {"steps": 600, "warmup_steps": 100, "ema_decay": 0.99, "time_limit": 330.0}
 """As much training from nothing as fits the demo's eight minutes."""
+
+
+MODELS = {"model.onnx": "fp32", "model-fp16.onnx": "fp16"}
+"""Exported files and their precision; an engine is built from each."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +67,14 @@ def demo(output: Path, weights: Path | None) -> None:
 def run_demo(output: Path, weights: Path | None) -> DemoResult:
     """Run every step into `output`; with `weights` training continues from them, without it starts from nothing."""
     began = time.perf_counter()
+    if weights is not None and not weights.is_file():
+        raise FileNotFoundError(f"{weights}: no such checkpoint; leave --weights out to train from nothing")
     data = output / "data"
     _make_dataset(data)
     checkpoint = _train(data, output / "run", weights)
-    model = _export(checkpoint, output / "model.onnx")
-    engine = _build(model, output / "model.engine")
-    return _compare(output, data, checkpoint, model, engine, began)
+    models = [_export(checkpoint, output / name, precision) for name, precision in MODELS.items()]
+    engines = [_build(model, model.with_suffix(".engine")) for model in models]
+    return _compare(output, data, checkpoint, [*models, *engines], began)
 
 
 def _make_dataset(data: Path) -> None:
@@ -88,54 +99,53 @@ def _train(data: Path, run: Path, weights: Path | None) -> Path:
     return train(config).weights
 
 
-def _export(checkpoint: Path, path: Path) -> Path:
+def _export(checkpoint: Path, path: Path, precision: str) -> Path:
     from asag.checkpoint import load_detector
     from asag.deploy import DeployedDetector
     from export.model import export_onnx
 
-    _step(3, "exporting to ONNX")
+    _step(3, f"exporting to ONNX, {precision}")
     with console.status("exporting"):
-        report = export_onnx(DeployedDetector(*load_detector(checkpoint)), path)
-    operations = ", ".join(report.operations)
-    console.print(f"{path}: {report.bytes / 1e6:.1f} MB, {report.nodes} nodes; ops {operations}", highlight=False)
+        report = export_onnx(DeployedDetector(*load_detector(checkpoint)), path, precision)
+    console.print(f"{path}: {report.bytes / 1e6:.1f} MB, {report.nodes} nodes", highlight=False)
+    console.print(f"ops with a body in the file: {', '.join(report.operations)}", highlight=False)
     return path
 
 
-def _build(model: Path, path: Path) -> Path | str:
-    """The engine, or the reason why there is none."""
+def _build(model: Path, path: Path) -> Path | Unavailable:
+    """The engine, or the row that says why there is none."""
     from runtime.errors import BackendUnavailableError, one_line
+    from runtime.parity import Unavailable
     from runtime.tensorrt_rtx import build_engine
 
-    _step(4, "building a TensorRT-RTX engine (needs no GPU)")
+    _step(4, f"building a TensorRT-RTX engine from {model.name} (needs no GPU)")
     try:
         with console.status("building"):
             result = build_engine(model, path)
     except BackendUnavailableError as error:
         console.print(f"not built: {error}", style="yellow", highlight=False)
-        return one_line(error)
+        return Unavailable(path.name, "tensorrt-rtx", MODELS[model.name], one_line(error))
     console.print(f"{path}: {result.engine_bytes / 1e6:.1f} MB in {result.seconds:.1f} s", highlight=False)
     return path
 
 
-def _compare(output: Path, data: Path, checkpoint: Path, model: Path, engine: Path | str, began: float) -> DemoResult:
+def _compare(
+    output: Path, data: Path, checkpoint: Path, candidates: Sequence[Path | Unavailable], began: float
+) -> DemoResult:
     from runtime.coco_evaluation import open_coco
     from runtime.files import write_json
-    from runtime.parity import Unavailable, compare, open_candidate, parity_table
+    from runtime.parity import compare, open_candidate, parity_table
     from runtime.report import write_report
     from runtime.session import open_session
 
     _step(5, f"PyTorch against every backend, {VAL_IMAGES} images")
     dataset = open_coco(data)
-    candidates = [open_candidate(model)]
-    if isinstance(engine, Path):
-        candidates.append(open_candidate(engine))
-    else:
-        candidates.append(Unavailable("model.engine", "tensorrt-rtx", "fp32", engine))
+    opened = [open_candidate(candidate) if isinstance(candidate, Path) else candidate for candidate in candidates]
     with open_session(checkpoint) as reference, progress_bar("comparing") as advance:
-        result = compare(reference, candidates, dataset, progress=advance)
-        report = write_report(output / "report.html", result, dataset, title="ASAG demo", reference=reference)
+        result = compare(reference, opened, dataset, progress=advance)
     console.print(parity_table(result))
     write_json(output / "parity.json", result.to_json())
+    report = write_report(output / "report.html", result, dataset, title="ASAG demo")
     reference_result = result.rows[0].result
     assert reference_result is not None
     return DemoResult(reference_result.ap, report, time.perf_counter() - began)

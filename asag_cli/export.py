@@ -16,6 +16,13 @@ from asag_cli.console import EXISTING_FILE, OUTPUT_FILE, IntegersType, SizeType,
     "--input-size", type=SizeType(), help="Height and width of the input, multiples of 32; the preset's by default."
 )
 @click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16"]),
+    default="fp32",
+    show_default=True,
+    help="Type of backbone, neck and large linear layers; boxes, thresholds, norms and softmax stay float32.",
+)
+@click.option(
     "--input-type",
     type=click.Choice(["uint8", "float32"]),
     default="uint8",
@@ -33,6 +40,7 @@ def export(
     output: Path,
     input_size: tuple[int, int] | None,
     input_type: str,
+    precision: str,
     head: str | None,
     levels: str | None,
     patch_capacity: tuple[int, int] | None,
@@ -63,7 +71,7 @@ def export(
     parameters = sum(parameter.numel() for parameter in detector.parameters())
     model = DeployedDetector(detector, info, input_size, input_type, patch_capacity)
     with console.status("exporting"):
-        report = export_onnx(model, output, parameters)
+        report = export_onnx(model, output, precision, parameters)
     operations = ", ".join(f"{count} {name}" for name, count in report.operations.items())
     console.print(
         f"{report.path}: {report.bytes / 1e6:.1f} MB, {report.nodes} nodes, of them {operations}", highlight=False

@@ -72,6 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except click.exceptions.Abort:
         _fail("interrupted", 130)
     except click.UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # click 8.2 and later; the page itself is the message
+            click.echo(error.format_message(), err=True)
+            sys.exit(2)
         where = error.ctx.command_path if error.ctx is not None else "asag"
         _fail(f"{error.format_message().rstrip('.')}; see `{where} --help`", 2)
     except click.ClickException as error:

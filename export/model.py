@@ -16,6 +16,7 @@ import torch
 from asag.deploy import DeployedDetector
 from export.functions import HELPER_FUNCTIONS, OP_FUNCTIONS
 from export.functions.domain import DOMAIN, DOMAIN_VERSION, OPSET_VERSION
+from export.precision import convert_precision
 from export.translation import translation_table
 from runtime.files import write_bytes
 from runtime.metadata import ModelMetadata
@@ -39,16 +40,22 @@ class ExportReport:
     metadata: ModelMetadata
 
 
-def export_onnx(model: DeployedDetector, path: str | Path, parameters_of_checkpoint: int | None = None) -> ExportReport:
+def export_onnx(
+    model: DeployedDetector,
+    path: str | Path,
+    precision: str = "fp32",
+    parameters_of_checkpoint: int | None = None,
+) -> ExportReport:
     """Write `model` to `path` as ONNX with dynamic batch, the custom ops as nodes with model-local bodies, and
     metadata.
 
+    precision: "fp32", or "fp16" for backbone, neck and large linear layers (see `export.precision`);
     parameters_of_checkpoint: number of parameters before heads were dropped, for the report. The file is checked
     before it is written, whole or not at all. Raises ValueError when the checker refuses it.
     """
     path = Path(path)
-    metadata = ModelMetadata(**model.describe())
-    proto = build_onnx(model)
+    metadata = ModelMetadata(**{**model.describe(), "precision": precision})
+    proto = convert_precision(build_onnx(model), precision)
     for key, value in metadata.to_properties().items():
         proto.metadata_props.add(key=key, value=value)
     try:

@@ -37,8 +37,8 @@ def small_info(input_size: tuple[int, int] = (160, 192), patch_capacity: tuple[i
 def random_detector(config: DetectorConfig | None = None, seed: int = 0, confidence_shift: float = 0.0) -> Detector:
     """A detector whose layers all matter: what training would start at zero is random too.
 
-    Anchors get different sizes and confidences, many small and between the probing thresholds; `confidence_shift` is added
-    to the logits of the confidences.
+    Anchors get different sizes and confidences, many small and between the probing thresholds; `confidence_shift` is
+    added to the logits of the confidences.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

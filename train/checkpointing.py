@@ -1,16 +1,20 @@
-"""The state of a run on disk: what resuming needs, besides the weights that are shared."""
+"""The states of a run on disk: what resuming needs. The last few are kept."""
 
 from __future__ import annotations
 
 import json
+import logging
+import os
 import pickle
+import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.amp import GradScaler
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
@@ -18,8 +22,11 @@ from torch.optim.swa_utils import AveragedModel
 from asag.detector import Detector
 from runtime.files import atomic_path
 
-STATE_FILE = "state.pt"
-_FORMAT = 1
+logger = logging.getLogger(__name__)
+
+STATES_FOLDER = "checkpoints"
+_FORMAT = 2
+_NAME = re.compile(r"state-(\d+)\.pt")
 
 
 @dataclass
@@ -30,8 +37,8 @@ class TrainingState:
     average: AveragedModel | None
     optimizer: AdamW
     schedule: LambdaLR
-    generator: torch.Generator
-    """Draws the training-time patches and noise; on the CPU."""
+    scaler: GradScaler = field(default_factory=lambda: GradScaler("cpu", enabled=False))
+    """Scales the loss where the features are float16; else it does nothing."""
     step: int = 0
 
     @property
@@ -44,12 +51,47 @@ class TrainingState:
         return averaged
 
 
+def state_path(folder: str | Path, step: int) -> Path:
+    """Where a run in `folder` keeps its state after `step` steps."""
+    return Path(folder) / STATES_FOLDER / f"state-{step:08d}.pt"
+
+
+def kept_states(folder: str | Path) -> list[tuple[int, Path]]:
+    """The states of the run in `folder` as (step, file), the newest last."""
+    found = []
+    for path in (Path(folder) / STATES_FOLDER).glob("state-*.pt"):
+        match = _NAME.fullmatch(path.name)
+        if match:
+            found.append((int(match[1]), path))
+    return sorted(found)
+
+
+def has_run(folder: str | Path) -> bool:
+    """Whether a folder already holds the state of a run."""
+    return bool(kept_states(folder))
+
+
+def keep_state(folder: str | Path, state: TrainingState, computation: Mapping[str, Any], keep: int) -> Path:
+    """Write the state of the run in `folder`, then drop all but the `keep` newest ones. Returns its file.
+
+    Raises OSError, with the older states as they were, when it cannot be written, on a full disk for example.
+    """
+    path = state_path(folder, state.step)
+    save_state(path, state, computation)
+    # States after this step are left over from a later part of a run that was resumed from an older state.
+    older = [other for step, other in kept_states(folder) if step < state.step]
+    newer = [other for step, other in kept_states(folder) if step > state.step]
+    for other in [*older[: max(len(older) - keep + 1, 0)], *newer]:
+        other.unlink(missing_ok=True)
+    return path
+
+
 def save_state(path: str | Path, state: TrainingState, computation: Mapping[str, Any]) -> None:
     """Write the state to a temporary file and rename it to `path`.
 
     The file holds the trained weights too, so that a kill between two files cannot pair weights and optimizer of
     different steps. It loads with ``torch.load(weights_only=True)``. `computation` (JSON values) is what a run that
-    goes on from here must agree on.
+    goes on from here must agree on. Raises OSError, saying why, when it cannot be written whole.
     """
     content = {
         "format": _FORMAT,
@@ -59,14 +101,48 @@ def save_state(path: str | Path, state: TrainingState, computation: Mapping[str,
         "average": None if state.average is None else state.average.state_dict(),
         "optimizer": state.optimizer.state_dict(),
         "schedule": state.schedule.state_dict(),
+        "scaler": state.scaler.state_dict(),
         "random": {
-            "generator": state.generator.get_state(),
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         },
     }
-    with atomic_path(path) as temporary:
-        torch.save(content, temporary)
+    try:
+        with atomic_path(path) as temporary, temporary.open("wb") as stream:
+            torch.save(content, stream)
+            stream.flush()
+            # Renaming must not reach the disk before the content does.
+            os.fsync(stream.fileno())
+    except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as a RuntimeError
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0]
+        raise OSError(f"cannot write {path}: {reason}") from error
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Remove the temporary files of a run that was killed while it wrote."""
+    for place, pattern in ((Path(folder) / STATES_FOLDER, ".state-*"), (Path(folder), ".*.safetensors.*")):
+        for path in place.glob(pattern):
+            path.unlink(missing_ok=True)
+
+
+def resume_state(folder: str | Path, state: TrainingState, computation: Mapping[str, Any]) -> Path:
+    """Bring `state` to the newest state of the run in `folder` that can be read; returns its file.
+
+    A damaged file is passed over with a warning as long as there is an older one. Raises what `load_state` raises.
+    """
+    found = [path for _, path in reversed(kept_states(folder))]
+    if not found:
+        raise FileNotFoundError(f"nothing to resume: no {STATES_FOLDER}/state-*.pt in {folder}; start without resuming")
+    for path in found[:-1]:
+        try:
+            read_state(path)
+        except ValueError as error:
+            logger.warning("%s; going back to an older state", error)
+        else:
+            load_state(path, state, computation)
+            return path
+    load_state(found[-1], state, computation)
+    return found[-1]
 
 
 def load_state(path: str | Path, state: TrainingState, computation: Mapping[str, Any]) -> None:
@@ -76,7 +152,7 @@ def load_state(path: str | Path, state: TrainingState, computation: Mapping[str,
     `computation`.
     """
     path = Path(path)
-    content = _read(path)
+    content = read_state(path)
     _check_configuration(path, json.loads(content["configuration"]), json.loads(json.dumps(dict(computation))))
     try:
         state.detector.load_state_dict(content["detector"])
@@ -84,17 +160,19 @@ def load_state(path: str | Path, state: TrainingState, computation: Mapping[str,
             state.average.load_state_dict(content["average"])
         state.optimizer.load_state_dict(content["optimizer"])
         state.schedule.load_state_dict(content["schedule"])
+        if content["scaler"]:
+            state.scaler.load_state_dict(content["scaler"])
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} does not fit this detector ({reason}): train anew in another folder") from None
     state.step = content["step"]
-    state.generator.set_state(content["random"]["generator"])
     torch.set_rng_state(content["random"]["torch"])
     for index, random_state in enumerate(content["random"]["cuda"][: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(random_state, index)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_state(path: Path) -> dict[str, Any]:
+    """The content of a state's file. Raises FileNotFoundError, or ValueError when it is damaged or something else."""
     if not path.is_file():
         raise FileNotFoundError(f"nothing to resume: no {path}; start the run without resuming")
     try:
@@ -116,8 +194,3 @@ def _check_configuration(path: Path, recorded: Mapping[str, Any], current: Mappi
         raise ValueError(
             f"{path} belongs to a run with another configuration ({changes}): use the same or another folder"
         )
-
-
-def has_run(folder: str | Path) -> bool:
-    """Whether a folder already holds the state of a run."""
-    return (Path(folder) / STATE_FILE).exists()

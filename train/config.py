@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import types
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 SCHEDULES = ("step", "cosine")
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
 # Fields that say where and how long a run works, not what it computes: they may differ when a run is resumed.
 OPERATIONAL_FIELDS = frozenset(
     {
         "data",
+        "train_annotations",
+        "train_images",
+        "val_annotations",
+        "val_images",
         "output",
         "resume",
+        "accumulate",
         "workers",
         "device",
         "log_interval",
+        "keep_checkpoints",
+        "picture_interval",
+        "tensorboard",
         "checkpoint_interval",
         "evaluation_interval",
         "evaluation_images",
@@ -37,12 +48,22 @@ class TrainConfig:
 
     preset: str
     """Name of the detector preset."""
-    data: Path
-    """Folder of a dataset in COCO's layout."""
+    data: Path | None
+    """Folder of a dataset in COCO's layout; None where `train_annotations` names a file."""
     output: Path
     """Folder of the run: weights, state, losses and configuration."""
     train_split: str = "train2017"
     val_split: str = "val2017"
+    train_annotations: Path | None = None
+    """Annotations in COCO's format to train on, instead of the folder's `train_split`."""
+    train_images: Path | None = None
+    """Folder of their images; None takes the folder of the annotations."""
+    val_annotations: Path | None = None
+    """Annotations to evaluate on, instead of the folder's `val_split`."""
+    val_images: Path | None = None
+    """Folder of their images; None takes the folder of the annotations."""
+    skip_missing_images: bool = False
+    """Leave out images whose file is not there; else one of them stops the run before it begins."""
 
     epochs: float = 12
     """Passes over the training images."""
@@ -51,6 +72,9 @@ class TrainConfig:
     first_epoch: int = 0
     """Number that the first epoch counts as. Epoch 0 takes its patches from ground truth; trained weights need 1."""
     batch_size: int = 16
+    """Images of one optimizer step, over all processes and pieces."""
+    accumulate: int = 1
+    """Pieces that a process cuts its images of a step into, for less memory; the gradients stay the same."""
 
     learning_rate: float = 2e-4
     backbone_learning_rate: float = 2e-5
@@ -74,11 +98,21 @@ class TrainConfig:
     """How far noised queries are moved, as a share of the object; None trains without them."""
     denoising_fall: float = 0.0
     """What the scale loses every epoch."""
-    mixed_precision: bool = True
-    """Run backbone and neck in bfloat16 on a GPU; the CPU always computes in float32."""
+    precision: str = "auto"
+    """What backbone and neck compute in: `float32`, `bfloat16`, `float16` (the loss is then scaled), or `auto` for
+    bfloat16 on a GPU and float32 on a CPU. All that follows is float32."""
+    compile: bool = False
+    """Compile backbone and neck with torch.compile."""
+    channels_last: bool | None = None
+    """Keep a pixel's channels side by side in memory in backbone and neck; None does so on a GPU."""
 
     training_shorter_sides: tuple[int, ...] = ()
     """Shorter sides in pixels, one drawn for each image; empty takes the preset's."""
+    crop_probability: float = 0.0
+    """Chance that an image is first resized to one of `crop_shorter_sides` and cropped at random."""
+    crop_shorter_sides: tuple[int, ...] = (400, 500, 600)
+    crop_sides: tuple[int, int] = (384, 600)
+    """Shortest and longest side of a crop in pixels."""
     flip_probability: float = 0.5
     """Chance of a horizontal flip."""
     seed: int = 0
@@ -101,22 +135,24 @@ class TrainConfig:
     """Steps between two evaluations; None evaluates once, at the end; 0 never."""
     evaluation_images: int | None = None
     """Evaluate on the first images only; None takes all."""
+    keep_checkpoints: int = 2
+    """How many of the last states are kept to resume from."""
+    picture_interval: int = 1000
+    """Steps between two pictures of what is detected on a few validation images; the last step gets one; 0 never."""
+    tensorboard: bool = True
+    """Write events for TensorBoard where it is installed."""
     stop_after: int | None = None
     """End this process after that many steps of the run, with a checkpoint; the schedule still aims at all of them."""
     time_limit: float | None = None
     """End this process when it has trained for that many seconds, with a checkpoint."""
 
     def __post_init__(self) -> None:
-        for name in ("data", "output", "initial_weights", "backbone_weights"):
-            value = getattr(self, name)
-            if value is not None:
-                object.__setattr__(self, name, Path(value))
-        for name in ("milestones", "training_shorter_sides"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name, expected in typing.get_type_hints(type(self)).items():
+            object.__setattr__(self, name, _as_type(name, getattr(self, name), expected))
         _check(self)
 
     @classmethod
-    def for_preset(cls, preset: str, data: str | Path, output: str | Path, **overrides: Any) -> TrainConfig:
+    def for_preset(cls, preset: str, data: str | Path | None, output: str | Path, **overrides: Any) -> TrainConfig:
         """The recipe of a detector preset with some fields replaced; overrides that are None are left out.
 
         Raises ValueError on a field that does not exist.
@@ -129,7 +165,8 @@ class TrainConfig:
         given = {name: value for name, value in overrides.items() if value is not None}
         if "epochs" in given and "steps" not in given:
             values.pop("steps", None)
-        return cls(preset=preset, data=Path(data), output=Path(output), **{**values, **given})
+        data, output = None if data is None else Path(data), Path(output)
+        return cls(preset=preset, data=data, output=output, **{**values, **given})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -141,13 +178,15 @@ class TrainConfig:
         return {name: value for name, value in self.to_dict().items() if name not in OPERATIONAL_FIELDS}
 
 
+_MULTI_SCALE = {"training_shorter_sides": tuple(range(640, 801, 32)), "crop_probability": 0.5}
+
 # Epochs, milestones and sizes by recipe. `tiny` starts from random weights on few small images: the backbone learns
 # as fast as the rest, and steps are as large as the clipped gradients allow.
 RECIPES: dict[str, dict[str, Any]] = {
     "dn": {"epochs": 12, "milestones": (8, 11), "denoising_scale": 0.4},
     "1x": {"epochs": 12, "milestones": (8, 11)},
-    "3x": {"epochs": 36, "milestones": (24, 33), "training_shorter_sides": tuple(range(640, 801, 32))},
-    "crowdhuman": {"epochs": 50, "milestones": (40, 46), "training_shorter_sides": tuple(range(640, 801, 32))},
+    "3x": {"epochs": 36, "milestones": (24, 33), **_MULTI_SCALE},
+    "crowdhuman": {"epochs": 50, "milestones": (40, 46), **_MULTI_SCALE},
     "tiny": {
         "epochs": 24,
         "batch_size": 8,
@@ -172,10 +211,12 @@ def recipe_name(preset: str) -> str:
 
 def _check(config: TrainConfig) -> None:
     """Refuse values that no run can have."""
-    positive = ("batch_size", "log_interval", "checkpoint_interval", "learning_rate", "gradient_clip", "epochs")
+    positive = ("batch_size", "accumulate", "log_interval", "checkpoint_interval", "keep_checkpoints")
+    positive += ("learning_rate", "gradient_clip", "epochs")
     at_least_zero = ("backbone_learning_rate", "weight_decay", "warmup_steps", "workers", "first_epoch", "seed")
+    at_least_zero += ("picture_interval",)
     optional_positive = ("steps", "evaluation_images", "stop_after", "time_limit")
-    shares = ("warmup_start", "flip_probability", "decay_factor", "final_rate", "denoising_fall")
+    shares = ("warmup_start", "flip_probability", "crop_probability", "decay_factor", "final_rate", "denoising_fall")
     for name in positive:
         _require(name, getattr(config, name), "above 0", lambda value: value > 0)
     for name in at_least_zero:
@@ -195,10 +236,51 @@ def _check(config: TrainConfig) -> None:
         raise ValueError(f"schedule is {config.schedule!r}; choose one of {', '.join(SCHEDULES)}")
     if list(config.milestones) != sorted(config.milestones):
         raise ValueError(f"milestones must rise, they are {config.milestones}")
-    if any(side < 32 for side in config.training_shorter_sides):
-        raise ValueError(f"training_shorter_sides must be at least 32 pixels, they are {config.training_shorter_sides}")
+    if config.precision not in PRECISIONS:
+        raise ValueError(f"precision is {config.precision!r}; choose one of {', '.join(PRECISIONS)}")
+    if config.data is None and config.train_annotations is None:
+        raise ValueError("nothing to train on: name a dataset folder (data) or an annotation file (train_annotations)")
+    for name in ("train", "val"):
+        if getattr(config, f"{name}_images") is not None and getattr(config, f"{name}_annotations") is None:
+            raise ValueError(f"{name}_images needs {name}_annotations, the file with their boxes")
+    for name in ("training_shorter_sides", "crop_shorter_sides", "crop_sides"):
+        if any(side < 32 for side in getattr(config, name)):
+            raise ValueError(f"{name} must be at least 32 pixels, they are {getattr(config, name)}")
+    if config.crop_sides[0] > config.crop_sides[1] or (config.crop_probability and not config.crop_shorter_sides):
+        raise ValueError("crop_sides must be (shortest, longest), and crop_shorter_sides name at least one side")
 
 
 def _require(name: str, value: float, rule: str, holds: Any) -> None:
     if not math.isfinite(value) or not holds(value):
         raise ValueError(f"{name} is {value}; it must be {rule}")
+
+
+def _as_type(name: str, value: Any, expected: Any) -> Any:
+    """A value of a field's type from what JSON, YAML or a caller gives for it. ValueError naming the field."""
+    if isinstance(expected, types.UnionType):
+        choices = typing.get_args(expected)
+        if value is None and types.NoneType in choices:
+            return None
+        expected = next(choice for choice in choices if choice is not types.NoneType)
+    if typing.get_origin(expected) is tuple:
+        inner = typing.get_args(expected)
+        if not isinstance(value, list | tuple) or (Ellipsis not in inner and len(value) != len(inner)):
+            raise ValueError(f"{name} is {value!r}; it must be a list of numbers")
+        return tuple(_as_type(name, entry, inner[0]) for entry in value)
+    if expected is Path and isinstance(value, str | Path):
+        return Path(value)
+    if expected is bool and isinstance(value, bool):
+        return value
+    if expected is str and isinstance(value, str):
+        return value
+    if expected in (int, float) and not isinstance(value, bool):
+        try:
+            number = float(value)  # YAML reads 2e-4 as a text
+        except (TypeError, ValueError):
+            number = math.nan
+        if expected is float and (isinstance(value, float) or not math.isnan(number)):
+            return number
+        if expected is int and not math.isnan(number) and number.is_integer():
+            return int(number)
+    kind = {int: "a whole number", float: "a number", bool: "true or false", Path: "a path"}.get(expected, "a text")
+    raise ValueError(f"{name} is {value!r}; it must be {kind}")

@@ -6,13 +6,13 @@ import json
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch.utils.data import Dataset
 
 from runtime.preprocessing import load_image
@@ -29,6 +29,10 @@ SHORTEST_SIDE = 32
 """Images with a side under this many pixels are left out (specification section 7)."""
 
 
+MOST_CHECKED_SIZES = 2000
+"""So many pictures' sizes are compared with the annotations' before training."""
+_TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
+
 Target = dict[str, torch.Tensor]
 """Objects of one image: `boxes` [n, 4] float32, `labels` [n] int64 class indices."""
 
@@ -43,6 +47,9 @@ class DatasetCounts:
     small_images: int = 0
     crowd_annotations: int = 0
     bad_boxes: int = 0
+    repeated_images: int = 0
+    repeated_annotations: int = 0
+    missing_images: int = 0
 
     def sentence(self) -> str:
         """One line for a person."""
@@ -51,6 +58,9 @@ class DatasetCounts:
             f"images with a side under {SHORTEST_SIDE} pixels": self.small_images,
             "crowd annotations": self.crowd_annotations,
             "bad boxes (empty, outside the image or not numbers)": self.bad_boxes,
+            "images listed twice": self.repeated_images,
+            "annotations whose id is taken": self.repeated_annotations,
+            "images whose file is missing": self.missing_images,
         }
         parts = [f"{count} {name}" for name, count in left_out.items() if count]
         ending = f"; left out: {', '.join(parts)}" if parts else ""
@@ -62,20 +72,25 @@ class DetectionDataset(Dataset[tuple[Image.Image, Target]]):
 
     ``dataset[i]`` is the RGB picture and its target: boxes ``xyxy`` in pixels of the picture, clipped to it, and class
     indices in the order of the rising category ids. ``category_ids`` and ``category_names`` follow from the file. Left
-    out: crowd annotations, boxes that are empty, outside or not numbers, images without objects, and images with a
-    side under 32 pixels; ``counts`` tells how many, and one log line reports it.
+    out: crowd annotations, boxes that are empty, outside or not numbers, images without objects, images with a side
+    under 32 pixels, entries that repeat an image, and annotations whose id an earlier one has; ``counts`` tells how
+    many, and one log line reports it. With `skip_missing` so are images whose file is missing.
 
     Raises FileNotFoundError when the annotation file or an image is missing, and ValueError when the file is not one
-    of COCO's kind, or when nothing remains to train on.
+    of COCO's kind, when two images share an id, or when nothing remains to train on.
     """
 
-    def __init__(self, images_dir: str | Path, annotation_file: str | Path) -> None:
+    def __init__(self, images_dir: str | Path, annotation_file: str | Path, skip_missing: bool = False) -> None:
         self.images_dir, self.annotation_file = Path(images_dir), Path(annotation_file)
         content = _read_annotations(self.annotation_file)
         names = _categories(content, self.annotation_file)
         self.category_ids: tuple[int, ...] = tuple(sorted(names))
         self.category_names: tuple[str, ...] = tuple(names[key] for key in self.category_ids)
-        objects, crowd, bad = _objects_by_image(content, self.category_ids, self.annotation_file)
+        listed = len(content["images"])
+        content["images"] = _distinct_images(content["images"], self.annotation_file)
+        repeated_images = listed - len(content["images"])
+        found_objects = _objects_by_image(content, self.category_ids, self.annotation_file)
+        objects = found_objects.by_image
         large = [image for image in content["images"] if min(image["height"], image["width"]) >= SHORTEST_SIDE]
         # Only flat arrays are kept: worker processes share them, where many small objects would be copied by and by.
         self._files: list[str] = []
@@ -83,9 +98,11 @@ class DetectionDataset(Dataset[tuple[Image.Image, Target]]):
         boxes: list[tuple[float, ...]] = []
         labels: list[int] = []
         starts = [0]
-        for image in large:
-            found = objects.get(image["id"])
-            if not found:
+        with_objects = [image for image in large if objects.get(image["id"])]
+        missing = self._missing([image["file_name"] for image in with_objects], skip_missing)
+        for image in with_objects:
+            found = objects[image["id"]]
+            if image["file_name"] in missing:
                 continue
             self._files.append(image["file_name"])
             self._sizes.append((image["height"], image["width"]))
@@ -98,17 +115,20 @@ class DetectionDataset(Dataset[tuple[Image.Image, Target]]):
         self.counts = DatasetCounts(
             images=len(self._files),
             objects=len(self._labels),
-            images_without_objects=len(large) - len(self._files),
+            images_without_objects=len(large) - len(with_objects),
             small_images=len(content["images"]) - len(large),
-            crowd_annotations=crowd,
-            bad_boxes=bad,
+            crowd_annotations=found_objects.crowd,
+            bad_boxes=found_objects.bad,
+            repeated_images=repeated_images,
+            repeated_annotations=found_objects.repeated,
+            missing_images=len(missing),
         )
         if not self._files:
             raise ValueError(f"{self.annotation_file} has nothing to train on: {self.counts.sentence()}")
-        self._check_files()
-        logger.info("%s: %s", self.annotation_file.name, self.counts.sentence())
-        if bad:
-            logger.warning("%s: left out %d bad boxes (empty, outside, not numbers)", self.annotation_file, bad)
+        self._check_sizes()
+        counts = self.counts
+        wrong = counts.bad_boxes + counts.repeated_images + counts.repeated_annotations + counts.missing_images
+        logger.log(logging.WARNING if wrong else logging.INFO, "%s: %s", self.annotation_file, counts.sentence())
 
     def __len__(self) -> int:
         return len(self._files)
@@ -116,12 +136,7 @@ class DetectionDataset(Dataset[tuple[Image.Image, Target]]):
     def __getitem__(self, index: int) -> tuple[Image.Image, Target]:
         path = self.images_dir / self._files[index]
         image = load_image(path)
-        height, width = self._sizes[index]
-        if image.size != (width, height):
-            raise ValueError(
-                f"{path} is {image.width} x {image.height} pixels, but {self.annotation_file.name} says"
-                f" {width} x {height}: the annotations belong to another picture"
-            )
+        self._check_size(index, image.size)
         objects = slice(self._starts[index], self._starts[index + 1])
         return image, Target(
             boxes=torch.from_numpy(self._boxes[objects].copy()), labels=torch.from_numpy(self._labels[objects].copy())
@@ -135,20 +150,45 @@ class DetectionDataset(Dataset[tuple[Image.Image, Target]]):
         """(height, width) of an image in pixels."""
         return self._sizes[index]
 
-    def _check_files(self) -> None:
-        """Raise FileNotFoundError for missing images now, not hours later."""
+    def _missing(self, names: list[str], skip: bool) -> set[str]:
+        """The images whose file is missing, now, not hours later; FileNotFoundError unless they are to be skipped."""
         if not self.images_dir.is_dir():
             raise FileNotFoundError(f"no folder {self.images_dir} with the images of {self.annotation_file}")
         present = {entry.name for entry in self.images_dir.iterdir()}
-        missing = [name for name in self._files if name not in present and not (self.images_dir / name).is_file()]
-        if missing:
+        missing = [name for name in names if name not in present and not (self.images_dir / name).is_file()]
+        if missing and not skip:
             raise FileNotFoundError(
-                f"{len(missing)} images of {self.annotation_file} are missing in {self.images_dir},"
-                f" the first is {missing[0]}"
+                f"{len(missing)} images of {self.annotation_file} are missing in {self.images_dir}, the first is"
+                f" {missing[0]}; --set skip_missing_images=true trains without them"
+            )
+        return set(missing)
+
+    def _check_sizes(self) -> None:
+        """Compare the sizes that the file states with the pictures', of all or, of many, evenly spread ones.
+
+        Only headers are read. Pictures that cannot be read are left for the loader to name.
+        """
+        step = max(1, len(self) // MOST_CHECKED_SIZES)
+        for index in range(0, len(self), step):
+            try:
+                with Image.open(self.images_dir / self._files[index]) as image:
+                    turned = image.getexif().get(ExifTags.Base.Orientation, 1) in _TURNED
+                    size = image.size[::-1] if turned else image.size
+            except (OSError, SyntaxError, ValueError):
+                continue
+            self._check_size(index, size)
+
+    def _check_size(self, index: int, size: tuple[int, int]) -> None:
+        """ValueError unless a picture's (width, height) is the annotated one."""
+        height, width = self._sizes[index]
+        if size != (width, height):
+            raise ValueError(
+                f"{self.images_dir / self._files[index]} is {size[0]} x {size[1]} pixels, but"
+                f" {self.annotation_file.name} says {width} x {height}: the annotations belong to another picture"
             )
 
 
-def open_training_split(data: str | Path, split: str = "train2017") -> DetectionDataset:
+def open_training_split(data: str | Path, split: str = "train2017", skip_missing: bool = False) -> DetectionDataset:
     """The split of a dataset folder in COCO's layout: ``annotations/instances_<split>.json`` and ``<split>/``.
 
     Raises FileNotFoundError naming what was looked for.
@@ -159,7 +199,7 @@ def open_training_split(data: str | Path, split: str = "train2017") -> Detection
     annotation_file = root / "annotations" / f"instances_{split}.json"
     if not annotation_file.is_file():
         raise FileNotFoundError(f"{root} is not a dataset in COCO's layout with a split {split}: no {annotation_file}")
-    return DetectionDataset(root / split, annotation_file)
+    return DetectionDataset(root / split, annotation_file, skip_missing)
 
 
 def _read_annotations(path: Path) -> dict[str, Any]:
@@ -190,19 +230,46 @@ def _categories(content: dict[str, Any], path: Path) -> dict[int, str]:
     return names
 
 
-def _objects_by_image(
-    content: dict[str, Any], category_ids: tuple[int, ...], path: Path
-) -> tuple[dict[Any, list[tuple[tuple[float, ...], int]]], int, int]:
-    """Clipped boxes ``xyxy`` with class indices by image id, and the numbers of crowd annotations and of bad boxes."""
+def _distinct_images(images: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    """The images without entries that repeat another. ValueError when different images share an id."""
+    by_id: dict[int, dict[str, Any]] = {}
+    clashes = []
+    for image in images:
+        first = by_id.setdefault(image["id"], image)
+        if any(first[name] != image[name] for name in ("file_name", "height", "width")):
+            clashes.append(image["id"])
+    if clashes:
+        raise ValueError(
+            f"{path}: an image id is used twice, in {len(clashes)} cases; the first is {clashes[0]}, so nobody can"
+            " tell whose its boxes are: number the images anew"
+        )
+    return list(by_id.values())
+
+
+@dataclass
+class _Objects:
+    """Clipped boxes ``xyxy`` with class indices by image id, and how many annotations were left out, and why."""
+
+    by_image: dict[int, list[tuple[tuple[float, ...], int]]] = field(default_factory=dict)
+    crowd: int = 0
+    bad: int = 0
+    repeated: int = 0
+
+
+def _objects_by_image(content: dict[str, Any], category_ids: tuple[int, ...], path: Path) -> _Objects:
     index_of = {category_id: index for index, category_id in enumerate(category_ids)}
     sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
-    if len(sizes) != len(content["images"]):
-        raise ValueError(f"{path}: an image id is used twice")
-    objects: dict[Any, list[tuple[tuple[float, ...], int]]] = {}
-    crowd = bad = 0
+    found = _Objects()
+    ids: set[Any] = set()
     for annotation in content["annotations"]:
-        if annotation.get("iscrowd", 0):
-            crowd += 1
+        identifier = annotation.get("id")
+        if isinstance(identifier, int | str):
+            if identifier in ids:
+                found.repeated += 1
+                continue
+            ids.add(identifier)
+        if annotation.get("iscrowd") or annotation.get("ignore"):
+            found.crowd += 1
             continue
         category_id = annotation["category_id"]
         if category_id not in index_of:
@@ -213,10 +280,10 @@ def _objects_by_image(
             continue
         box = _clipped_box(annotation.get("bbox"), *size)
         if box is None:
-            bad += 1
+            found.bad += 1
             continue
-        objects.setdefault(annotation["image_id"], []).append((box, index_of[category_id]))
-    return objects, crowd, bad
+        found.by_image.setdefault(annotation["image_id"], []).append((box, index_of[category_id]))
+    return found
 
 
 def _clipped_box(box: Any, height: float, width: float) -> tuple[float, float, float, float] | None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from runtime.coco_evaluation import CocoFolder, CocoResult, evaluate_session, open_coco
+from runtime.coco_evaluation import CocoFolder, CocoResult, evaluate, open_coco
+from runtime.metadata import ModelMetadata
+from runtime.postprocessing import Detections
 from runtime.pytorch_session import PyTorchSession
+from train.crowdhuman_evaluation import CrowdHumanResult, evaluate_crowdhuman
+from train.processes import Processes
 
 if TYPE_CHECKING:
     from asag.checkpoint import CheckpointInfo
@@ -18,18 +23,78 @@ if TYPE_CHECKING:
 EVALUATION_BATCH = 4
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """Results of one evaluation; the ones of CrowdHuman's kind only for its detectors."""
+
+    coco: CocoResult
+    crowdhuman: CrowdHumanResult | None = None
+
+    @property
+    def score(self) -> float:
+        """What decides which weights are the best: AP."""
+        return self.coco.ap if self.crowdhuman is None else self.crowdhuman.ap
+
+    def values(self) -> dict[str, float]:
+        """The numbers by name, 0..1."""
+        coco = self.coco
+        values = {"AP": coco.ap, "AP50": coco.ap50, "AP75": coco.ap75}
+        values |= {"small": coco.aps, "medium": coco.apm, "large": coco.apl}
+        if self.crowdhuman is not None:
+            found = self.crowdhuman
+            values = {"AP": found.ap, "mMR": found.log_average_miss_rate, "recall": found.recall, "COCO AP": coco.ap}
+        return values
+
+    def sentence(self) -> str:
+        """One line for a person."""
+        listed = ", ".join(f"{name} {value:.3f}" for name, value in self.values().items())
+        return f"{listed} on {self.coco.images} images"
+
+
 def open_validation(data: str | Path, split: str, category_ids: Sequence[int]) -> CocoFolder:
     """The validation images of a dataset folder.
 
     Raises FileNotFoundError when they are not there, and ValueError when their categories are not `category_ids`.
     """
-    folder = open_coco(data, split)
+    return check_categories(open_coco(data, split), category_ids)
+
+
+def check_categories(folder: CocoFolder, category_ids: Sequence[int]) -> CocoFolder:
+    """The folder itself; ValueError when its categories are not `category_ids`."""
     if tuple(folder.category_ids) != tuple(category_ids):
         raise ValueError(
             f"{folder.annotations_path} has other categories ({len(folder.category_ids)}) than the training images"
             f" ({len(category_ids)}): both splits must list the same ones"
         )
     return folder
+
+
+def detect(
+    detector: Detector,
+    info: CheckpointInfo,
+    validation: CocoFolder,
+    image_ids: Sequence[int],
+    device: torch.device | str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[dict[int, Detections], ModelMetadata]:
+    """Detections of the deployed head on some images by their id, and the deployed model's description.
+
+    The detector is copied, not changed, and torch's random numbers are left as they were.
+    """
+    from asag.deploy import DeployedDetector
+
+    found: dict[int, Detections] = {}
+    with torch.random.fork_rng():
+        deployed = DeployedDetector(detector, info, input_type="uint8")
+        session = PyTorchSession(deployed, info.preset, str(device))
+        stream = session.stream((validation.load(image_id) for image_id in image_ids), EVALUATION_BATCH)
+        for image_id, detections in zip(image_ids, stream, strict=True):
+            found[image_id] = detections
+            if progress is not None:
+                progress(len(found), len(image_ids))
+        metadata = session.metadata
+        session.close()
+    return found, metadata
 
 
 def evaluate_detector(
@@ -40,24 +105,20 @@ def evaluate_detector(
     device: torch.device | str = "cpu",
     images: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> CocoResult:
-    """COCO results of the deployed head on the validation images, or the first `images` of them.
+    processes: Processes | None = None,
+) -> Evaluation | None:
+    """Results on the validation images, or the first `images` of them; every process detects on its share.
 
-    The detector is copied, not changed, and torch's random numbers are left as they were.
+    Only the first process gets them; the others get None.
     """
-    from asag.deploy import DeployedDetector
-
-    with torch.random.fork_rng():
-        deployed = DeployedDetector(detector, info, input_type="uint8")
-        session = PyTorchSession(deployed, info.preset, str(device))
-        image_ids = validation.image_ids[:images]
-        result, _ = evaluate_session(session, validation, image_ids, EVALUATION_BATCH, progress)
-    return result
-
-
-def describe_result(result: CocoResult) -> str:
-    """One line for a person; values from 0 to 1."""
-    values = {"AP": result.ap, "AP50": result.ap50, "AP75": result.ap75, "small": result.aps, "medium": result.apm}
-    values["large"] = result.apl
-    listed = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
-    return f"{listed} on {result.images} images"
+    processes = processes or Processes()
+    image_ids = validation.image_ids[:images]
+    share = image_ids[processes.rank :: processes.count]
+    found, _ = detect(detector, info, validation, share, device, progress)
+    gathered = processes.gather(found)
+    if not processes.is_main:
+        return None
+    everything = {image_id: detections for part in gathered for image_id, detections in part.items()}
+    ordered = {image_id: everything[image_id] for image_id in image_ids}
+    crowdhuman = evaluate_crowdhuman(validation, ordered) if detector.config.dataset == "crowdhuman" else None
+    return Evaluation(evaluate(validation, ordered), crowdhuman)

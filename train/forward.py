@@ -63,8 +63,8 @@ def training_outputs(
 
     images: [B, 3, H, W] normalized, zero-padded; sizes: [B, 2] float32 (height, width) of the content in pixels;
     targets: per image `boxes` [n, 4] (normalized `cxcywh`) and `labels` [n]; epoch: from 0, which takes its patches
-    from ground truth; generator: source of every random draw, one or one for each image; denoising_scale: adds noised queries (None for none);
-    feature_precision: run backbone and neck in that type under autocast.
+    from ground truth; generator: source of every random draw, one or one for each image; denoising_scale: adds noised
+    queries (None for none); feature_precision: run backbone and neck in that type under autocast.
     """
     with torch.autocast(images.device.type, dtype=feature_precision, enabled=feature_precision is not None):
         features = detector.features(images)

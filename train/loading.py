@@ -37,8 +37,8 @@ class StepSampler(Sampler[list[Place]]):
 
     Every epoch is a fresh permutation of all images; those that do not fill a last batch are left out of that epoch. A
     dataset smaller than a batch makes one batch per epoch. A step's batch is cut into ``accumulate`` times ``count``
-    pieces of almost equal length, and this process, number ``rank`` of ``count``, gets ``accumulate`` of them. So a step
-    trains on the same images however it is cut. Raises ValueError when there are more pieces than images.
+    pieces of almost equal length, and this process, number ``rank`` of ``count``, gets ``accumulate`` of them. So a
+    step trains on the same images however it is cut. Raises ValueError when there are more pieces than images.
     """
 
     def __init__(

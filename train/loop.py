@@ -2,40 +2,45 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
+import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
-import torchvision
-from torch import Tensor, nn
+from safetensors import SafetensorError
+from torch.amp import GradScaler
 
 from asag.checkpoint import CheckpointInfo, save_detector
-from asag.config import IMAGE_MEAN, IMAGE_STD
+from runtime.coco_evaluation import CocoFolder, CocoResult
+from runtime.errors import one_line
 from runtime.files import write_json
 from train.averaging import average_of
-from train.checkpointing import STATE_FILE, TrainingState, has_run, load_state, save_state
+from train.checkpointing import TrainingState, has_run, keep_state, kept_states, remove_leftovers, resume_state
 from train.config import TrainConfig
 from train.criterion import DetectionCriterion
-from train.dataset import DetectionDataset, Target, open_training_split
-from train.evaluation import describe_result, evaluate_detector, open_validation
-from train.forward import training_outputs
+from train.crowdhuman_evaluation import CrowdHumanResult
+from train.dataset import DetectionDataset, open_training_split
+from train.evaluation import Evaluation, check_categories, detect, evaluate_detector, open_validation
 from train.initialization import starting_detector
-from train.loading import make_loader, steps_per_epoch
-from train.reporting import TrainingReport
+from train.loading import StepSampler, make_loader, steps_per_epoch
+from train.pictures import pictured_images, write_curves, write_grid
+from train.processes import Processes, joined_processes
+from train.record import git_revision, versions
+from train.reporting import EVALUATIONS_FILE, LOSSES_FILE, TrainingReport
 from train.schedule import build_optimizer, build_schedule
-from train.transforms import Batch, TrainingTransform, normalize_images
-
-if TYPE_CHECKING:
-    from runtime.coco_evaluation import CocoFolder, CocoResult
+from train.step import Piece, StepMaker, feature_precision, prepare_detector
+from train.transforms import RandomCrop, TrainingTransform
 
 WEIGHTS_FILE = "weights.safetensors"
+BEST_FILE = "best.safetensors"
+BEST_RECORD = "best.json"
 CONFIG_FILE = "config.json"
+CURVES_FILE = "curves.png"
+PICTURES_FOLDER = "pictures"
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,9 @@ class TrainResult:
     losses: Mapping[str, float] = field(default_factory=dict)
     """Unweighted mean losses of the last log line, and their weighted ``total``."""
     evaluation: CocoResult | None = None
-    """COCO results of the last weights, where the run is finished and was to evaluate."""
+    """COCO results of the last weights, where the run is finished and was to evaluate (first process only)."""
+    crowdhuman: CrowdHumanResult | None = None
+    """CrowdHuman's measures likewise, for its detectors."""
 
     @property
     def finished(self) -> bool:
@@ -65,7 +72,9 @@ class _Run:
     """What the steps of one process share."""
 
     config: TrainConfig
+    processes: Processes
     dataset: DetectionDataset
+    validation: CocoFolder | None
     info: CheckpointInfo
     state: TrainingState
     criterion: DetectionCriterion
@@ -86,36 +95,39 @@ class _Run:
 def train(config: TrainConfig, progress: bool = True) -> TrainResult:
     """Train a detector as `config` says; `progress` shows a bar and log lines in the terminal.
 
-    The run's folder gets ``config.json``, ``losses.csv``, ``weights.safetensors`` and ``state.pt``; with
-    ``config.resume`` the run goes on from the last one, and on the CPU ends with the same weights, bit by bit, as a run
-    without interruption. Sets the seeds of torch's global random numbers.
+    The run's folder gets ``config.json``, ``losses.csv``, ``weights.safetensors``, the states to resume from, and what
+    the configuration asks for besides; with ``config.resume`` the run goes on from the last state, and on the CPU ends
+    with the same weights, bit by bit, as a run without interruption. Under torchrun every process calls this; the first
+    one writes. Sets the seeds of torch's global random numbers.
 
     Raises FileNotFoundError or ValueError, with a line that says what to do, for a missing or wrong dataset, a folder
-    that already holds a run, starting weights that do not fit, and a loss that is no longer finite.
+    that already holds a run, starting weights that do not fit, and a loss that is no longer finite; OSError when the
+    last weights cannot be written.
     """
-    device = resolve_device(config.device)
-    if has_run(config.output) and not config.resume:
-        raise ValueError(f"{config.output} already holds a training run: resume it or name another folder")
-    dataset = open_training_split(config.data, config.train_split)
-    validation = None
-    if config.evaluation_interval != 0:
-        validation = open_validation(config.data, config.val_split, dataset.category_ids)
-    run = _prepare(config, dataset, device)
-    _write_configuration(run)
-    began = time.perf_counter()
-    with TrainingReport(config.output, run.criterion.weights, run.total_steps, run.state.step, progress) as report:
-        report.say(f"training images: {dataset.counts.sentence()}")
-        report.say(f"{run.total_steps} steps of {min(config.batch_size, len(dataset))} images on {device}")
-        evaluation = _make_steps(run, report, validation, began)
-    return TrainResult(
-        output=config.output,
-        weights=config.output / WEIGHTS_FILE,
-        step=run.state.step,
-        total_steps=run.total_steps,
-        seconds=time.perf_counter() - began,
-        losses=report.last_losses,
-        evaluation=evaluation,
-    )
+    with joined_processes() as processes:
+        run = _prepare(config, processes)
+        began = time.perf_counter()
+        with TrainingReport(
+            config.output,
+            run.criterion.weights,
+            run.total_steps,
+            run.state.step,
+            progress,
+            processes,
+            config.tensorboard,
+        ) as report:
+            _announce(run, report)
+            evaluation = _make_steps(run, report, began)
+        return TrainResult(
+            output=config.output,
+            weights=config.output / WEIGHTS_FILE,
+            step=run.state.step,
+            total_steps=run.total_steps,
+            seconds=time.perf_counter() - began,
+            losses=report.last_losses,
+            evaluation=evaluation.coco if evaluation is not None else None,
+            crowdhuman=evaluation.crowdhuman if evaluation is not None else None,
+        )
 
 
 def resolve_device(name: str) -> torch.device:
@@ -131,11 +143,16 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def _prepare(config: TrainConfig, dataset: DetectionDataset, device: torch.device) -> _Run:
-    """Build the detector and all that trains it, at the start or where the resumed run stood."""
+def _prepare(config: TrainConfig, processes: Processes) -> _Run:
+    """Check the data, then build the detector and all that trains it, at the start or where the run stood."""
+    device = resolve_device(config.device)
+    if has_run(config.output) and not config.resume:
+        raise ValueError(f"{config.output} already holds a training run: resume it or name another folder")
+    dataset = _training_data(config)
+    validation = _validation_data(config, dataset)
     torch.manual_seed(config.seed)
     detector, info = starting_detector(config, dataset)
-    detector.to(device).train()
+    prepare_detector(detector, config, device)
     per_epoch = steps_per_epoch(len(dataset), config.batch_size)
     total = config.steps if config.steps is not None else max(1, round(config.epochs * per_epoch))
     optimizer = build_optimizer(detector, config)
@@ -144,112 +161,125 @@ def _prepare(config: TrainConfig, dataset: DetectionDataset, device: torch.devic
         average=None if config.ema_decay is None else average_of(detector, config.ema_decay),
         optimizer=optimizer,
         schedule=build_schedule(optimizer, config, total, per_epoch),
-        generator=torch.Generator().manual_seed(config.seed),
+        scaler=GradScaler(device.type, enabled=feature_precision(config, device) == torch.float16),
     )
     criterion = DetectionCriterion(len(dataset.category_ids)).to(device)
-    run = _Run(config, dataset, info, state, criterion, device, total, per_epoch)
+    run = _Run(config, processes, dataset, validation, info, state, criterion, device, total, per_epoch)
     if config.resume:
-        load_state(config.output / STATE_FILE, state, run.computation())
+        resume_state(config.output, state, run.computation())
+    if processes.is_main:
+        remove_leftovers(config.output)
+        _write_configuration(run)
     return run
 
 
-def _make_steps(run: _Run, report: TrainingReport, validation: CocoFolder | None, began: float) -> CocoResult | None:
-    """Make the remaining steps with their log lines, checkpoints and evaluations."""
+def _training_data(config: TrainConfig) -> DetectionDataset:
+    if config.train_annotations is not None:
+        folder = config.train_images or config.train_annotations.parent
+        return DetectionDataset(folder, config.train_annotations, config.skip_missing_images)
+    assert config.data is not None
+    return open_training_split(config.data, config.train_split, config.skip_missing_images)
+
+
+def _validation_data(config: TrainConfig, dataset: DetectionDataset) -> CocoFolder | None:
+    """The images to evaluate on; None where there are none, or none are wanted."""
+    if config.evaluation_interval == 0:
+        return None
+    if config.val_annotations is not None:
+        folder = CocoFolder(config.val_images or config.val_annotations.parent, config.val_annotations)
+        return check_categories(folder, dataset.category_ids)
+    if config.data is not None:
+        return open_validation(config.data, config.val_split, dataset.category_ids)
+    return None
+
+
+def _announce(run: _Run, report: TrainingReport) -> None:
+    config, count = run.config, run.processes.count
+    report.say(f"training images: {run.dataset.counts.sentence()}")
+    names = run.dataset.category_names
+    report.say(f"{len(names)} classes: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}")
+    if run.validation is None:
+        report.say("no evaluation: no validation images were named, or none was asked for")
+    cut = f" in {count} processes" if count > 1 else ""
+    cut += f", {config.accumulate} pieces each" if config.accumulate > 1 else ""
+    report.say(f"{run.total_steps} steps of {min(config.batch_size, len(run.dataset))} images{cut} on {run.device}")
+
+
+def _make_steps(run: _Run, report: TrainingReport, began: float) -> Evaluation | None:
+    """Make the remaining steps with their log lines, checkpoints, evaluations and pictures."""
     config, state = run.config, run.state
     last = run.total_steps if config.stop_after is None else min(run.total_steps, config.stop_after)
-    evaluation = None
-    for seconds_waited, (images, sizes, targets) in _timed(_batches(run, last)):
-        started = time.perf_counter()
+    maker = StepMaker(state, run.criterion, config, run.processes, run.device)
+    evaluation, saved, waited, worked = None, False, 0.0, 0.0
+    started = time.perf_counter()
+    for pieces in _steps(run, last):
+        loaded = time.perf_counter()
         learning_rate = float(state.schedule.get_last_lr()[0])
-        losses, gradient_norm = _training_step(run, images, sizes, targets)
+        result = maker.make(pieces, run.epoch(state.step))
         state.step += 1
         step = state.step
-        report.step(losses, gradient_norm, len(targets), seconds_waited + time.perf_counter() - started)
-        out_of_time = config.time_limit is not None and time.perf_counter() - began >= config.time_limit
-        stopping = step == last or out_of_time
+        made = time.perf_counter()
+        waited, worked = waited + loaded - started, worked + made - loaded
+        report.step(result.losses, result.gradient_norm, min(config.batch_size, len(run.dataset)), made - started)
+        stopping = step == last
+        if config.time_limit is not None:
+            stopping |= run.processes.any(made - began >= config.time_limit, run.device)
         if stopping or step == 1 or step % config.log_interval == 0:
-            report.line(step, run.epoch(step - 1), learning_rate)
+            seconds = maker.timer.take() if maker.timer.enabled else {"step": worked}
+            report.line(step, run.epoch(step - 1), learning_rate, {"data": waited, **seconds})
+            waited = worked = 0.0
         if stopping or step % config.checkpoint_interval == 0:
-            _save(run)
-        if validation is not None and _evaluates_at(config, step, run.total_steps):
-            evaluation = _evaluate(run, validation, report)
+            _save(run, report, required=stopping)
+            saved = True
+        if run.validation is not None and _due(step, run.total_steps, config.evaluation_interval):
+            evaluation = _evaluate(run, run.validation, report)
+        if run.validation is not None and _due(step, run.total_steps, config.picture_interval or None):
+            _picture(run, run.validation, report)
         if stopping:
             break
-    if not (config.output / WEIGHTS_FILE).exists():
-        _save(run)
+        started = time.perf_counter()
+    if not saved and not (config.output / WEIGHTS_FILE).exists():
+        _save(run, report, required=True)
     if state.step < run.total_steps:
         report.say(f"stopped after {state.step} of {run.total_steps} steps; resume the run to go on")
         return None
-    if validation is not None and evaluation is None:
-        evaluation = _evaluate(run, validation, report)
+    if run.validation is not None and evaluation is None:
+        evaluation = _evaluate(run, run.validation, report)
+    if run.processes.is_main:
+        write_curves(config.output / CURVES_FILE, config.output / LOSSES_FILE, config.output / EVALUATIONS_FILE)
     return evaluation
 
 
-def _training_step(run: _Run, images: Tensor, sizes: Tensor, targets: list[Target]) -> tuple[dict[str, Tensor], Tensor]:
-    """One optimizer step on normalized images [B, 3, H, W]; the losses by name and the gradient's norm before clipping.
-
-    Raises ValueError when the loss is not finite.
-    """
-    state = run.state
-    outputs = training_outputs(
-        state.detector,
-        images,
-        sizes,
-        targets,
-        epoch=run.epoch(state.step),
-        generator=state.generator,
-        denoising_scale=_denoising_scale(run.config, run.epoch(state.step)),
-        feature_precision=torch.bfloat16 if run.config.mixed_precision and run.device.type == "cuda" else None,
-    )
-    losses = run.criterion(outputs, targets)
-    total = run.criterion.total(losses)
-    if not torch.isfinite(total):
-        raise ValueError(
-            f"the loss became {float(total.detach())} at step {state.step + 1}: lower the learning rate"
-            f" ({run.config.learning_rate:g}), or resume from the last checkpoint"
-        )
-    state.optimizer.zero_grad(set_to_none=True)
-    total.backward()
-    gradient_norm = nn.utils.clip_grad_norm_(state.detector.parameters(), run.config.gradient_clip)
-    state.optimizer.step()
-    state.schedule.step()
-    if state.average is not None:
-        state.average.update_parameters(state.detector)
-    return losses, gradient_norm
-
-
-def _denoising_scale(config: TrainConfig, epoch: int) -> float | None:
-    """Scale of the noised queries in an epoch; None without them, and once it has fallen to nothing."""
-    if config.denoising_scale is None:
-        return None
-    scale = config.denoising_scale - config.denoising_fall * epoch
-    return scale if scale > 0 else None
-
-
-def _batches(run: _Run, last: int) -> Iterable[tuple[Tensor, Tensor, list[Target]]]:
-    """The normalized batches from the state's step up to step `last`, on the run's device."""
+def _steps(run: _Run, last: int) -> Iterator[list[Piece]]:
+    """This process's pieces of the steps from the state's up to step `last`."""
     config = run.config
-    shorter_sides = config.training_shorter_sides or (run.info.shorter_side,)
-    transform = TrainingTransform(shorter_sides, run.info.longer_side, config.flip_probability)
-    loader = make_loader(
-        run.dataset,
-        transform,
-        batch_size=config.batch_size,
-        steps=last,
-        seed=config.seed,
-        first_step=run.state.step,
-        workers=config.workers,
-        pin_memory=run.device.type == "cuda",
+    sampler = StepSampler(
+        len(run.dataset),
+        config.batch_size,
+        last,
+        config.seed,
+        run.state.step,
+        accumulate=config.accumulate,
+        rank=run.processes.rank,
+        count=run.processes.count,
     )
-    batches = iter(loader)
+    crop = RandomCrop(config.crop_probability, config.crop_shorter_sides, config.crop_sides)
+    transform = TrainingTransform(
+        config.training_shorter_sides or (run.info.shorter_side,),
+        run.info.longer_side,
+        config.flip_probability,
+        crop if config.crop_probability > 0 else None,
+    )
+    loader = make_loader(run.dataset, transform, sampler, workers=config.workers, pin_memory=run.device.type == "cuda")
+    pieces = (Piece(batch, places) for batch, places in zip(loader, sampler, strict=True))
     while True:
         try:
-            batch = next(batches, None)
+            step = list(islice(pieces, config.accumulate))
         except (ValueError, FileNotFoundError) as error:
             raise type(error)(_cause(error)) from None
-        if batch is None:
+        if not step:
             return
-        yield _to_device(batch, run.device)
+        yield step
 
 
 def _cause(error: Exception) -> str:
@@ -258,47 +288,83 @@ def _cause(error: Exception) -> str:
     return last.removeprefix(f"{type(error).__name__}: ")
 
 
-def _to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, list[Target]]:
-    images = batch.images.to(device, non_blocking=True)
-    sizes = batch.sizes.to(device, non_blocking=True)
-    targets = [Target(boxes=target["boxes"].to(device), labels=target["labels"].to(device)) for target in batch.targets]
-    return normalize_images(images, sizes, IMAGE_MEAN, IMAGE_STD), sizes, targets
+def _due(step: int, total_steps: int, interval: int | None) -> bool:
+    return step == total_steps or (interval is not None and step % interval == 0)
 
 
-def _timed(batches: Iterable[Any]) -> Iterable[tuple[float, Any]]:
-    """Each batch with the seconds that were waited for it."""
-    remaining = iter(batches)
-    while True:
-        started = time.perf_counter()
-        batch = next(remaining, None)
-        if batch is None:
-            return
-        yield time.perf_counter() - started, batch
+def _save(run: _Run, report: TrainingReport, required: bool) -> None:
+    """Write state and weights; a failure is reported, and raised (OSError) where nothing comes after."""
+    if not run.processes.is_main:
+        return
+    output = run.config.output
+    try:
+        keep_state(output, run.state, run.computation(), run.config.keep_checkpoints)
+        _save_weights(output / WEIGHTS_FILE, run)
+    except OSError as error:
+        good = [step for step, _ in kept_states(output)]
+        kept = f"the last good checkpoint is of step {good[-1]}" if good else "there is no earlier checkpoint"
+        message = f"the checkpoint of step {run.state.step} could not be written ({one_line(error)}); {kept}"
+        if required:
+            raise OSError(f"{message}; free some space and resume the run") from None
+        report.say(f"{message}; free some space, training goes on")
 
 
-def _evaluates_at(config: TrainConfig, step: int, total_steps: int) -> bool:
-    return step == total_steps or (config.evaluation_interval is not None and step % config.evaluation_interval == 0)
+def _save_weights(path: Path, run: _Run) -> None:
+    try:
+        save_detector(path, run.state.deployable, run.info)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {one_line(error)}") from None
 
 
-def _evaluate(run: _Run, validation: CocoFolder, report: TrainingReport) -> CocoResult:
-    result = evaluate_detector(
-        run.state.deployable, run.info, validation, device=run.device, images=run.config.evaluation_images
+def _evaluate(run: _Run, validation: CocoFolder, report: TrainingReport) -> Evaluation | None:
+    """Evaluate in all processes, and keep the weights where they are the best so far; None but in the first."""
+    state, output = run.state, run.config.output
+    evaluation = evaluate_detector(
+        state.deployable,
+        run.info,
+        validation,
+        device=run.device,
+        images=run.config.evaluation_images,
+        processes=run.processes,
     )
-    report.say(f"step {run.state.step}: {describe_result(result)}")
-    return result
+    if evaluation is None:
+        return None
+    report.say(f"step {state.step}: {evaluation.sentence()}")
+    report.evaluation(state.step, evaluation.coco.images, evaluation.values())
+    if evaluation.score > _best_score(output / BEST_RECORD, state.step):
+        try:
+            _save_weights(output / BEST_FILE, run)
+            write_json(output / BEST_RECORD, {"step": state.step, "score": evaluation.score})
+        except (OSError, ValueError) as error:
+            report.say(f"the best weights, of step {state.step}, could not be written ({one_line(error)})")
+    return evaluation
 
 
-def _save(run: _Run) -> None:
-    save_detector(run.config.output / WEIGHTS_FILE, run.state.deployable, run.info)
-    save_state(run.config.output / STATE_FILE, run.state, run.computation())
+def _best_score(record: Path, step: int) -> float:
+    """AP of the best weights of the steps before; less than any where there are none."""
+    try:
+        content = json.loads(record.read_text(encoding="utf-8"))
+        return float(content["score"]) if content["step"] < step else -1.0
+    except (OSError, ValueError, KeyError, TypeError):
+        return -1.0
+
+
+def _picture(run: _Run, validation: CocoFolder, report: TrainingReport) -> None:
+    """Draw the present detections on a few validation images."""
+    if not run.processes.is_main:
+        return
+    step = run.state.step
+    path = run.config.output / PICTURES_FOLDER / f"step-{step:08d}.jpg"
+    found, metadata = detect(run.state.deployable, run.info, validation, pictured_images(validation), run.device)
+    try:
+        write_grid(path, validation, found, metadata)
+        report.picture(path, step)
+    except (OSError, ValueError) as error:
+        report.say(f"the picture of step {step} could not be written ({one_line(error)})")
 
 
 def _write_configuration(run: _Run) -> None:
     """Record what was asked for and what it was run with."""
-    try:
-        version = importlib.metadata.version("asag")
-    except importlib.metadata.PackageNotFoundError:
-        version = "not installed"
     content = {
         "training": run.config.to_dict(),
         "detector": run.state.detector.config.to_dict(),
@@ -308,12 +374,8 @@ def _write_configuration(run: _Run) -> None:
         "images": run.dataset.counts.images,
         "objects": run.dataset.counts.objects,
         "device": str(run.device),
-        "versions": {
-            "asag": version,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "numpy": np.__version__,
-        },
+        "processes": run.processes.count,
+        "versions": versions(),
+        "git": git_revision(),
     }
     write_json(run.config.output / CONFIG_FILE, content)

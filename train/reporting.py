@@ -5,22 +5,31 @@ from __future__ import annotations
 import csv
 import io
 import logging
+import resource
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from runtime.files import write_text
+from train.processes import Processes
+from train.timing import shares
 
 logger = logging.getLogger(__name__)
 
 LOSSES_FILE = "losses.csv"
+EVALUATIONS_FILE = "evaluations.csv"
+EVENTS_FOLDER = "tensorboard"
 _GROUPS = {"anchors": "_anchor", "proposals": "_rpn"}  # name in the log line: suffix of the losses
 
 
@@ -44,11 +53,11 @@ class Interval:
             detached = value.detach()
             self.losses[name] = self.losses[name] + detached if name in self.losses else detached.clone()
 
-    def means(self) -> dict[str, float]:
-        """Mean loss per step by name."""
+    def means(self, processes: Processes) -> dict[str, float]:
+        """Mean loss per step by name, over all processes, which must all ask."""
         if not self.losses:
             return {}
-        values = torch.stack(list(self.losses.values())).div(self.steps).tolist()
+        values = processes.mean(torch.stack(list(self.losses.values()))).div(self.steps).tolist()
         return dict(zip(self.losses, values, strict=True))
 
 
@@ -62,19 +71,55 @@ def group_losses(means: Mapping[str, float], weights: Mapping[str, float]) -> di
     return groups
 
 
-class TrainingReport:
-    """Progress bar, log lines and ``losses.csv`` of a run; a context manager.
+class _Table:
+    """A CSV file with one row of numbers per step, appended row by row.
 
-    With `progress` the bar and the lines go to the terminal, else the lines go to the log only. Rows of steps after
-    `step` (an interrupted run went on past its checkpoint) are dropped from an older table.
+    Rows of steps after `step` (an interrupted run went on past its checkpoint) are dropped from an older file.
     """
 
-    def __init__(self, folder: Path, weights: Mapping[str, float], total_steps: int, step: int, progress: bool) -> None:
-        self._table, self._weights, self._total, self._start = folder / LOSSES_FILE, weights, total_steps, step
+    def __init__(self, path: Path, step: int) -> None:
+        self._path = path
+        self._columns = _keep_rows(path, step)
+
+    def append(self, row: Mapping[str, float | int]) -> None:
+        """Add a row; the first one decides the columns. Raises OSError when it cannot be written."""
+        new = self._columns is None
+        self._columns = self._columns or list(row)
+        cells = {name: f"{value:.6g}" if isinstance(value, float) else str(value) for name, value in row.items()}
+        with self._path.open("a", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, self._columns, restval="", extrasaction="ignore", lineterminator="\n")
+            if new:
+                writer.writeheader()
+            writer.writerow(cells)
+
+
+class TrainingReport:
+    """Progress bar, log lines, ``losses.csv``, ``evaluations.csv`` and TensorBoard events of a run; a context manager.
+
+    With `progress` the bar and the lines go to the terminal, else the lines go to the log only. Of several processes
+    the first one writes. `tensorboard` writes events where that package is installed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        weights: Mapping[str, float],
+        total_steps: int,
+        step: int,
+        progress: bool,
+        processes: Processes | None = None,
+        tensorboard: bool = False,
+    ) -> None:
+        self._weights, self._total, self._start = weights, total_steps, step
+        self._processes = processes or Processes()
         self._interval = Interval()
         self._began = time.perf_counter()
         self.last_losses: dict[str, float] = {}
-        self._columns = _keep_rows(self._table, step)
+        main = self._processes.is_main
+        progress = progress and main
+        self._losses = _Table(folder / LOSSES_FILE, step) if main else None
+        self._evaluations = _Table(folder / EVALUATIONS_FILE, step) if main else None
+        self._events = _open_events(folder / EVENTS_FOLDER, step) if main and tensorboard else None
         self._progress = Progress(
             TextColumn("[progress.description]{task.description}"),
             BarColumn(),
@@ -96,9 +141,13 @@ class TrainingReport:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
+        if self._events is not None:
+            self._events.close()
 
     def say(self, line: str) -> None:
         """One line for a person, above the progress bar."""
+        if not self._processes.is_main:
+            return
         if self._progress.disable:
             logger.info("%s", line)
         else:
@@ -109,12 +158,15 @@ class TrainingReport:
         self._interval.add(losses, gradient_norm, images, seconds)
         self._progress.advance(self._task)
 
-    def line(self, step: int, epoch: int, learning_rate: float) -> None:
-        """Write the means since the last line to the log and to the table; nothing when there was no step."""
+    def line(self, step: int, epoch: int, learning_rate: float, seconds: Mapping[str, float] | None = None) -> None:
+        """Write the means since the last line to the log and to the table; nothing when there was no step.
+
+        `seconds` are those of the parts of a step. All processes must call.
+        """
         interval, self._interval = self._interval, Interval()
         if not interval.steps:
             return
-        means = interval.means()
+        means = interval.means(self._processes)
         parts = group_losses(means, self._weights)
         total, speed = sum(parts.values()), interval.images / max(interval.seconds, 1e-9)
         gradient_norm = float(interval.gradient_norm) / interval.steps
@@ -122,9 +174,12 @@ class TrainingReport:
         per_step = (time.perf_counter() - self._began) / max(step - self._start, 1)
         left = timedelta(seconds=round(per_step * (self._total - step)))
         detail = " + ".join(f"{name} {value:.2f}" for name, value in parts.items())
+        memory = peak_memory()
+        spent = shares(seconds or {})
+        times = ", ".join(f"{name} {share:.0%}" for name, share in spent.items())
         self.say(
             f"step {step:>{len(str(self._total))}}/{self._total}  epoch {epoch}  loss {total:.2f} ({detail})"
-            f"  gradient {gradient_norm:.1f}  lr {learning_rate:.2e}  {speed:.1f} images/s  left {left}"
+            f"  gradient {gradient_norm:.1f}  lr {learning_rate:.2e}  {speed:.1f} images/s{f' ({times})' if times else ''}  memory {memory / 2**30:.2f} GiB  left {left}"
         )
         self._progress.update(self._task, note=f"loss {total:.2f}, {speed:.1f} images/s")
         row = {
@@ -133,19 +188,52 @@ class TrainingReport:
             "learning_rate": learning_rate,
             "gradient_norm": gradient_norm,
             "images_per_second": speed,
+            "memory_gib": memory / 2**30,
+            **{f"share_{name}": share for name, share in spent.items()},
             "total": total,
             **means,
         }
-        self._append({name: f"{value:.6g}" if isinstance(value, float) else str(value) for name, value in row.items()})
+        self._write(self._losses, "training", row)
 
-    def _append(self, row: dict[str, str]) -> None:
-        new = self._columns is None
-        self._columns = self._columns or list(row)
-        with self._table.open("a", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, self._columns, restval="", extrasaction="ignore", lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+    def evaluation(self, step: int, images: int, values: Mapping[str, float]) -> None:
+        """Write the results of an evaluation to their table."""
+        self._write(self._evaluations, "validation", {"step": step, "images": images, **values})
+
+    def picture(self, path: Path, step: int) -> None:
+        """Show a picture's file in TensorBoard."""
+        if self._events is not None:
+            with Image.open(path) as image:
+                self._events.add_image("detections", np.asarray(image), step, dataformats="HWC")
+
+    def _write(self, table: _Table | None, group: str, row: Mapping[str, float | int]) -> None:
+        """A row to a table and to TensorBoard; a disk that is full is reported, and training goes on."""
+        if table is None:
+            return
+        try:
+            table.append(row)
+            if self._events is not None:
+                for name, value in row.items():
+                    if name != "step":
+                        self._events.add_scalar(f"{group}/{name}", value, int(row["step"]))
+        except OSError as error:
+            self.say(f"a row of step {row['step']} could not be written ({error.strerror or error})")
+
+
+def peak_memory() -> int:
+    """Bytes at most used so far: of the GPU by torch where there is one, else by this process."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _open_events(folder: Path, step: int) -> Any:
+    """TensorBoard's writer, or None where it is not installed; events after `step` of an older run are hidden."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(folder, purge_step=step + 1 if step else None)
 
 
 def _keep_rows(table: Path, step: int) -> list[str] | None:

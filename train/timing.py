@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 
-PARTS = ("data", "forward", "loss", "assignment", "backward", "update")
-"""Waiting for images; the detector; the losses; costs and assignment; gradients; clipping and the optimizer."""
+PARTS = ("data", "forward", "loss", "assignment", "backward", "update", "step")
+"""Waiting for images; the detector; the losses; costs and assignment; gradients; clipping and the optimizer; and, where
+no finer parts were measured, all after the images."""
 
 
 class PartTimer:
@@ -59,7 +60,7 @@ class PartTimer:
         self._since = now
 
 
-def shares(seconds: dict[str, float]) -> dict[str, float]:
+def shares(seconds: Mapping[str, float]) -> dict[str, float]:
     """Each part's share of all of them, 0..1, in the order of `PARTS`."""
     whole = sum(seconds.values())
     return {name: seconds[name] / whole for name in PARTS if name in seconds and whole > 0}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -42,8 +43,44 @@ class Batch(NamedTuple):
 
 
 @dataclass(frozen=True)
+class RandomCrop:
+    """With chance `probability`: a resize of the shorter side to one of `shorter_sides`, then a crop with sides drawn
+    from `sides` (shortest, longest), both in pixels (specification section 7, Schedule).
+
+    Objects outside the crop are left out, the others clipped to it.
+    """
+
+    probability: float = 0.5
+    shorter_sides: tuple[int, ...] = (400, 500, 600)
+    sides: tuple[int, int] = (384, 600)
+
+    def __call__(
+        self, image: Image.Image, target: Target, generator: np.random.Generator
+    ) -> tuple[Image.Image, Target]:
+        """`image` RGB; `target` with boxes ``xyxy`` in its pixels."""
+        if generator.random() >= self.probability:
+            return image, target
+        shorter_side = self.shorter_sides[int(generator.integers(len(self.shorter_sides)))]
+        full = resized_size(image.height, image.width, shorter_side, sys.maxsize)
+        height, width = (
+            int(generator.integers(min(self.sides[0], side), min(self.sides[1], side), endpoint=True)) for side in full
+        )
+        top, left = (
+            int(generator.integers(side - part, endpoint=True))
+            for side, part in zip(full, (height, width), strict=True)
+        )
+        boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=(image.height, image.width))
+        boxes = functional.crop(functional.resize(boxes, list(full)), top, left, height, width)
+        boxes = functional.clamp_bounding_boxes(boxes).as_subclass(Tensor)
+        inside = (boxes[:, 2:] > boxes[:, :2]).all(1)
+        picture = functional.crop(resize(image, full), top, left, height, width)
+        return picture, Target(boxes=boxes[inside], labels=target["labels"][inside])
+
+
+@dataclass(frozen=True)
 class TrainingTransform:
-    """Random horizontal flip, then the resize of specification section 1 to one of `shorter_sides`, drawn at random.
+    """Random crop where there is one, random horizontal flip, then the resize of specification section 1 to one of
+    `shorter_sides`, drawn at random.
 
     Pixels are resized by the same function as for inference. Only the passed generator decides: a generator in the
     same state gives the same sample.
@@ -52,9 +89,12 @@ class TrainingTransform:
     shorter_sides: tuple[int, ...]
     longer_side: int
     flip_probability: float = 0.5
+    crop: RandomCrop | None = None
 
     def __call__(self, image: Image.Image, target: Target, generator: np.random.Generator) -> Sample:
         """`image` RGB; `target` with boxes ``xyxy`` in its pixels."""
+        if self.crop is not None:
+            image, target = self.crop(image, target, generator)
         size = (image.height, image.width)
         boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=size)
         if generator.random() < self.flip_probability:

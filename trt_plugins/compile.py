@@ -7,13 +7,12 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
 
-from trt_plugins.plan import Plan, make_plan
+from trt_plugins.plan import Plan
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 """Compute capabilities, times ten, that the kernels are checked for."""
@@ -59,11 +58,13 @@ class Usage:
     """Stores and loads together; 0 where everything stays in registers."""
 
 
-def compile_plan(plan: Plan, capability: int, ptx: bool = False, cache_folder: str | Path | None = None) -> CompiledKernel:
+def compile_plan(
+    plan: Plan, capability: int, ptx: bool = False, cache_folder: str | Path | None = None
+) -> CompiledKernel:
     """Compile the plan's kernel for compute capability `capability`/10, such as 90 for 9.0.
 
     ptx: PTX for that capability and every later one, which the driver finishes, instead of machine code;
-    cache_folder: where results are kept; else the folder in ASAG_KERNEL_CACHE, else `asag/kernels` in the user's cache folder.
+    cache_folder: where results are kept; else the folder that ASAG_KERNEL_CACHE names, else the user's cache folder.
     Raises ValueError with the source line and the compiler's message when it does not compile.
     """
     architecture = f"{'compute' if ptx else 'sm'}_{capability}"
@@ -121,41 +122,6 @@ def supported_capabilities() -> frozenset[int]:
     return frozenset(_nvrtc_call("nvrtcGetSupportedArchs")[0])
 
 
-def reference_plans() -> Iterator[tuple[str, Plan]]:
-    """Every op, type and layout at the published detector's sizes and the demo's, as (label, plan).
-
-    What the table of resources shows and the tests compile.
-    """
-    published = ((256, 200, 304), (256, 100, 152), (256, 50, 76), (256, 25, 38))
-    demo = ((64, 80, 80), (64, 40, 40), (64, 20, 20), (64, 10, 10))
-    for label, maps, anchors, capacity, first, most, groups, points, mixed in (
-        ("published", published, 750, 60, 750, 500, 4, 32, 128),
-        ("demo", demo, 100, 12, 100, 100, 4, 16, 32),
-    ):
-        batch, queries = 1, most
-        pyramid = [(batch, *shape) for shape in maps]
-        width = maps[0][0] // groups
-        parameters = groups * (width * width + mixed * points)
-        all_anchors = anchors + capacity * 50
-        fixed = (batch, anchors, 5), (batch, anchors), (batch, 8, *maps[1][1:]), (batch, 2)
-        for element in ("float32", "float16", "bfloat16"):
-            attributes = {"stride": 8, "capacity": capacity}
-            yield f"AdaptiveProbing {label} {element}", make_plan("AdaptiveProbing", fixed, attributes, element)
-        attributes = {"first": first, "keep_threshold": 0.05, "fewest": 50, "most": most}
-        gathered = (batch, all_anchors, 5), (batch, all_anchors)
-        yield f"GatherAnchors {label} float32", make_plan("GatherAnchors", gathered, attributes)
-        for element in ("float32", "float16", "bfloat16"):
-            for last in (False, True):
-                kind = f"{label} {element}{' channels-last' if last else ''}"
-                shapes = [*pyramid, (batch, queries, 4)]
-                yield f"PyramidRoIAlign {kind}", make_plan("PyramidRoIAlign", shapes, {}, element, last)
-                shapes = [*pyramid, (batch, queries, groups, points, 3), (batch, queries, parameters)]
-                mixing = {"mixed_points": mixed}
-                for cores in (False, True) if element != "float32" else (False,):
-                    plan = make_plan("SamplingMixing", shapes, mixing, element, last, cores)
-                    yield f"SamplingMixing {kind}{' tensor cores' if cores else ''}", plan
-
-
 def _compile(source: str, header: str, name: str, options: tuple[str, ...], ptx: bool) -> tuple[bytes, str]:
     arguments = (source.encode(), name.encode(), 1, [header.encode()], [_HEADER.encode()])
     (program,) = _nvrtc_call("nvrtcCreateProgram", *arguments)
@@ -192,7 +158,8 @@ def _nvrtc():  # type: ignore[no-untyped-def]  # a module
         nvrtc.nvrtcVersion()
     except (ImportError, RuntimeError) as error:
         raise ValueError(
-            "compiling kernels needs NVRTC, which comes with PyTorch's CUDA build; else: pip install cuda-bindings nvidia-cuda-nvrtc"
+            "compiling kernels needs NVRTC, which comes with PyTorch's CUDA build; "
+            "else: pip install cuda-bindings nvidia-cuda-nvrtc"
         ) from error
     return nvrtc
 

@@ -1,7 +1,7 @@
 """Runs the kernels on arrays that are on a GPU already, with cuda-bindings; nothing is copied.
 
-Any object with `__cuda_array_interface__` will do (PyTorch, CuPy, pycuda's GPUArray), or a :class:`DeviceArray` made from
-a pointer. The current CUDA context is used; where there is none, the first device's primary context.
+Any object with `__cuda_array_interface__` will do (PyTorch, CuPy, pycuda's GPUArray), or a :class:`DeviceArray` made
+from a pointer. The current CUDA context is used; where there is none, the first device's primary context.
 """
 
 from __future__ import annotations
@@ -56,6 +56,13 @@ class DeviceArray:
         """Whether a [B, C, H, W] lies as [B, H, W, C]."""
         return len(self.shape) == 4 and self._has_order((0, 2, 3, 1))
 
+    def as_channels_last(self) -> DeviceArray:
+        """The same memory, said to lie as [B, H, W, C]; the shape stays [B, C, H, W]."""
+        _, channels, height, width = self.shape
+        size = ITEM_SIZES[self.type]
+        strides = (channels * height * width * size, size, width * channels * size, channels * size)
+        return DeviceArray(self.pointer, self.shape, self.type, strides)
+
     def _has_order(self, axes: Sequence[int]) -> bool:
         if self.strides is None:
             return list(axes) == sorted(axes)
@@ -83,7 +90,7 @@ class Call:
             *(ctypes.c_void_p(pointer) for pointer in self.outputs),
         ]
         array = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        array.values = values
+        array.values = values  # type: ignore[attr-defined]  # keeps them alive as long as the array
         return array
 
 
@@ -97,7 +104,7 @@ def launch(
 ) -> None:
     """Run op `name` on `stream`, a CUDA stream's address; returns before it is done.
 
-    inputs, outputs: arrays on the GPU in the order of the op's signature, row-major, P2..P5 alternatively channels-last;
+    inputs, outputs: arrays on the GPU in the order of the op's signature, row-major; P2..P5 may all be channels-last;
     tensor_cores: whether SamplingMixing may use them for 16-bit types. The first call of a kind compiles.
     Raises ValueError where an array does not fit the op, or CUDA refuses.
     """
@@ -114,6 +121,11 @@ def launch(
     )
 
 
+def current_capability() -> int:
+    """Compute capability of the current device, times ten. Raises ValueError where there is no GPU."""
+    return _current_context()[1]
+
+
 def prepare_call(
     name: str, inputs: Sequence[Any], outputs: Sequence[Any], attributes: Mapping[str, Any], tensor_cores: bool
 ) -> Call:
@@ -124,7 +136,8 @@ def prepare_call(
     if len(given) != len(operation.inputs) or len(wanted) != len(operation.outputs):
         raise ValueError(f"{name} takes {len(operation.inputs)} inputs and {len(operation.outputs)} outputs")
     element = next(
-        (array.type for tensor, array in zip(operation.inputs, given, strict=True) if tensor.type == "element"), "float32"
+        (array.type for tensor, array in zip(operation.inputs, given, strict=True) if tensor.type == "element"),
+        "float32",
     )
     shapes = [array.shape for array in given]
     channels_last = _lies_channels_last(operation, given)
@@ -153,7 +166,9 @@ def _plan(
 
 def _lies_channels_last(operation: Operation, arrays: Sequence[DeviceArray]) -> bool:
     maps = [array for tensor, array in zip(operation.inputs, arrays, strict=True) if tensor.pyramid]
-    return bool(maps) and not all(map_.is_row_major() for map_ in maps) and all(map_.is_channels_last() for map_ in maps)
+    return (
+        bool(maps) and not all(map_.is_row_major() for map_ in maps) and all(map_.is_channels_last() for map_ in maps)
+    )
 
 
 def _check_array(operation: Operation, tensor: Tensor, array: DeviceArray, element: str, channels_last: bool) -> None:
@@ -162,7 +177,9 @@ def _check_array(operation: Operation, tensor: Tensor, array: DeviceArray, eleme
         raise ValueError(f"{what} is {array.type}, it must be {tensor.resolve(element)}")
     fits = array.is_channels_last() if channels_last and tensor.pyramid else array.is_row_major()
     if not fits:
-        raise ValueError(f"{what} has strides {array.strides}; make it contiguous (feature maps all in one memory format)")
+        raise ValueError(
+            f"{what} has strides {array.strides}; make it contiguous (feature maps all in one memory format)"
+        )
     if array.pointer % ALIGNMENT and np.prod(array.shape) > 0:
         raise ValueError(f"{what} starts at an address that is no multiple of {ALIGNMENT}; copy it")
 

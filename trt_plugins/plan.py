@@ -1,6 +1,6 @@
 """What each custom op is to a kernel: tensors, compile-time constants, grid, block and scalar arguments.
 
-This is the only place that knows. Launching, the TensorRT plugins, the tests and the benchmark all ask :func:`make_plan`.
+This is the only place that knows. Launching, the plugins, the tests and the benchmark all ask :func:`make_plan`.
 Dimensions are integers or, inside TensorRT, symbolic expressions; the same arithmetic serves both.
 """
 
@@ -67,7 +67,7 @@ class Operation:
 
 @dataclass(frozen=True)
 class _Layout:
-    constants: dict[str, str | int]
+    constants: Mapping[str, str | int]
     grid: tuple[Dimension, Dimension, Dimension]
     threads: int
     scalars: tuple[Dimension, ...] = ()
@@ -107,8 +107,8 @@ def make_plan(
 ) -> Plan:
     """How to compile and launch op `name` for inputs of `shapes`.
 
-    element: type of the feature maps, a key of :data:`ELEMENT_TYPES`; channels_last: whether P2..P5 lie as [B, H, W, C] in
-    memory; tensor_cores: use them where the shapes allow, for 16-bit elements on compute capability 8.0 and later.
+    element: type of the feature maps, a key of :data:`ELEMENT_TYPES`; channels_last: P2..P5 lie as [B, H, W, C];
+    tensor_cores: use them where shapes allow, for 16-bit elements on compute capability 8.0 and later.
     Raises ValueError for what the kernel cannot do, such as a number of channels that is not fixed.
     """
     operation = OPERATIONS[name]

@@ -31,9 +31,7 @@ from asag.config import ANCHOR_BUDGETS
 @example([(2.5, 3.5), (4.5, 5.5)], 30, 0)  # half goes to even: 2 and 4, 4 and 6
 @example([(0.25, 0.5)], 30, 0)  # a content of less than half a cell is still one cell
 @example([(12.0, 9.0), (1.0, 1.0)], 30, 0)
-def test_resize_content_is_interpolation_of_the_crop(
-    contents: list[tuple[float, float]], side: int, seed: int
-) -> None:
+def test_resize_content_is_interpolation_of_the_crop(contents: list[tuple[float, float]], side: int, seed: int) -> None:
     feature = torch.randn((len(contents), 2, 12, 9), generator=torch.Generator().manual_seed(seed))
     found = resize_content(feature, torch.tensor(contents), side)
     for image, (height, width) in enumerate(contents):
@@ -111,7 +109,9 @@ def test_centre_on_the_content_edge_counts_nothing(x: float, counts: bool) -> No
     assert float(found[0, 0, 4]) == (0.5 if counts else 0.0)
 
 
-def pyramid(generator: AnchorGenerator, sizes: list[tuple[int, int]], height: int, width: int) -> tuple[list[Tensor], Tensor]:
+def pyramid(
+    generator: AnchorGenerator, sizes: list[tuple[int, int]], height: int, width: int
+) -> tuple[list[Tensor], Tensor]:
     torch.manual_seed(5)
     channels = generator.config.size.channels
     features = [torch.randn(len(sizes), channels, height // stride, width // stride) for stride in (4, 8, 16, 32)]
@@ -133,7 +133,7 @@ def test_p6_patch_is_the_dilated_convolution_of_the_resized_content() -> None:
 
 @torch.no_grad()
 def test_prediction_of_a_patch_by_the_formula() -> None:
-    """LayerNorm over the joint (225, 8), position embedding, the MLP on token-major numbers, boxes through a sigmoid."""
+    """LayerNorm over the joint (225, 8), position embedding, the MLP on token-major numbers, sigmoid of the boxes."""
     generator = random_detector().anchor_generator
     patch = torch.randn(225, 8)
     for level, mlp in (("P5", generator.fixed_mlp), ("P4", generator.probed_mlp), ("P3", generator.probed_mlp)):
@@ -161,7 +161,10 @@ def test_levels_stop_where_they_should(levels: str, explored: list[str], capacit
 
 @torch.no_grad()
 def test_candidates_of_an_explored_level_are_no_queries() -> None:
-    """With a level to explore, what asked for a closer look is left out; without one, it stays (specification section 3)."""
+    """With a level to explore, what asked for a closer look is left out.
+
+    Without one, it stays (specification section 3).
+    """
     config = small_config(levels="P4P6")
     detector = random_detector(config, confidence_shift=1.5)
     features, sizes = pyramid(detector.anchor_generator, [(256, 288)], 256, 288)

@@ -58,7 +58,9 @@ def test_a_string_is_a_path(checkpoint: Path) -> None:
     assert load_detector(str(checkpoint))[1] == small_info()
 
 
-def test_an_interrupted_write_leaves_the_old_file(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_write_leaves_the_old_file(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(checkpoint.read_bytes())
 
@@ -107,7 +109,9 @@ def test_without_description(checkpoint: Path, tmp_path: Path) -> None:
     check_refused(rewrite(checkpoint, tmp_path / "other.safetensors", format="pt"), "no asag description")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"config": 3, "info": {}}', '{"config": {}, "info": {"preset": 1}}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"config": 3, "info": {}}', '{"config": {}, "info": {"preset": 1}}']
+)
 def test_damaged_description(checkpoint: Path, tmp_path: Path, text: str) -> None:
     check_refused(rewrite(checkpoint, tmp_path / "model.safetensors", asag=text), "no asag description")
 

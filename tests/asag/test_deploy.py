@@ -7,7 +7,15 @@ import json
 
 import pytest
 import torch
-from builders import CATEGORY_IDS, normalized_batch, random_detector, random_picture, small_config, small_info, uint8_batch
+from builders import (
+    CATEGORY_IDS,
+    normalized_batch,
+    random_detector,
+    random_picture,
+    small_config,
+    small_info,
+    uint8_batch,
+)
 from torch import nn
 
 from asag.config import HEADS
@@ -149,7 +157,9 @@ def test_impossible_options(detector: Detector, options: dict, message: str) -> 
     assert tuple(detector.heads) == HEADS
 
 
-@pytest.mark.parametrize(("queries", "dataset", "nms"), [(50, "coco", None), (300, "coco", 0.7), (300, "crowdhuman", 0.8)])
+@pytest.mark.parametrize(
+    ("queries", "dataset", "nms"), [(50, "coco", None), (300, "coco", 0.7), (300, "crowdhuman", 0.8)]
+)
 def test_suppression_is_named_in_the_description(queries: int, dataset: str, nms: float | None) -> None:
     config = small_config(queries=queries, dataset=dataset, num_classes=1)
     info = dataclasses.replace(small_info(), category_ids=(1,), category_names=("person",))

@@ -35,7 +35,9 @@ def tiny() -> Detector:
     return random_detector()
 
 
-def run(detector: Detector, images: Tensor, sizes: Tensor, capacity: tuple[int, int] | None = None) -> tuple[HeadOutput, Tensor, Tensor]:
+def run(
+    detector: Detector, images: Tensor, sizes: Tensor, capacity: tuple[int, int] | None = None
+) -> tuple[HeadOutput, Tensor, Tensor]:
     """Head output, which queries are valid, and the overflow."""
     with torch.no_grad():
         output, anchors = detector(images, sizes, capacity)
@@ -107,7 +109,9 @@ def test_without_candidates_the_first_level_serves(detector: Detector) -> None:
 
 def test_an_image_without_any_anchor_gives_nothing(tiny: Detector) -> None:
     """Damaged numbers in one image: it has no queries, and its neighbour's are untouched."""
-    images, sizes = normalized_batch([random_picture(5, HEIGHT, WIDTH), random_picture(6, HEIGHT, WIDTH)], HEIGHT, WIDTH)
+    images, sizes = normalized_batch(
+        [random_picture(5, HEIGHT, WIDTH), random_picture(6, HEIGHT, WIDTH)], HEIGHT, WIDTH
+    )
     expected = run(tiny, images[1:], sizes[1:])
     images[0] = float("nan")
     output, valid, overflow = run(tiny, images, sizes)

@@ -55,7 +55,9 @@ def test_xyzr_formula(values: tuple[float, float, float, float]) -> None:
 
 def test_known_xyzr() -> None:
     """A box of 64 x 16 pixels is 16 x 4 units: scale 2^3, and half the logarithm of 4/16."""
-    torch.testing.assert_close(encode_xyzr(torch.tensor([40.0, 20.0, 64.0, 16.0])), torch.tensor([10.0, 5.0, 3.0, -1.0]))
+    torch.testing.assert_close(
+        encode_xyzr(torch.tensor([40.0, 20.0, 64.0, 16.0])), torch.tensor([10.0, 5.0, 3.0, -1.0])
+    )
     assert decode_xyzr(torch.tensor([10.0, 5.0, 3.0, -1.0])).tolist() == [10.0, 5.0, 16.0, 4.0]
 
 

@@ -150,9 +150,7 @@ def check_queries(expected: Mapping[str, NDArray], found: Mapping[str, NDArray],
                 np.testing.assert_allclose(value, reference, rtol=0, atol=tolerance, err_msg=name)
 
 
-def check_detections(
-    expected: Mapping[str, NDArray], found: Mapping[str, torch.Tensor], size: tuple[int, int]
-) -> None:
+def check_detections(expected: Mapping[str, NDArray], found: Mapping[str, torch.Tensor], size: tuple[int, int]) -> None:
     for head in HEADS:
         for prefix, nms in ((f"{head}_det", None), (f"{head}_det_nms", 0.7)):
             reference = Detections(
@@ -160,10 +158,14 @@ def check_detections(
             )
             ours = detections_of(found, head, size, nms)
             assert len(ours) == len(reference), prefix
-            assert compare_detections(0, reference, ours, 100, score_tolerance=1e-5, box_tolerance=0.01).within(), prefix
+            assert compare_detections(0, reference, ours, 100, score_tolerance=1e-5, box_tolerance=0.01).within(), (
+                prefix
+            )
 
 
-def check_deployed(expected: Mapping[str, NDArray], detector: Detector, images: torch.Tensor, sizes: torch.Tensor) -> None:
+def check_deployed(
+    expected: Mapping[str, NDArray], detector: Detector, images: torch.Tensor, sizes: torch.Tensor
+) -> None:
     """The model as it is exported (one head, folded norms, fixed capacities) gives the same detections."""
     size = tuple(images.shape[-2:])
     names = tuple(map(str, COCO_IDS))

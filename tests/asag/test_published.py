@@ -73,7 +73,13 @@ def test_names_whose_order_is_not_obvious(published: str, ours: str) -> None:
 
 
 def test_other_names_are_not_translated() -> None:
-    for name in ("optimizer.state", "backbone.body.conv1.weight", "rpn.unheard.weight", "decoder.bbox_head.4.iof_tau", ""):
+    for name in (
+        "optimizer.state",
+        "backbone.body.conv1.weight",
+        "rpn.unheard.weight",
+        "decoder.bbox_head.4.iof_tau",
+        "",
+    ):
         assert translate_name(name) is None
 
 

@@ -50,7 +50,9 @@ def one_node_model(name: str, tensors: Sequence[Tensor], attributes: dict[str, A
     node = helper.make_node(name, list(function.input), list(function.output), domain=DOMAIN, **attributes)
     # Every axis has a name of its own, so that one session takes all shapes.
     inputs = [
-        helper.make_tensor_value_info(given, ELEMENT_TYPES[tensor.dtype], [f"{given}{axis}" for axis in range(tensor.ndim)])
+        helper.make_tensor_value_info(
+            given, ELEMENT_TYPES[tensor.dtype], [f"{given}{axis}" for axis in range(tensor.ndim)]
+        )
         for given, tensor in zip(function.input, tensors, strict=True)
     ]
     outputs = [onnx.ValueInfoProto(name=given) for given in function.output]
@@ -218,9 +220,7 @@ def test_pyramid_roi_align_at_the_border_of_two_levels(side: float) -> None:
     cells=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_sampling_mixing(
-    batch: int, queries: int, groups: int, count: int, cells: tuple[int, int], seed: int
-) -> None:
+def test_sampling_mixing(batch: int, queries: int, groups: int, count: int, cells: tuple[int, int], seed: int) -> None:
     """Points inside, on the border, outside and far outside of maps down to one cell."""
     channels, mixed_points = 4, 6
     generator = np.random.default_rng(seed)

@@ -69,7 +69,8 @@ def test_the_trained_encoder_is_taken_not_its_momentum_copy(
 
 def test_several_backbones_are_refused(detector: Detector, weights: dict[str, Tensor], tmp_path: Path) -> None:
     path = tmp_path / "two.safetensors"
-    safetensors.torch.save_file(prefixed("left.", weights) | prefixed("right.", weights), path)
+    copy = {name: value.clone() for name, value in weights.items()}
+    safetensors.torch.save_file(prefixed("left.", weights) | prefixed("right.", copy), path)
     with pytest.raises(ValueError, match=r"several backbones \(left\., right\.\)"):
         load_backbone(detector, path)
 

@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 
 from asag.checkpoint import load_detector
-from train.checkpointing import STATE_FILE
+from train.checkpointing import has_run
 from train.config import TrainConfig
 from train.initialization import load_backbone
 from train.loop import CONFIG_FILE, WEIGHTS_FILE, resolve_device, train
@@ -62,7 +62,9 @@ def test_a_resumed_run_ends_with_the_same_bits(config, tmp_path, ema_decay):
     for stop, resume in ((1, False), (4, True), (None, True)):
         # Other random numbers in between must not matter.
         torch.manual_seed(99)
-        result = train(dataclasses.replace(sliced, stop_after=stop, resume=resume, workers=stop == 4), progress=False)
+        result = train(
+            dataclasses.replace(sliced, stop_after=stop, resume=resume, workers=int(stop == 4)), progress=False
+        )
         assert result.step == (stop or 6)
         assert result.finished == (stop is None)
     assert_equal_weights(config.output, sliced.output)
@@ -111,7 +113,7 @@ def test_a_time_limit_stops_with_a_checkpoint(config):
     result = train(dataclasses.replace(config, time_limit=1e-3), progress=False)
     assert result.step == 1
     assert not result.finished
-    assert (config.output / STATE_FILE).is_file()
+    assert has_run(config.output)
     assert train(dataclasses.replace(config, resume=True), progress=False).finished
 
 

@@ -64,10 +64,20 @@ def probing_inputs(
 def roi_boxes(random: np.random.Generator, batch: int, queries: int, extent: float) -> Array:
     """[B, Q, 4] `cxcywh`: of all sizes, some far outside, some empty, some exactly between two levels."""
     boxes = np.concatenate(
-        (random.uniform(-0.3, 1.3, (batch, queries, 2)) * extent, extent * 2 ** random.uniform(-8, 2, (batch, queries, 2))),
+        (
+            random.uniform(-0.3, 1.3, (batch, queries, 2)) * extent,
+            extent * 2 ** random.uniform(-8, 2, (batch, queries, 2)),
+        ),
         axis=-1,
     )
-    special = [(20, 20, 112, 112), (30, 10, 224, 224), (0, 0, 448, 448), (5, 5, 0, 0), (-900, 40, 50, 50), (8, 8, 1e-3, 600)]
+    special = [
+        (20, 20, 112, 112),
+        (30, 10, 224, 224),
+        (0, 0, 448, 448),
+        (5, 5, 0, 0),
+        (-900, 40, 50, 50),
+        (8, 8, 1e-3, 600),
+    ]
     boxes[:, : len(special)] = special
     return boxes.astype(np.float32)
 

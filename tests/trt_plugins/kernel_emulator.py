@@ -17,7 +17,8 @@ import pytest
 from numpy.typing import NDArray
 
 import trt_plugins
-from trt_plugins.plan import Plan, make_plan
+from trt_plugins.launch import DeviceArray, prepare_call
+from trt_plugins.plan import OPERATIONS
 
 HERE = Path(__file__).parent
 KERNELS = Path(trt_plugins.__file__).parent / "kernels"
@@ -80,50 +81,54 @@ def emulate(
 
     Also checks that every output element is written and nothing around the outputs is.
     """
-    attributes = attributes or {}
-    shapes = [array.shape for array in inputs]
-    plan = make_plan(name, shapes, attributes, element, channels_last, tensor_cores)
-    runs = [_run(plan, inputs, shapes, attributes, element, channels_last, backwards, fill) for fill in (0xA5, 0x5A)]
+    runs = [
+        _run(name, inputs, attributes or {}, element, channels_last, tensor_cores, backwards, fill)
+        for fill in (0xA5, 0x5A)
+    ]
     for first, second in zip(*runs, strict=True):
         assert first.tobytes() == second.tobytes(), f"{name} leaves part of an output unwritten"
     return runs[0]
 
 
 def _run(
-    plan: Plan,
+    name: str,
     inputs: Sequence[NDArray[Any]],
-    shapes: Sequence[Sequence[int]],
     attributes: Mapping[str, Any],
     element: str,
     channels_last: bool,
+    tensor_cores: bool,
     backwards: bool,
     fill: int,
 ) -> list[NDArray[Any]]:
-    operation = plan.operation
-    held = []
+    operation = OPERATIONS[name]
+    memories, given = [], []
     for tensor, array in zip(operation.inputs, inputs, strict=True):
-        assert array.dtype == NUMPY_TYPES[tensor.resolve(element)], tensor.name
-        laid_out = array.transpose(0, 2, 3, 1) if tensor.pyramid and channels_last else array
-        held.append(_aligned(np.ascontiguousarray(laid_out)))
-    outputs = []
-    for tensor, shape in zip(operation.outputs, operation.output_shapes(shapes, attributes), strict=True):
-        dtype = np.dtype(NUMPY_TYPES[tensor.resolve(element)])
+        kind = tensor.resolve(element)
+        assert array.dtype == NUMPY_TYPES[kind], tensor.name
+        axes = (0, 2, 3, 1) if tensor.pyramid and channels_last else tuple(range(array.ndim))
+        memory = _aligned(np.ascontiguousarray(array.transpose(axes)))
+        strides = memory.transpose(np.argsort(axes)).strides
+        memories.append(memory)
+        given.append(DeviceArray(memory.ctypes.data, array.shape, kind, strides))
+    outputs, wanted = [], []
+    shapes = operation.output_shapes([array.shape for array in inputs], attributes)
+    for tensor, shape in zip(operation.outputs, shapes, strict=True):
+        kind = tensor.resolve(element)
+        dtype = np.dtype(NUMPY_TYPES[kind])
         size = int(np.prod(shape)) * dtype.itemsize
-        outputs.append((_aligned(np.full(size + 2 * GUARD, fill, np.uint8)), size, dtype, shape))
-    pointers = [array.ctypes.data for array in held]
-    results = [memory.ctypes.data + GUARD for memory, *_ in outputs]
-    values = [
-        *(ctypes.c_void_p(pointer) for pointer in pointers),
-        *(ctypes.c_int(scalar) for scalar in plan.scalars),
-        *(ctypes.c_void_p(pointer) for pointer in results),
-    ]
-    arguments = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-    grid = (ctypes.c_uint * 3)(*plan.grid)
-    _library(plan.kernel, plan.defines).emulate(grid, plan.threads, arguments, int(backwards))
+        memory = _aligned(np.full(size + 2 * GUARD, fill, np.uint8))
+        outputs.append((memory, size, dtype, shape))
+        wanted.append(DeviceArray(memory.ctypes.data + GUARD, tuple(shape), kind))
+    call = prepare_call(name, given, wanted, attributes, tensor_cores)
+    constants = dict(call.plan.defines)
+    assert constants.get("CHANNELS_LAST", "0") == str(int(channels_last))
+    grid = (ctypes.c_uint * 3)(*call.plan.grid)
+    arguments = call.arguments()
+    _library(call.plan.kernel, call.plan.defines).emulate(grid, call.plan.threads, arguments, int(backwards))
     arrays = []
     for memory, size, dtype, shape in outputs:
         around = np.concatenate((memory[:GUARD], memory[GUARD + size :]))
-        assert (around == fill).all(), f"{operation.name} writes outside an output"
+        assert (around == fill).all(), f"{name} writes outside an output"
         arrays.append(memory[GUARD : GUARD + size].view(dtype).reshape(shape).copy())
     return arrays
 

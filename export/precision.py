@@ -1,0 +1,178 @@
+"""Which parts of an exported model compute in half precision, decided in the ONNX file.
+
+Strongly typed engines take every type from the file, so the file is where precision is chosen. Two kinds of work hold
+nearly all arithmetic and bear rounding well: the convolutions of backbone and neck, and the large linear layers.
+Everything else stays float32:
+
+- boxes, `xyzr`, sampling points and position embeddings: a pixel of 1344 needs 11 bits before the fraction, which is
+all that
+  float16 has;
+- thresholds and suppression: a confidence that rounds across 0.1 or 0.7 changes which patches exist;
+- norms, softmax and the geometry bias `log(iof + 1e-7)`, whose smallest value is below float16's normal range;
+- the anchor predictors and the last layers of the branches, whose outputs are boxes, confidences and logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+PRECISIONS = ("fp32", "fp16")
+"""ONNX gives convolutions bfloat16 from operator set 22 on; the files use 20, which every target reads."""
+
+HALF_LINEAR_LAYERS = ("roi_projection", "parameters_of_query", "out_projection", "feed_forward.mlp")
+"""Linear layers that compute in half precision, by a part of their parameters' names.
+
+Their bias is added in float32.
+"""
+
+PYRAMID_OPS = ("PyramidRoIAlign", "SamplingMixing")
+"""Ops whose first four inputs are P2..P5, the end of the neck."""
+
+LARGEST_FLOAT16 = 65504.0
+
+
+def convert_precision(proto: onnx.ModelProto, precision: str) -> onnx.ModelProto:
+    """A copy of `proto` (an export in float32) in which backbone, neck and large linear layers compute in `precision`.
+
+    Inputs and outputs keep their types. Raises ValueError for an unknown precision, and when a weight does not fit
+    float16.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; choose one of {', '.join(PRECISIONS)}")
+    result = onnx.ModelProto()
+    result.CopyFrom(proto)
+    if precision != "fp32":
+        _Converter(result.graph).convert()
+    return result
+
+
+def half_nodes(graph: onnx.GraphProto) -> set[int]:
+    """Positions in `graph.node` of the nodes that compute in half precision."""
+    producer = {output: index for index, node in enumerate(graph.node) for output in node.output}
+    pyramid = {name for node in graph.node if node.op_type in PYRAMID_OPS for name in node.input[:4]}
+    features = _ancestors(graph, producer, pyramid)
+    # What prepares the images stays float32: the features begin with the first convolution.
+    after: set[str] = set()
+    chosen = set()
+    for index in sorted(features):
+        node = graph.node[index]
+        if node.op_type == "Conv" or any(name in after for name in node.input):
+            chosen.add(index)
+            after.update(node.output)
+    return chosen | set(_half_linear(graph))
+
+
+def _ancestors(graph: onnx.GraphProto, producer: dict[str, int], values: set[str]) -> set[int]:
+    found: set[int] = set()
+    pending = list(values)
+    while pending:
+        index = producer.get(pending.pop())
+        if index is not None and index not in found:
+            found.add(index)
+            pending.extend(graph.node[index].input)
+    return found
+
+
+def _half_linear(graph: onnx.GraphProto) -> Iterator[int]:
+    """Matrix products with a constant, named by the bias that is added to them."""
+    constants = {tensor.name for tensor in graph.initializer}
+    bias_of = {
+        value: other
+        for node in graph.node
+        if node.op_type == "Add"
+        for value, other in (tuple(node.input), tuple(reversed(node.input)))
+        if other in constants
+    }
+    for index, node in enumerate(graph.node):
+        if node.op_type == "MatMul" and node.input[1] in constants:
+            name = bias_of.get(node.output[0], "")
+            if any(layer in name for layer in HALF_LINEAR_LAYERS):
+                yield index
+
+
+class _Converter:
+    """Rewrites one graph: half nodes get half inputs, and a cast back where something else reads what they give."""
+
+    def __init__(self, graph: onnx.GraphProto) -> None:
+        self.graph = graph
+        self.initializers = {tensor.name: tensor for tensor in graph.initializer}
+        self.values = {value.name: value for value in (*graph.input, *graph.value_info, *graph.output)}
+        self.chosen = half_nodes(graph)
+        self.outputs = {value.name for value in graph.output}
+        self.read_in_float = {
+            name for index, node in enumerate(graph.node) if index not in self.chosen for name in node.input
+        } | self.outputs
+        self.half_names: dict[str, str] = {}
+        self.nodes: list[onnx.NodeProto] = []
+
+    def convert(self) -> None:
+        for index, node in enumerate(self.graph.node):
+            if index in self.chosen:
+                self._convert_node(node)
+            else:
+                self.nodes.append(node)
+        del self.graph.node[:]
+        self.graph.node.extend(self.nodes)
+        self._drop_unused_initializers()
+        self._update_value_types()
+
+    def _convert_node(self, node: onnx.NodeProto) -> None:
+        converted = onnx.NodeProto()
+        converted.CopyFrom(node)
+        converted.input[:] = [self._half(name) if self._is_float(name) else name for name in node.input]
+        float_outputs = [name for name in node.output if self._is_float(name)]
+        converted.output[:] = [f"{name}_half" if name in float_outputs else name for name in node.output]
+        self.nodes.append(converted)
+        for name in float_outputs:
+            self.half_names[name] = f"{name}_half"
+            if name in self.read_in_float:
+                self.nodes.append(
+                    helper.make_node("Cast", [f"{name}_half"], [name], f"{name}_to_float", to=TensorProto.FLOAT)
+                )
+
+    def _half(self, name: str) -> str:
+        """The half-precision twin of a float32 value, made when first asked for."""
+        if name not in self.half_names:
+            twin = self.half_names[name] = f"{name}_half"
+            if name in self.initializers:
+                self.graph.initializer.append(_to_float16(self.initializers[name], twin))
+            else:
+                self.nodes.append(helper.make_node("Cast", [name], [twin], f"{name}_to_half", to=TensorProto.FLOAT16))
+        return self.half_names[name]
+
+    def _is_float(self, name: str) -> bool:
+        if name in self.initializers:
+            return self.initializers[name].data_type == TensorProto.FLOAT
+        return name in self.values and self.values[name].type.tensor_type.elem_type == TensorProto.FLOAT
+
+    def _drop_unused_initializers(self) -> None:
+        used = {name for node in self.nodes for name in node.input}
+        kept = [tensor for tensor in self.graph.initializer if tensor.name in used]
+        del self.graph.initializer[:]
+        self.graph.initializer.extend(kept)
+
+    def _update_value_types(self) -> None:
+        """Types and shapes of values that are new, and none of values that are gone."""
+        made = {name for node in self.nodes for name in node.output}
+        kept = [value for value in self.graph.value_info if value.name in made]
+        for name, twin in self.half_names.items():
+            if twin in made and name in self.values:
+                value = onnx.ValueInfoProto()
+                value.CopyFrom(self.values[name])
+                value.name = twin
+                value.type.tensor_type.elem_type = TensorProto.FLOAT16
+                kept.append(value)
+        del self.graph.value_info[:]
+        self.graph.value_info.extend(kept)
+
+
+def _to_float16(tensor: onnx.TensorProto, name: str) -> onnx.TensorProto:
+    values = numpy_helper.to_array(tensor)
+    largest = float(np.abs(values).max(initial=0.0))
+    if largest > LARGEST_FLOAT16:
+        raise ValueError(f"weight {tensor.name} reaches {largest:.3g}, more than float16 can hold; keep fp32")
+    return numpy_helper.from_array(values.astype(np.float16), name)

@@ -1,0 +1,309 @@
+"""Every command on a tiny random model and four synthetic images."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+import onnx
+import pytest
+from PIL import Image
+
+from asag.deploy import DeployedDetector
+from asag.presets import PRESETS
+from asag_cli.main import asag as root
+from runtime.metadata import ModelMetadata
+
+if TYPE_CHECKING:
+    from conftest import Command, Workspace
+
+
+def command_names(group: click.Group = root, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Every command and subcommand as the words that call it."""
+    found: list[tuple[str, ...]] = []
+    for name, command in group.commands.items():
+        found.append((*prefix, name))
+        if isinstance(command, click.Group):
+            found += command_names(command, (*prefix, name))
+    return found
+
+
+@pytest.mark.parametrize("words", [(), *command_names()], ids=" ".join)
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_help(asag: Command, words: tuple[str, ...], option: str) -> None:
+    done = asag(*words, option)
+    assert (done.code, done.error) == (0, "")
+    assert done.output.startswith(f"Usage: {' '.join(('asag', *words))}")
+    assert max(map(len, done.output.splitlines())) <= 100
+    sentences = done.output.split("Options:", maxsplit=1)[0].split("\n\n")[1:]
+    assert sentences, "a manual page says what the command does"
+
+
+def test_every_option_is_explained() -> None:
+    for words in command_names():
+        command: click.Command = root
+        for word in words:
+            assert isinstance(command, click.Group)
+            command = command.commands[word]
+        assert command.short_help, words
+        for parameter in command.params:
+            if isinstance(parameter, click.Option):
+                assert parameter.help, f"{words} {parameter.name}"
+
+
+def test_the_issue_s_commands_are_there() -> None:
+    expected = {"train", "evaluate", "export", "build", "detect", "parity", "bench", "demo", "zoo"}
+    assert expected <= set(root.commands)
+
+
+def test_without_a_command_the_page_is_shown(asag: Command) -> None:
+    for words in ((), ("data",)):
+        done = asag(*words)
+        assert done.code in (0, 2)
+        page = done.output + done.error
+        assert page.startswith("Usage: asag")
+        assert len(page.splitlines()) > 5, "readable, not squeezed into one line"
+
+
+def test_version(asag: Command) -> None:
+    from asag import __version__
+
+    done = asag("--version")
+    assert done.code == 0
+    assert __version__ in done.output
+
+
+def test_zoo_lists_every_preset(asag: Command) -> None:
+    done = asag("zoo")
+    assert done.code == 0
+    lines = {line.split()[0]: line for line in done.output.splitlines() if line.split()}
+    for name, preset in PRESETS.items():
+        assert preset.config.backbone in lines[name]
+        assert (preset.published or "demo").split(",")[0] in lines[name]
+
+
+def test_export(workspace: Workspace) -> None:
+    done = workspace.exporting
+    assert done.code == 0
+    assert done.error == ""
+    assert "2 AdaptiveProbing" in done.output
+    assert "aux_0" in done.output
+    metadata = ModelMetadata.from_properties(
+        {entry.key: entry.value for entry in onnx.load(workspace.model).metadata_props}
+    )
+    assert metadata.input_size == (160, 160)
+    assert metadata.head == "main"
+
+
+def test_choices_of_export_reach_the_model(
+    asag: Command, workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    described = []
+
+    def describe(model: DeployedDetector, path: Path, *_: object) -> None:
+        described.append((path, model.describe()))
+        raise ValueError("enough")
+
+    monkeypatch.setattr("export.model.export_onnx", describe)
+    path = tmp_path / "other.onnx"
+    options = ("--input-size", "96x128", "--input-type", "float32", "--head", "aux_2", "--levels", "P4P6")
+    done = asag("export", workspace.checkpoint, "-o", path, *options, "--patch-capacity", "3,5")
+    assert (done.code, done.error) == (2, "asag: enough\n")
+    target, values = described[0]
+    assert target == path
+    assert (values["input_height"], values["input_width"], values["input_type"]) == (96, 128, "float32")
+    assert (values["head"], values["levels"], values["patch_capacity"]) == ("aux_2", "P4P6", (3, 5))
+
+
+@pytest.mark.parametrize("kind", ["model", "checkpoint"])
+def test_detect(asag: Command, workspace: Workspace, tmp_path: Path, kind: str) -> None:
+    output = tmp_path / "out"
+    model = getattr(workspace, kind)
+    done = asag(
+        "detect", workspace.images[0], workspace.data / "train2017", "--model", model, "-o", output,
+        "--batch-size", "2", "--score-threshold", "0", "--threads", "1",
+    )  # fmt: skip
+    assert (done.code, done.error) == (0, "")
+    content = json.loads((output / "detections.json").read_text())
+    assert len(content["images"]) == 3
+    assert len(content["detections"]) > 30
+    assert f"{len(content['detections'])} detections in 3 images" in " ".join(done.output.split())
+    assert {record["image_id"] for record in content["detections"]} == {1, 2, 3}
+    for record in content["images"]:
+        with Image.open(output / record["picture"]) as picture:
+            assert picture.size == (record["width"], record["height"])
+
+
+def test_threshold_of_detect(asag: Command, workspace: Workspace, tmp_path: Path) -> None:
+    for threshold in ("0.05", "0.15", "1"):
+        output = tmp_path / threshold
+        options = ("--model", workspace.model, "-o", output, "--score-threshold", threshold)
+        assert asag("detect", workspace.images[0], *options).code == 0
+    counts = []
+    for threshold in ("0.05", "0.15", "1"):
+        records = json.loads((tmp_path / threshold / "detections.json").read_text())["detections"]
+        assert all(record["score"] >= float(threshold) for record in records)
+        counts.append(len(records))
+    assert counts[0] > counts[1] > counts[2] == 0
+
+
+def test_bad_images_do_not_stop_the_rest(asag: Command, workspace: Workspace, tmp_path: Path) -> None:
+    text = tmp_path / "text.jpg"
+    text.write_text("no image")
+    files = (tmp_path / "missing.jpg", text, workspace.images[0])
+    done = asag("detect", *files, "--model", workspace.model, "-o", tmp_path / "out", "--score-threshold", "0")
+    assert done.code == 2
+    missing, damaged = done.error.splitlines()
+    assert missing.startswith("asag: ")
+    assert "missing.jpg" in missing
+    assert damaged.startswith("asag: ")
+    assert "text.jpg" in damaged
+    content = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert [Path(record["file_name"]).name for record in content["images"]] == [workspace.images[0].name]
+    assert len(content["errors"]) == 2
+
+
+def test_detecting_with_an_exported_file_imports_no_torch(workspace: Workspace, tmp_path: Path) -> None:
+    code = """
+import sys
+from asag_cli.main import main
+try:
+    main(sys.argv[1:])
+except SystemExit as ending:
+    assert ending.code == 0, ending.code
+print("imported:", [name for name in ("torch", "torchvision", "onnx", "onnxscript") if name in sys.modules])
+"""
+    arguments = ["detect", str(workspace.images[0]), "--model", str(workspace.model), "-o", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "imported: []"
+    assert (tmp_path / "out" / "detections.json").is_file()
+
+
+@pytest.mark.parametrize("kind", ["model", "checkpoint"])
+def test_evaluate(asag: Command, workspace: Workspace, tmp_path: Path, kind: str) -> None:
+    numbers = tmp_path / "numbers.json"
+    options = ("--data", workspace.data, "--json", numbers, "--threads", "1", "--images", "3")
+    done = asag("evaluate", getattr(workspace, kind), *options)
+    assert (done.code, done.error) == (0, "")
+    content = json.loads(numbers.read_text())
+    assert content["images"] == 3
+    assert 0 <= content["ap"] <= content["ap50"] <= 1
+    assert f"{content['ap']:.3f}" in done.output
+    assert "on 3 images" in done.output
+
+
+def test_parity(asag: Command, workspace: Workspace, tmp_path: Path) -> None:
+    numbers, page = tmp_path / "parity.json", tmp_path / "parity.html"
+    options = ("--data", workspace.data, "--check", "--json", numbers, "--report", page, "--threads", "1")
+    done = asag("parity", workspace.checkpoint, workspace.model, *options)
+    assert (done.code, done.error) == (0, "")
+    rows = json.loads(numbers.read_text())["rows"]
+    assert [row["backend"] for row in rows] == ["pytorch", "onnxruntime-cpu"]
+    agreement = rows[1]["agreement"]
+    assert agreement["images_within"] == agreement["images"] == 4
+    assert agreement["unmatched"] == 0
+    assert agreement["matched"] > 50
+    assert "onnxruntime-cpu" in done.output
+    assert page.read_text().lstrip().lower().startswith("<!doctype html>")
+
+
+def test_parity_check_fails_for_another_model(asag: Command, workspace: Workspace, tmp_path: Path) -> None:
+    """Weights that moved a little: the table says so, and only --check makes it an exit code."""
+    from builders import write_checkpoint
+
+    from asag.checkpoint import load_detector
+
+    detector, info = load_detector(workspace.checkpoint)
+    detector.heads["main"].branches.class_logits.bias.data += 0.01
+    moved = write_checkpoint(tmp_path / "moved.safetensors", detector, info)
+    options = ("--data", workspace.data, "--images", "1")
+    assert asag("parity", workspace.checkpoint, moved, *options).code == 0
+    assert asag("parity", workspace.checkpoint, moved, *options, "--check").code == 1
+    assert asag("parity", workspace.checkpoint, workspace.checkpoint, *options, "--check").code == 0
+
+
+def test_bench(asag: Command, workspace: Workspace, tmp_path: Path) -> None:
+    numbers = tmp_path / "bench.json"
+    options = ("--images", workspace.data / "val2017", "--rounds", "3", "--warmup", "1", "--threads", "1")
+    done = asag("bench", workspace.checkpoint, workspace.model, *options, "--json", numbers)
+    assert (done.code, done.error) == (0, "")
+    rows = json.loads(numbers.read_text())["latencies"]
+    assert [row["backend"] for row in rows] == ["pytorch", "onnxruntime-cpu"]
+    assert all(0 < row["p50_ms"] <= row["p99_ms"] for row in rows)
+    assert "onnxruntime-cpu" in done.output
+
+
+@pytest.fixture(scope="module")
+def engine(asag: Command, workspace: Workspace) -> Path:
+    pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed")
+    path = workspace.folder / "model.engine"
+    done = asag("build", workspace.model, "-o", path, "--batch", "1:2:3")
+    assert (done.code, done.error) == (0, "")
+    assert "batch 1 to 3 (tuned for 2)" in " ".join(done.output.split())
+    return path
+
+
+def test_build(engine: Path, workspace: Workspace) -> None:
+    manifest = json.loads(Path(f"{engine}.json").read_text())
+    assert manifest["profile"] == [1, 2, 3]
+    assert manifest["onnx_name"] == workspace.model.name
+    assert ModelMetadata.from_properties(manifest["metadata"]).preset == "asag-a-tiny"
+
+
+def test_an_engine_without_its_gpu_is_a_row_with_the_reason(
+    asag: Command, workspace: Workspace, engine: Path, tmp_path: Path
+) -> None:
+    numbers = tmp_path / "parity.json"
+    arguments = ("parity", workspace.checkpoint, workspace.model, engine, "--data", workspace.data, "--images", "1")
+    done = asag(*arguments, "--json", numbers)
+    row = json.loads(numbers.read_text())["rows"][2]
+    if row["reason"] is None:
+        pytest.skip("the engine runs on this machine")
+    assert done.code == 0
+    assert "not run" in done.output
+    assert "GPU" in row["reason"]
+    assert row["result"] is None
+    assert asag(*arguments, "--check").code == 1, "a candidate that did not run is not proven"
+    alone = asag("detect", workspace.images[0], "--model", engine, "-o", tmp_path / "out")
+    assert alone.code == 2
+    assert "GPU" in alone.error
+    assert len(alone.error.splitlines()) == 1
+
+
+def test_synthetic_data(asag: Command, tmp_path: Path) -> None:
+    options = ("--train-images", "1", "--val-images", "2", "--image-size", "64")
+    for _ in range(2):  # a second time there is nothing to do
+        done = asag("data", "synthetic", tmp_path / "data", *options)
+        assert (done.code, done.error) == (0, "")
+    annotations = json.loads((tmp_path / "data" / "annotations" / "instances_val2017.json").read_text())
+    assert len(annotations["images"]) == 2
+
+
+def test_help_and_zoo_start_quickly() -> None:
+    """Neither PyTorch nor NumPy is imported to print a page."""
+    code = """
+import sys
+from asag_cli.main import main
+for words in (["--help"], ["train", "--help"], ["export", "--help"], ["zoo"]):
+    try:
+        main(words)
+    except SystemExit as ending:
+        assert ending.code == 0
+print("imported:", [name for name in ("torch", "numpy", "onnx", "onnxruntime", "pycocotools") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "imported: []"
+
+
+def test_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "asag_cli.main", "detect", "--fly"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines() == ["asag: No such option '--fly'; see `asag detect --help`"]

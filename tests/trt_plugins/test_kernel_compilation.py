@@ -1,0 +1,107 @@
+"""Every kernel through NVRTC, for every architecture, without a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from trt_plugins.compile import ARCHITECTURES, compile_plan, resource_usage, supported_capabilities
+from trt_plugins.plan import OPERATIONS, STATIC_SHARED_LIMIT, make_plan
+from trt_plugins.resources import DEMO, PUBLISHED, Case, cases, resource_rows, signature
+
+
+@pytest.fixture(autouse=True)
+def compiler(kernel_cache: Path) -> None:
+    try:
+        supported_capabilities()
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+def test_published_kernels_compile_without_spills(capability: int, name: str) -> None:
+    if capability not in supported_capabilities():
+        pytest.skip(f"this NVRTC does not know sm_{capability}")
+    for case in cases(PUBLISHED):
+        # bfloat16 differs from float16 in conversions only; it is compiled for one architecture below.
+        if case.name != name or case.element == "bfloat16" or (case.tensor_cores and capability < 80):
+            continue
+        usage = resource_usage(case.plan(), capability)
+        assert usage.spill_bytes == 0, f"{case.kind} spills {usage.spill_bytes} bytes"
+        assert usage.stack_bytes == 0, f"{case.kind} keeps {usage.stack_bytes} bytes of registers in memory"
+        assert 0 < usage.registers <= 65536 // case.plan().threads
+        assert usage.shared_bytes <= STATIC_SHARED_LIMIT
+
+
+@pytest.mark.parametrize("case", [*cases(DEMO)], ids=lambda case: f"{case.name} {case.kind}")
+def test_demo_kernels_compile_without_spills(case: Case) -> None:
+    usage = resource_usage(case.plan(), 90)
+    assert usage.spill_bytes == usage.stack_bytes == 0
+
+
+def test_bfloat16_compiles_at_the_published_sizes() -> None:
+    for case in cases(PUBLISHED):
+        if case.element == "bfloat16":
+            assert resource_usage(case.plan(), 80).spill_bytes == 0, case
+
+
+def test_tensor_cores_are_in_the_machine_code_only_where_asked() -> None:
+    found = {}
+    for case in cases(DEMO):
+        if case.name == "SamplingMixing" and case.element != "float32":
+            found[case] = b"mma.sync" in compile_plan(case.plan(), 80, ptx=True).image
+    assert found == {case: case.tensor_cores for case in found}
+
+
+def test_the_second_compilation_comes_from_disk(tmp_path: Path) -> None:
+    shapes, attributes = signature("GatherAnchors", DEMO)
+    plan = make_plan("GatherAnchors", shapes, attributes)
+    first = compile_plan(plan, 90, cache_folder=tmp_path)
+    again = compile_plan(plan, 90, cache_folder=tmp_path)
+    assert (first.cached, again.cached) == (False, True)
+    assert again == dataclasses.replace(first, cached=True)
+    assert not compile_plan(plan, 80, cache_folder=tmp_path).cached
+    assert not compile_plan(plan, 90, ptx=True, cache_folder=tmp_path).cached
+    other = make_plan("GatherAnchors", shapes, {**attributes, "most": 7})
+    assert not compile_plan(other, 90, cache_folder=tmp_path).cached
+    # Nothing half-written stays behind: three kernels of one name, one more, each with its log.
+    assert len(list(tmp_path.iterdir())) == 8
+
+
+def test_an_error_shows_the_source_line(tmp_path: Path) -> None:
+    shapes, attributes = signature("GatherAnchors", DEMO)
+    plan = make_plan("GatherAnchors", shapes, attributes)
+    broken = dataclasses.replace(plan, defines=tuple(pair for pair in plan.defines if pair[0] != "MOST"))
+    with pytest.raises(ValueError, match=r"gather_anchors\.cu\(\d+\): error: identifier \"MOST\" is undefined\n.*MOST"):
+        compile_plan(broken, 90, cache_folder=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_table_names_every_case() -> None:
+    rows = list(resource_rows(DEMO, [90]))
+    assert len(rows) == len(list(cases(DEMO)))
+    assert all(int(row[-1]) > 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("groups", "points", "mixed", "message"),
+    [(3, 32, 128, "share 256 channels"), (4, 30, 128, "multiples of 8"), (1, 32, 128, "does not fit")],
+)
+def test_sizes_without_a_kernel_are_refused(groups: int, points: int, mixed: int, message: str) -> None:
+    sizes = dataclasses.replace(PUBLISHED, groups=groups, points=points, mixed_points=mixed)
+    shapes, attributes = signature("SamplingMixing", sizes)
+    with pytest.raises(ValueError, match=message):
+        make_plan("SamplingMixing", shapes, attributes)
+
+
+def test_calls_that_do_not_exist_are_refused() -> None:
+    shapes, attributes = signature("GatherAnchors", DEMO)
+    with pytest.raises(ValueError, match="no kernel for float16"):
+        make_plan("GatherAnchors", shapes, attributes, "float16")
+    with pytest.raises(ValueError, match="no channels-last"):
+        make_plan("GatherAnchors", shapes, attributes, channels_last=True)
+    with pytest.raises(ValueError, match="has 2 inputs, not 1"):
+        make_plan("GatherAnchors", shapes[:1], attributes)

@@ -1,0 +1,69 @@
+"""Training configurations in files: YAML or JSON of a person, or the record of an earlier run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from train.config import TrainConfig
+
+_RECORD_KEY = "training"
+# What the record of a run says of that one process, not of the run.
+_NOT_REPEATED = ("resume", "stop_after", "time_limit")
+
+
+def read_config_file(path: str | Path) -> dict[str, Any]:
+    """The fields of TrainConfig that a file names.
+
+    The file is YAML or JSON with one entry per field, or the ``config.json`` of a run's folder, which then is repeated
+    from its beginning: into a new folder beside the old one, unless another is asked for. Raises FileNotFoundError, or
+    ValueError naming the file and what is wrong.
+    """
+    path = Path(path)
+    content = _parse(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a training configuration: it must hold one `name: value` per line")
+    record = content.get(_RECORD_KEY)
+    values = dict(record) if isinstance(record, dict) else dict(content)
+    known = {field.name for field in dataclasses.fields(TrainConfig)}
+    unknown = sorted(str(name) for name in values if name not in known)
+    if unknown:
+        raise ValueError(f"{path}: no training option is called {', '.join(unknown)}; see docs/training.md for the
+        names")
+    if isinstance(record, dict):
+        for name in _NOT_REPEATED:
+            values.pop(name, None)
+        if values.get("output"):
+            values["output"] = str(_free_name(Path(values["output"])))
+    return values
+
+
+def _parse(path: Path) -> Any:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no configuration file {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
+    try:
+        if path.suffix == ".json":
+            return json.loads(text)
+        import yaml
+
+        try:
+            return yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(" ".join(str(error).split())) from None
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read as {'JSON' if path.suffix == '.json' else 'YAML'}: {error}") from None
+
+
+def _free_name(folder: Path) -> Path:
+    """The folder itself, or the first of ``folder-2``, ``folder-3``, .. that does not exist."""
+    number, name = 1, folder
+    while name.exists():
+        number += 1
+        name = folder.with_name(f"{folder.name}-{number}")
+    return name

@@ -1,0 +1,97 @@
+"""What a person looks at while a detector trains: its detections on a few images, and the curves of a run."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from PIL import Image
+
+from runtime.coco_evaluation import CocoFolder
+from runtime.drawing import draw_detections
+from runtime.files import atomic_path
+from runtime.metadata import ModelMetadata
+from runtime.postprocessing import Detections
+from runtime.preprocessing import resize, resized_size
+
+PICTURES = 9
+_CELL = 320
+_GAP = 4
+_SCORE = 0.3
+
+
+def pictured_images(validation: CocoFolder, count: int = PICTURES) -> tuple[int, ...]:
+    """Ids of `count` images spread evenly over the validation images; always the same ones."""
+    ids = validation.image_ids
+    step = max(1, len(ids) // count)
+    return ids[::step][:count]
+
+
+def write_grid(
+    path: Path, validation: CocoFolder, detections: Mapping[int, Detections], metadata: ModelMetadata
+) -> None:
+    """Write a grid of the images with their detections drawn (score 0.3 and more), as a JPEG."""
+    columns = math.ceil(math.sqrt(len(detections)))
+    rows = math.ceil(len(detections) / max(columns, 1))
+    grid = Image.new("RGB", (columns * (_CELL + _GAP) + _GAP, rows * (_CELL + _GAP) + _GAP), "white")
+    for place, (image_id, found) in enumerate(detections.items()):
+        image = validation.load(image_id)
+        cell = resize(image, resized_size(image.height, image.width, _CELL, _CELL))
+        row, column = divmod(place, columns)
+        corner = (_GAP + column * (_CELL + _GAP), _GAP + row * (_CELL + _GAP))
+        grid.paste(draw_detections(cell, found, metadata, _SCORE), corner)
+    with atomic_path(path) as temporary:
+        grid.save(temporary, quality=88)
+
+
+def write_curves(path: Path, losses: Path, evaluations: Path) -> bool:
+    """Plot the losses, the learning rate and the evaluations of a run's tables; False where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    rows = read_table(losses)
+    if not rows:
+        return False
+    evaluated = read_table(evaluations)
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    axes = figure.subplots(3 if evaluated else 2, 1, sharex=True, squeeze=False)[:, 0]
+    steps = [row["step"] for row in rows]
+    axes[0].plot(steps, [row["total"] for row in rows], color="black", label="total, weighted")
+    for suffix, label in (("", "last head"), ("_rpn", "proposals"), ("_anchor", "anchors")):
+        for name, style in (("loss_ce", "-"), ("loss_bbox", "--"), ("loss_giou", ":")):
+            if f"{name}{suffix}" in rows[0]:
+                values = [row.get(f"{name}{suffix}", math.nan) for row in rows]
+                axes[0].plot(steps, values, style, linewidth=0.9, label=f"{label} {name.removeprefix('loss_')}")
+    axes[0].set_yscale("log")
+    axes[0].set_ylabel("loss")
+    axes[0].legend(fontsize="x-small", ncols=2)
+    axes[1].plot(steps, [row["learning_rate"] for row in rows])
+    axes[1].set_ylabel("learning rate")
+    if evaluated:
+        for name in evaluated[0]:
+            if name not in ("step", "images"):
+                values = [row.get(name, math.nan) for row in evaluated]
+                axes[2].plot([row["step"] for row in evaluated], values, "o-", markersize=3, label=name)
+        axes[2].set_ylabel("validation")
+        axes[2].legend(fontsize="x-small", ncols=3)
+    axes[-1].set_xlabel("step")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+    return True
+
+
+def read_table(path: Path) -> list[dict[str, float]]:
+    """The rows of a table of numbers; without the cells that are empty. No rows without the file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as stream:
+        return [_numbers(row) for row in csv.DictReader(stream)]
+
+
+def _numbers(row: Mapping[str, str | None]) -> dict[str, float]:
+    return {name: float(text) for name, text in row.items() if text}
