@@ -220,7 +220,8 @@ def split_quarters(feature: Tensor) -> Tensor:
 
 def fixed_anchors_to_pixels(p5: Tensor, p6: Tensor, sizes: Tensor) -> Tensor:
     """Predictions [B, 4, k, 5] of the quarters and [B, 1, k, 5] of P6 -> anchors [B, 5k, 5] in pixels."""
-    corner = p5.new_tensor([[0, 0, 0, 0], [0.5, 0, 0, 0], [0, 0.5, 0, 0], [0.5, 0.5, 0, 0]])
+    quarter = torch.arange(4, device=p5.device)
+    corner = F.pad(torch.stack((quarter % 2, quarter // 2), dim=-1) * 0.5, (0, 2)).to(p5.dtype)
     boxes = torch.cat((p5[..., :4] / 2 + corner.unsqueeze(1), p6[..., :4]), dim=1).flatten(1, 2)
     confidence = torch.cat((p5[..., 4], p6[..., 4]), dim=1).flatten(1, 2).sigmoid()
     boxes = boxes * content_scale(sizes)

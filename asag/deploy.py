@@ -26,7 +26,8 @@ class DeployedDetector(nn.Module):
 
     detector: copied, without the heads that are not deployed and with batch norm folded into the convolutions;
     input_size: (height, width) of the model's input, the checkpoint's by default, each a multiple of 32;
-    input_type: "uint8" takes RGB as stored in a picture and normalizes inside, "float32" takes normalized RGB.
+    input_type: "uint8" takes RGB as stored in a picture and normalizes inside, "float32" takes normalized RGB;
+    fold_norms: only a benchmark has a reason to leave the norms as they are.
     Raises ValueError on a size or type that cannot be.
     """
 
@@ -41,6 +42,8 @@ class DeployedDetector(nn.Module):
         input_size: tuple[int, int] | None = None,
         input_type: str = "uint8",
         patch_capacity: tuple[int, int] | None = None,
+        *,
+        fold_norms: bool = True,
     ) -> None:
         super().__init__()
         if input_type not in INPUT_TYPES:
@@ -61,7 +64,8 @@ class DeployedDetector(nn.Module):
             self.detector = copy.deepcopy(detector).eval().requires_grad_(False)
         finally:
             detector.heads = heads
-        fold_batch_norm(self.detector.backbone)
+        if fold_norms:
+            fold_batch_norm(self.detector.backbone)
         self.register_buffer("mean", torch.tensor(IMAGE_MEAN).reshape(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("scale", 1 / (torch.tensor(IMAGE_STD).reshape(1, 3, 1, 1) * 255), persistent=False)
         self.register_buffer("category_ids", torch.tensor(info.category_ids, dtype=torch.int64), persistent=False)

@@ -69,6 +69,6 @@ def position_embedding(xyzr: Tensor, channels: int) -> Tensor:
     quarter = channels // 4
     exponent = torch.arange(0, quarter, 2, device=xyzr.device, dtype=xyzr.dtype) / quarter
     frequency = torch.exp(-math.log(10000.0) * exponent)
-    scale = xyzr.new_tensor((1e-3, 1e-3, 1.0, 1.0))
-    phase = (xyzr * scale).unsqueeze(-1) * frequency
+    scaled = torch.cat((xyzr[..., :2] * 1e-3, xyzr[..., 2:]), dim=-1)
+    phase = scaled.unsqueeze(-1) * frequency
     return torch.stack((phase.sin(), phase.cos()), dim=-1).flatten(-3)

@@ -15,7 +15,8 @@ from asag.ops import pyramid_roi_align
 from asag.ops.pyramid_roi_align import ROI_SIDE
 from asag.proposals import Proposals
 
-DELTA_WEIGHTS = (2.0, 2.0, 1.0, 1.0)
+CENTRE_WEIGHT = 2.0
+"""Deltas of the centre are divided by this; those of the size by one."""
 LARGEST_LOG_SIZE = math.log(100000.0 / 16)
 
 
@@ -68,6 +69,5 @@ class SparseRCNNHead(nn.Module):
 
 def apply_deltas(boxes: Tensor, deltas: Tensor) -> Tensor:
     """Both [..., 4]; boxes `cxcywh`: `c += d*size`, `size *= exp(min(d, log(100000/16)))`, deltas over (2, 2, 1, 1)."""
-    deltas = deltas / deltas.new_tensor(DELTA_WEIGHTS)
-    centre = boxes[..., :2] + deltas[..., :2] * boxes[..., 2:]
+    centre = boxes[..., :2] + deltas[..., :2] / CENTRE_WEIGHT * boxes[..., 2:]
     return torch.cat((centre, boxes[..., 2:] * deltas[..., 2:].clamp(max=LARGEST_LOG_SIZE).exp()), dim=-1)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from asag_cli.console import FOLDER, console, progress_bar
+from asag_cli.console import EXISTING_FILE, FOLDER, console, progress_bar
 
 
 @click.group(short_help="Make datasets.")
@@ -36,3 +36,24 @@ def synthetic(output: Path, train_images: int, val_images: int, image_size: int,
             output, train_images=train_images, val_images=val_images, image_size=image_size, seed=seed, progress=advance
         )
     console.print(f"dataset: {output}")
+
+
+@data.command(short_help="CrowdHuman's annotations to COCO's layout.")
+@click.argument("annotations", type=EXISTING_FILE, nargs=-1, required=True, metavar="ODGT...")
+@click.option("-o", "--output", type=FOLDER, required=True, help="Folder of the dataset to write.")
+@click.option("--images", type=FOLDER, help="Folder of the images.  [default: Images/ beside the annotations]")
+def crowdhuman(annotations: tuple[Path, ...], output: Path, images: Path | None) -> None:
+    """Convert CrowdHuman's annotation files (annotation_train.odgt, annotation_val.odgt) for `asag train --data OUTPUT`.
+
+    The boxes are those of whole persons; regions to ignore are marked so. The images are linked, not copied.
+    """
+    from train.crowdhuman import convert_crowdhuman
+
+    with progress_bar("converting") as advance:
+        converted = convert_crowdhuman(annotations, output, images, progress=advance)
+    for split in converted:
+        console.print(
+            f"{split.annotations}: {split.images} images, {split.persons} persons, {split.ignored} regions to ignore",
+            soft_wrap=True,
+            highlight=False,
+        )

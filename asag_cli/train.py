@@ -10,16 +10,24 @@ import click
 
 from asag_cli.console import EXISTING_FILE, FOLDER, console
 
+DEFAULT_PRESET = "asag-a-r50-1x-100"
 
-@click.command(short_help="Train a detector on a dataset in COCO's layout.")
-@click.option("--preset", default="asag-a-r50-1x-100", show_default=True, help="Which detector; `asag zoo` lists them.")
+
+@click.command(short_help="Train a detector on a dataset in COCO's format.")
+@click.option("--preset", help=f"Which detector; `asag zoo` lists them.  [default: {DEFAULT_PRESET}]")
 @click.option(
     "--data",
     type=FOLDER,
-    required=True,
     help="Folder with annotations/instances_train2017.json, train2017/, and the same for val2017.",
 )
-@click.option("-o", "--output", type=FOLDER, required=True, help="Folder of the run; must not hold another one.")
+@click.option("--train-annotations", type=EXISTING_FILE, help="COCO-format file to train on, instead of the folder's.")
+@click.option("--train-images", type=FOLDER, help="Folder of its images.  [default: the file's folder]")
+@click.option("--val-annotations", type=EXISTING_FILE, help="COCO-format file to evaluate on, instead of the folder's.")
+@click.option("--val-images", type=FOLDER, help="Folder of its images.  [default: the file's folder]")
+@click.option("-o", "--output", type=FOLDER, help="Folder of the run; must not hold another one.")
+@click.option(
+    "--config", "config_file", type=EXISTING_FILE, help="YAML or JSON file of options, or the config.json of a run."
+)
 @click.option("--resume", is_flag=True, help="Continue the run in the output folder from its last checkpoint.")
 @click.option("--weights", type=EXISTING_FILE, help="Start from this checkpoint (.safetensors) of the same preset.")
 @click.option(
@@ -27,40 +35,81 @@ from asag_cli.console import EXISTING_FILE, FOLDER, console
 )
 @click.option("--epochs", type=float, help="Passes over the training images.")
 @click.option("--steps", type=click.IntRange(1), help="Optimizer steps in all, instead of epochs.")
-@click.option("--batch-size", type=click.IntRange(1), help="Images of one step.")
+@click.option("--batch-size", type=click.IntRange(1), help="Images of one step, over all processes.")
+@click.option("--accumulate", type=click.IntRange(1), help="Pieces that each process cuts its images of a step into.")
 @click.option("--learning-rate", type=float, help="AdamW's rate for everything but the backbone.")
 @click.option("--backbone-learning-rate", type=float, help="AdamW's rate for the backbone.")
-@click.option("--workers", type=click.IntRange(0), help="Processes that read images.")
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto for a GPU where there is one.")
+@click.option("--workers", type=click.IntRange(0), help="Processes that read images, for each training process.")
+@click.option("--device", help="cpu, cuda, or auto for a GPU where there is one.  [default: auto]")
 @click.option("--seed", type=click.IntRange(0), help="Source of every random draw.")
 @click.option(
     "--set", "settings", multiple=True, metavar="NAME=VALUE", help="Any other field of the run's config.json."
 )
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def train(
-    preset: str, data: Path, output: Path, weights: Path | None, settings: tuple[str, ...], quiet: bool, **options: Any
+    preset: str | None,
+    data: Path | None,
+    output: Path | None,
+    config_file: Path | None,
+    weights: Path | None,
+    settings: tuple[str, ...],
+    resume: bool,
+    quiet: bool,
+    **options: Any,
 ) -> None:
     """Train a detector and write its weights.
 
-    The defaults are the recipe of the preset. The output folder gets weights.safetensors (for `asag export`), state.pt
-    (to resume), losses.csv and config.json; a run that was interrupted continues with --resume and, on a CPU, ends
-    with the same weights. When it is done the model is evaluated on the validation images.
+    The defaults are the recipe of the preset; a file given with --config replaces them, and what stands on the command
+    line wins over the file. The output folder gets weights.safetensors (for `asag export`), best.safetensors, the last
+    states (to resume), losses.csv, pictures of the detections and config.json; a run that was interrupted continues
+    with --resume and, on a CPU, ends with the same weights.
 
     \b
-    Train the published recipe on COCO:
-        asag train --data coco --backbone-weights resnet50.pth -o runs/coco
+    Train the published recipe on COCO, on 8 GPUs:
+        torchrun --nproc-per-node 8 -m asag_cli.main train \\
+            --data coco --backbone-weights resnet50.pth -o runs/coco
     Fine-tune the small preset on own images for 2000 steps:
         asag train --preset asag-a-tiny --data own --steps 2000 -o runs/own
+    Repeat a run:
+        asag train --config runs/own/config.json
+    """
+    from train.loop import train as run
+    from train.processes import is_main_process
+
+    given = {"preset": preset, "data": data, "output": output, **options, "initial_weights": weights}
+    given |= {"resume": resume or None, **_parse_settings(settings)}
+    main = is_main_process()
+    result = run(resolve_config(config_file, given), progress=not quiet and main)
+    if not main:
+        return
+    console.print(f"weights: {result.weights}", soft_wrap=True)
+    if result.finished:
+        console.print(f"next: asag export {result.weights} -o {result.output / 'model.onnx'}", soft_wrap=True)
+
+
+def resolve_config(config_file: Path | None, given: dict[str, Any]) -> Any:
+    """The TrainConfig of a file's values with the given ones, where they are not None, on top.
+
+    Raises click.UsageError where data or output are named by neither, and what reading the file raises.
     """
     from train.config import TrainConfig
-    from train.loop import train as run
+    from train.config_file import read_config_file
 
-    overrides = {**options, "initial_weights": weights, **_parse_settings(settings)}
-    config = TrainConfig.for_preset(preset, data, output, **overrides)
-    result = run(config, progress=not quiet)
-    console.print(f"weights: {result.weights}")
-    if result.finished:
-        console.print(f"next: asag export {result.weights} -o {result.output / 'model.onnx'}")
+    values = read_config_file(config_file) if config_file is not None else {}
+    given = {name: value for name, value in given.items() if value is not None}
+    if "epochs" in given and "steps" not in given:
+        values["steps"] = None
+    if given.get("resume") and config_file is not None and "output" not in given:
+        raise click.UsageError("to resume with --config, name the run's folder with --output")
+    values |= given
+    if values.get("data") is None and values.get("train_annotations") is None:
+        raise click.UsageError("nothing to train on: give --data or --train-annotations")
+    if values.get("output") is None:
+        raise click.UsageError("where to? give --output")
+    preset, data, output = values.pop("preset", DEFAULT_PRESET), values.pop("data", None), values.pop("output")
+    config = TrainConfig.for_preset(preset, data, output, **values)
+    # What a file says is none stays none, whatever the recipe.
+    return dataclasses.replace(config, **{name: None for name, value in values.items() if value is None})
 
 
 def _parse_settings(settings: tuple[str, ...]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from rich import box
 from rich.console import Group
@@ -30,6 +30,7 @@ class Latency:
 
     ``ratio`` is the median over rounds of this session's time over the first session's in the same round;
     ``ratio_low`` and ``ratio_high`` are its 10th and 90th percentiles (None for the first session).
+    ``rounds_ms`` are the times of the rounds, in order.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Latency:
     ratio: float | None
     ratio_low: float | None
     ratio_high: float | None
+    rounds_ms: tuple[float, ...]
 
     @property
     def differs(self) -> bool:
@@ -125,8 +127,7 @@ def _stage_seconds(session: Session, batch: Sequence[Image.Image]) -> list[float
 def _latency(session: Session, times: NDArray[np.float64], index: int, batch_size: int) -> Latency:
     totals = times.sum(axis=2)
     p50, p90, p99 = (float(value) for value in np.percentile(totals[:, index], [50, 90, 99]) * 1e3)
-    ratios = totals[:, index] / totals[:, 0]
-    low, middle, high = (float(value) for value in np.percentile(ratios, [10, 50, 90]))
+    middle, low, high = ratio_of(totals[:, index], totals[:, 0])
     return Latency(
         name=session.name,
         backend=session.backend,
@@ -139,7 +140,14 @@ def _latency(session: Session, times: NDArray[np.float64], index: int, batch_siz
         ratio=middle if index else None,
         ratio_low=low if index else None,
         ratio_high=high if index else None,
+        rounds_ms=tuple((totals[:, index] * 1e3).tolist()),
     )
+
+
+def ratio_of(times: ArrayLike, base: ArrayLike) -> tuple[float, float, float]:
+    """Median, 10th and 90th percentile of the quotients of two sessions' times, round by round."""
+    middle, low, high = np.percentile(np.asarray(times) / np.asarray(base), [50, 10, 90])
+    return float(middle), float(low), float(high)
 
 
 def benchmark_table(report: BenchmarkReport) -> Group:

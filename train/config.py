@@ -6,6 +6,7 @@ import dataclasses
 import math
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -209,40 +210,68 @@ def recipe_name(preset: str) -> str:
     return next((name for name in RECIPES if name in parts), "1x")
 
 
+_POSITIVE = (
+    "batch_size",
+    "accumulate",
+    "log_interval",
+    "checkpoint_interval",
+    "keep_checkpoints",
+    "learning_rate",
+    "gradient_clip",
+    "epochs",
+    "steps",
+    "evaluation_images",
+    "stop_after",
+    "time_limit",
+    "denoising_scale",
+)
+_AT_LEAST_ZERO = (
+    "backbone_learning_rate",
+    "weight_decay",
+    "warmup_steps",
+    "workers",
+    "first_epoch",
+    "seed",
+    "picture_interval",
+    "evaluation_interval",
+)
+_SHARES = (
+    "warmup_start",
+    "flip_probability",
+    "crop_probability",
+    "decay_factor",
+    "final_rate",
+    "denoising_fall",
+)
+
+
 def _check(config: TrainConfig) -> None:
     """Refuse values that no run can have."""
-    positive = ("batch_size", "accumulate", "log_interval", "checkpoint_interval", "keep_checkpoints")
-    positive += ("learning_rate", "gradient_clip", "epochs")
-    at_least_zero = ("backbone_learning_rate", "weight_decay", "warmup_steps", "workers", "first_epoch", "seed")
-    at_least_zero += ("picture_interval",)
-    optional_positive = ("steps", "evaluation_images", "stop_after", "time_limit")
-    shares = ("warmup_start", "flip_probability", "crop_probability", "decay_factor", "final_rate", "denoising_fall")
-    for name in positive:
-        _require(name, getattr(config, name), "above 0", lambda value: value > 0)
-    for name in at_least_zero:
-        _require(name, getattr(config, name), "at least 0", lambda value: value >= 0)
-    for name in optional_positive:
-        if getattr(config, name) is not None:
-            _require(name, getattr(config, name), "above 0", lambda value: value > 0)
-    for name in shares:
-        _require(name, getattr(config, name), "between 0 and 1", lambda value: 0 <= value <= 1)
-    if config.evaluation_interval is not None:
-        _require("evaluation_interval", config.evaluation_interval, "at least 0", lambda value: value >= 0)
-    if config.denoising_scale is not None:
-        _require("denoising_scale", config.denoising_scale, "above 0", lambda value: value > 0)
-    if config.ema_decay is not None:
-        _require("ema_decay", config.ema_decay, "between 0 and 1", lambda value: 0 < value < 1)
-    if config.schedule not in SCHEDULES:
-        raise ValueError(f"schedule is {config.schedule!r}; choose one of {', '.join(SCHEDULES)}")
+    for name in _POSITIVE:
+        _require(config, name, "above 0", lambda value: value > 0)
+    for name in _AT_LEAST_ZERO:
+        _require(config, name, "at least 0", lambda value: value >= 0)
+    for name in _SHARES:
+        _require(config, name, "between 0 and 1", lambda value: 0 <= value <= 1)
+    _require(config, "ema_decay", "between 0 and 1", lambda value: 0 < value < 1)
+    for name, choices in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
+        if getattr(config, name) not in choices:
+            raise ValueError(f"{name} is {getattr(config, name)!r}; choose one of {', '.join(choices)}")
     if list(config.milestones) != sorted(config.milestones):
         raise ValueError(f"milestones must rise, they are {config.milestones}")
-    if config.precision not in PRECISIONS:
-        raise ValueError(f"precision is {config.precision!r}; choose one of {', '.join(PRECISIONS)}")
+    _check_data(config)
+    _check_sides(config)
+
+
+def _check_data(config: TrainConfig) -> None:
     if config.data is None and config.train_annotations is None:
         raise ValueError("nothing to train on: name a dataset folder (data) or an annotation file (train_annotations)")
-    for name in ("train", "val"):
-        if getattr(config, f"{name}_images") is not None and getattr(config, f"{name}_annotations") is None:
-            raise ValueError(f"{name}_images needs {name}_annotations, the file with their boxes")
+    for split in ("train", "val"):
+        if getattr(config, f"{split}_images") is not None and getattr(config, f"{split}_annotations") is None:
+            raise ValueError(f"{split}_images needs {split}_annotations, the file with their boxes")
+
+
+def _check_sides(config: TrainConfig) -> None:
     for name in ("training_shorter_sides", "crop_shorter_sides", "crop_sides"):
         if any(side < 32 for side in getattr(config, name)):
             raise ValueError(f"{name} must be at least 32 pixels, they are {getattr(config, name)}")
@@ -250,37 +279,44 @@ def _check(config: TrainConfig) -> None:
         raise ValueError("crop_sides must be (shortest, longest), and crop_shorter_sides name at least one side")
 
 
-def _require(name: str, value: float, rule: str, holds: Any) -> None:
-    if not math.isfinite(value) or not holds(value):
+def _require(config: TrainConfig, name: str, rule: str, holds: Callable[[float], bool]) -> None:
+    value = getattr(config, name)
+    if value is not None and not (math.isfinite(value) and holds(value)):
         raise ValueError(f"{name} is {value}; it must be {rule}")
+
+
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", Path: "a path", str: "a text"}
 
 
 def _as_type(name: str, value: Any, expected: Any) -> Any:
     """A value of a field's type from what JSON, YAML or a caller gives for it. ValueError naming the field."""
     if isinstance(expected, types.UnionType):
-        choices = typing.get_args(expected)
-        if value is None and types.NoneType in choices:
+        if value is None:
             return None
-        expected = next(choice for choice in choices if choice is not types.NoneType)
+        expected = next(choice for choice in typing.get_args(expected) if choice is not types.NoneType)
     if typing.get_origin(expected) is tuple:
         inner = typing.get_args(expected)
         if not isinstance(value, list | tuple) or (Ellipsis not in inner and len(value) != len(inner)):
             raise ValueError(f"{name} is {value!r}; it must be a list of numbers")
         return tuple(_as_type(name, entry, inner[0]) for entry in value)
+    converted = _convert(value, expected)
+    if converted is None:
+        raise ValueError(f"{name} is {value!r}; it must be {_KINDS[expected]}")
+    return converted
+
+
+def _convert(value: Any, expected: type) -> Any:
+    """The value as a number, truth value, text or path; None when it is no such thing."""
     if expected is Path and isinstance(value, str | Path):
         return Path(value)
-    if expected is bool and isinstance(value, bool):
-        return value
-    if expected is str and isinstance(value, str):
-        return value
-    if expected in (int, float) and not isinstance(value, bool):
-        try:
-            number = float(value)  # YAML reads 2e-4 as a text
-        except (TypeError, ValueError):
-            number = math.nan
-        if expected is float and (isinstance(value, float) or not math.isnan(number)):
-            return number
-        if expected is int and not math.isnan(number) and number.is_integer():
-            return int(number)
-    kind = {int: "a whole number", float: "a number", bool: "true or false", Path: "a path"}.get(expected, "a text")
-    raise ValueError(f"{name} is {value!r}; it must be {kind}")
+    if expected in (bool, str) or isinstance(value, bool):
+        return value if type(value) is expected else None
+    if expected not in (int, float):
+        return None
+    try:
+        number = float(value)  # YAML reads 2e-4 as a text
+    except (TypeError, ValueError):
+        return None
+    if expected is float:
+        return number
+    return int(number) if number.is_integer() else None

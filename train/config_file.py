@@ -30,8 +30,9 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     known = {field.name for field in dataclasses.fields(TrainConfig)}
     unknown = sorted(str(name) for name in values if name not in known)
     if unknown:
-        raise ValueError(f"{path}: no training option is called {', '.join(unknown)}; see docs/training.md for the
-        names")
+        raise ValueError(
+            f"{path} has entries that are no training options ({', '.join(unknown)}); docs/training.md lists them"
+        )
     if isinstance(record, dict):
         for name in _NOT_REPEATED:
             values.pop(name, None)

@@ -36,7 +36,7 @@ class CrowdHumanResult:
 
     def to_json(self) -> dict[str, float | int | None]:
         """The values with None for not-a-number, which JSON does not have."""
-        return {name: None if value != value else value for name, value in asdict(self).items()}
+        return {name: None if np.isnan(value) else value for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True)

@@ -171,9 +171,7 @@ class DetectionDataset(Dataset[tuple[Image.Image, Target]]):
         step = max(1, len(self) // MOST_CHECKED_SIZES)
         for index in range(0, len(self), step):
             try:
-                with Image.open(self.images_dir / self._files[index]) as image:
-                    turned = image.getexif().get(ExifTags.Base.Orientation, 1) in _TURNED
-                    size = image.size[::-1] if turned else image.size
+                size = upright_size(self.images_dir / self._files[index])
             except (OSError, SyntaxError, ValueError):
                 continue
             self._check_size(index, size)
@@ -186,6 +184,13 @@ class DetectionDataset(Dataset[tuple[Image.Image, Target]]):
                 f"{self.images_dir / self._files[index]} is {size[0]} x {size[1]} pixels, but"
                 f" {self.annotation_file.name} says {width} x {height}: the annotations belong to another picture"
             )
+
+
+def upright_size(path: Path) -> tuple[int, int]:
+    """(width, height) of a picture as it is shown; only its header is read. Raises what Pillow raises."""
+    with Image.open(path) as image:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in _TURNED
+        return (image.height, image.width) if turned else image.size
 
 
 def open_training_split(data: str | Path, split: str = "train2017", skip_missing: bool = False) -> DetectionDataset:

@@ -210,7 +210,7 @@ def _make_steps(run: _Run, report: TrainingReport, began: float) -> Evaluation |
     config, state = run.config, run.state
     last = run.total_steps if config.stop_after is None else min(run.total_steps, config.stop_after)
     maker = StepMaker(state, run.criterion, config, run.processes, run.device)
-    evaluation, saved, waited, worked = None, False, 0.0, 0.0
+    evaluation, evaluated, saved, waited, worked = None, False, False, 0.0, 0.0
     started = time.perf_counter()
     for pieces in _steps(run, last):
         loaded = time.perf_counter()
@@ -232,7 +232,7 @@ def _make_steps(run: _Run, report: TrainingReport, began: float) -> Evaluation |
             _save(run, report, required=stopping)
             saved = True
         if run.validation is not None and _due(step, run.total_steps, config.evaluation_interval):
-            evaluation = _evaluate(run, run.validation, report)
+            evaluation, evaluated = _evaluate(run, run.validation, report), True
         if run.validation is not None and _due(step, run.total_steps, config.picture_interval or None):
             _picture(run, run.validation, report)
         if stopping:
@@ -243,7 +243,7 @@ def _make_steps(run: _Run, report: TrainingReport, began: float) -> Evaluation |
     if state.step < run.total_steps:
         report.say(f"stopped after {state.step} of {run.total_steps} steps; resume the run to go on")
         return None
-    if run.validation is not None and evaluation is None:
+    if run.validation is not None and not evaluated:
         evaluation = _evaluate(run, run.validation, report)
     if run.processes.is_main:
         write_curves(config.output / CURVES_FILE, config.output / LOSSES_FILE, config.output / EVALUATIONS_FILE)

@@ -176,10 +176,11 @@ class TrainingReport:
         detail = " + ".join(f"{name} {value:.2f}" for name, value in parts.items())
         memory = peak_memory()
         spent = shares(seconds or {})
-        times = ", ".join(f"{name} {share:.0%}" for name, share in spent.items())
+        times = f" ({', '.join(f'{name} {share:.0%}' for name, share in spent.items())})" if spent else ""
         self.say(
             f"step {step:>{len(str(self._total))}}/{self._total}  epoch {epoch}  loss {total:.2f} ({detail})"
-            f"  gradient {gradient_norm:.1f}  lr {learning_rate:.2e}  {speed:.1f} images/s{f' ({times})' if times else ''}  memory {memory / 2**30:.2f} GiB  left {left}"
+            f"  gradient {gradient_norm:.1f}  lr {learning_rate:.2e}  {speed:.1f} images/s{times}"
+            f"  memory {memory / 2**30:.2f} GiB  left {left}"
         )
         self._progress.update(self._task, note=f"loss {total:.2f}, {speed:.1f} images/s")
         row = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -80,7 +81,6 @@ class StepMaker:
         if processes.several:
             self._synchronized = DistributedDataParallel(
                 self._forward,
-                broadcast_buffers=detector.config.train_batch_statistics,
                 # With all levels every parameter has a gradient, even in a step without patches.
                 find_unused_parameters=len(detector.config.probed_levels) < 2,
                 gradient_as_bucket_view=True,
@@ -102,7 +102,7 @@ class StepMaker:
             gradient_norm = nn.utils.clip_grad_norm_(state.detector.parameters(), self._config.gradient_clip)
             state.scaler.step(state.optimizer)
             state.scaler.update()
-            state.schedule.step()
+            _advance(state)
             if state.average is not None:
                 state.average.update_parameters(state.detector)
         return StepResult(losses, gradient_norm)
@@ -171,6 +171,13 @@ class StepMaker:
         if self._config.denoising_scale is None:
             return None
         return noise_scale(epoch, self._config.denoising_scale, self._config.denoising_fall) or None
+
+
+def _advance(state: TrainingState) -> None:
+    """Move the schedule on, also past a step that the scaler left out because a float16 gradient was not finite."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
+        state.schedule.step()
 
 
 def prepare_detector(detector: nn.Module, config: TrainConfig, device: torch.device) -> None:

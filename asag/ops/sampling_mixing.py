@@ -23,12 +23,12 @@ def sample_pyramid(features: tuple[Tensor, ...], points: Tensor) -> Tensor:
     levels = torch.arange(len(features), device=points.device, dtype=points.dtype)
     weights = torch.softmax(-((points[..., 2:] - levels) ** 2) / 2, dim=-1)
     weights = weights.transpose(1, 2).reshape(batch * groups, 1, queries, count, len(features))
-    pixels = (points[..., :2] * XYZR_UNIT).transpose(1, 2).reshape(batch * groups, queries, count, 2)
+    places = (points[..., :2] * (2 * XYZR_UNIT)).transpose(1, 2).reshape(batch * groups, queries, count, 2)
     total = None
     for level, (feature, stride) in enumerate(zip(features, STRIDES, strict=True)):
         height, width = feature.shape[-2:]
-        extent = pixels.new_tensor((width * stride, height * stride))
-        grid = pixels / extent * 2 - 1
+        # grid_sample wants -1..1 over the map's whole extent.
+        grid = torch.stack((places[..., 0] / (width * stride), places[..., 1] / (height * stride)), dim=-1) - 1
         grouped = feature.reshape(batch * groups, -1, height, width)
         sampled = F.grid_sample(grouped, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
         weighted = sampled * weights[..., level]

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 from builders import random_detector, random_picture
 
@@ -37,7 +36,8 @@ def graphs() -> dict[str, DetectorConfig]:
     return {name: PRESETS[name].config for name in found.values()}
 
 
-# The others are the same operators with more layers, or a combination of two that are always run.
+# The others are the same operators with more layers, or a combination of two that are always run: these six would take
+# four minutes on a busy core.
 _ALWAYS = ("asag-a-tiny", "asag-a-r50-1x-100", "asag-a-r50-1x-300", "asag-s-r50-3x-100", "asag-s-crowdhuman")
 CASES = [pytest.param(name, marks=() if name in _ALWAYS else pytest.mark.slow) for name in graphs()]
 
@@ -89,9 +89,10 @@ def test_onnx_runtime_has_the_detections_of_pytorch(exported: tuple[Path, Deploy
 
 
 def test_tensorrt_rtx_builds_it(exported: tuple[Path, DeployedDetector]) -> None:
-    path, _ = exported
+    path, model = exported
     try:
         result = build_engine(path, path.with_suffix(".engine"), batch=(1, 1, 2))
     except BackendUnavailableError as error:
         pytest.skip(str(error))
-    assert np.isclose(result.engine_bytes, path.stat().st_size, rtol=0.3)
+    assert result.engine_bytes > 0.9 * path.stat().st_size, "the engine holds all weights"
+    assert result.manifest.metadata.preset == model.info.preset

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 
 from asag import presets
+from tests.train.child_run import FROZEN, MICRO, micro_presets
 from train.synthetic import write_synthetic_dataset
-
-MICRO = "micro"
 
 
 @pytest.fixture
 def micro_preset(monkeypatch):
     """A registered preset with a tiny network on 96-pixel images; gives its name."""
-    tiny = presets.PRESETS["asag-a-tiny"]
-    size = dataclasses.replace(tiny.config.size, backbone_width=8, anchor_hidden=32, feed_forward=32)
-    micro = dataclasses.replace(
-        tiny,
-        config=dataclasses.replace(tiny.config, size=size),
-        shorter_side=96,
-        longer_side=96,
-        input_size=(96, 96),
-    )
-    monkeypatch.setitem(presets.PRESETS, MICRO, micro)
+    for name, preset in micro_presets().items():
+        monkeypatch.setitem(presets.PRESETS, name, preset)
     return MICRO
+
+
+@pytest.fixture
+def frozen_preset(micro_preset):
+    """The same, with norms that stay as they are: what an image gives then does not depend on the others."""
+    return FROZEN
 
 
 @pytest.fixture(scope="session")

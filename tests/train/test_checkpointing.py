@@ -1,11 +1,23 @@
 import dataclasses
+import errno
+import os
 import pickle
 
 import pytest
 import torch
 
 from asag.checkpoint import load_detector
-from train.checkpointing import TrainingState, has_run, load_state, save_state, state_path
+from train.checkpointing import (
+    TrainingState,
+    has_run,
+    keep_state,
+    kept_states,
+    load_state,
+    remove_leftovers,
+    resume_state,
+    save_state,
+    state_path,
+)
 from train.config import TrainConfig
 from train.schedule import build_optimizer, build_schedule
 
@@ -94,3 +106,67 @@ def test_another_detector_is_refused(micro_preset, config, tmp_path):
     larger = make_state(dataclasses.replace(config, preset="asag-a-tiny"), seed=1)
     with pytest.raises(ValueError, match="does not fit this detector"):
         load_state(path, larger, {})
+
+
+def test_the_last_states_are_kept(micro_preset, config, tmp_path):
+    state = make_state(config, seed=1)
+    for _ in range(4):
+        step(state)
+        keep_state(tmp_path, state, {}, keep=2)
+    assert [number for number, _ in kept_states(tmp_path)] == [3, 4]
+    # A run that goes on from an older state writes anew what came after it.
+    state.step = 2
+    keep_state(tmp_path, state, {}, keep=2)
+    assert [number for number, _ in kept_states(tmp_path)] == [2]
+
+
+def test_resuming_passes_over_a_damaged_state(micro_preset, config, tmp_path, caplog):
+    state = make_state(config, seed=1)
+    for _ in range(2):
+        step(state)
+        keep_state(tmp_path, state, {}, keep=2)
+    newest = state_path(tmp_path, 2)
+    newest.write_bytes(newest.read_bytes()[:2000])
+    restored = make_state(config, seed=2)
+    assert resume_state(tmp_path, restored, {}) == state_path(tmp_path, 1)
+    assert restored.step == 1
+    assert "going back to an older state" in caplog.text
+    state_path(tmp_path, 1).unlink()
+    with pytest.raises(ValueError, match="cannot be read"):
+        resume_state(tmp_path, restored, {})
+    newest.unlink()
+    with pytest.raises(FileNotFoundError, match="nothing to resume"):
+        resume_state(tmp_path, restored, {})
+
+
+@pytest.mark.parametrize(
+    "failure", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), RuntimeError("No space left on device (28)\nat ..")]
+)
+def test_a_full_disk_keeps_the_older_states(micro_preset, config, tmp_path, monkeypatch, failure):
+    state = make_state(config, seed=1)
+    for _ in range(2):
+        step(state)
+        keep_state(tmp_path, state, {}, keep=2)
+
+    def fail(content, stream):
+        stream.write(b"half")
+        raise failure
+
+    monkeypatch.setattr(torch, "save", fail)
+    step(state)
+    with pytest.raises(OSError, match=r"^cannot write .*state-0*3\.pt: No space left on device") as error:
+        keep_state(tmp_path, state, {}, keep=2)
+    assert "\n" not in str(error.value)
+    assert [number for number, _ in kept_states(tmp_path)] == [1, 2]
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+
+
+def test_leftovers_of_a_killed_run_are_removed(micro_preset, config, tmp_path):
+    state = make_state(config, seed=1)
+    keep_state(tmp_path, state, {}, keep=2)
+    leftovers = [tmp_path / "checkpoints" / ".state-00000007.x1y2.pt", tmp_path / ".weights.safetensors.77"]
+    for path in leftovers:
+        path.write_bytes(b"half")
+    remove_leftovers(tmp_path)
+    assert not any(path.exists() for path in leftovers)
+    assert has_run(tmp_path)

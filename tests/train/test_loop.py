@@ -1,19 +1,32 @@
 import csv
 import dataclasses
+import errno
+import importlib.util
 import json
 import logging
+import math
+import os
 import shutil
+import sys
+import types
 
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 
+from asag import presets
 from asag.checkpoint import load_detector
-from train.checkpointing import has_run
+from runtime.coco_evaluation import CocoResult
+from tests.train.child_run import micro_presets
+from train.checkpointing import has_run, kept_states
 from train.config import TrainConfig
+from train.config_file import read_config_file
+from train.evaluation import Evaluation
 from train.initialization import load_backbone
 from train.loop import CONFIG_FILE, WEIGHTS_FILE, resolve_device, train
-from train.reporting import LOSSES_FILE, group_losses
+from train.pictures import read_table
+from train.reporting import EVALUATIONS_FILE, LOSSES_FILE, group_losses
 from train.synthetic import write_synthetic_dataset
 
 
@@ -230,3 +243,132 @@ def test_the_parts_of_the_log_line_add_up():
     means = {"loss_ce": 1.0, "loss_ce_rpn": 2.0, "loss_ce_anchor": 3.0, "dn_loss_ce_0": 4.0, "loss_giou_1": 5.0}
     groups = group_losses(means, dict.fromkeys(means, 2.0))
     assert groups == {"heads": 12.0, "proposals": 4.0, "anchors": 6.0, "denoising": 8.0}
+
+
+def test_a_full_disk_is_reported_and_training_goes_on(config, monkeypatch, caplog):
+    save, calls = torch.save, []
+
+    def full_at_first(content, stream):
+        calls.append(content["step"])
+        if content["step"] == 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(content, stream)
+
+    monkeypatch.setattr(torch, "save", full_at_first)
+    with caplog.at_level(logging.INFO, logger="train"):
+        assert train(config, progress=False).finished
+    lines = [record.getMessage() for record in caplog.records if "could not be written" in record.getMessage()]
+    assert len(lines) == 1
+    assert "step 4 could not be written" in lines[0]
+    assert "No space left on device" in lines[0]
+    assert "last good checkpoint is of step 2" in lines[0]
+    assert calls == [2, 4, 6]
+    assert [step for step, _ in kept_states(config.output)] == [2, 6]
+
+
+def test_a_disk_that_is_full_at_the_end_stops_the_run_but_not_what_was_saved(config, monkeypatch):
+    save = torch.save
+
+    def full_at_last(content, stream):
+        if content["step"] == 6:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(content, stream)
+
+    monkeypatch.setattr(torch, "save", full_at_last)
+    with pytest.raises(OSError, match="step 6 could not be written.*of step 4; free some space and resume"):
+        train(config, progress=False)
+    monkeypatch.undo()
+    for name, preset in micro_presets().items():
+        monkeypatch.setitem(presets.PRESETS, name, preset)
+    assert train(dataclasses.replace(config, resume=True), progress=False).finished
+
+
+def test_the_best_weights_are_kept(config, monkeypatch):
+    scores = iter([0.1, 0.3, 0.2])
+
+    def evaluate(detector, info, validation, **options):
+        score = next(scores)
+        return Evaluation(CocoResult(score, score, score, math.nan, score, score, 3))
+
+    monkeypatch.setattr("train.loop.evaluate_detector", evaluate)
+    result = train(dataclasses.replace(config, evaluation_interval=2, keep_checkpoints=1), progress=False)
+    assert result.evaluation.ap == 0.2
+    assert json.loads((config.output / "best.json").read_text()) == {"step": 4, "score": 0.3}
+    best = load_detector(config.output / "best.safetensors")[0].state_dict()
+    last = load_detector(result.weights)[0].state_dict()
+    assert any(not torch.equal(best[name], last[name]) for name in last)
+    assert [row["AP"] for row in read_table(config.output / EVALUATIONS_FILE)] == [0.1, 0.3, 0.2]
+    assert [step for step, _ in kept_states(config.output)] == [6]
+
+
+def test_pictures_and_curves(config, shapes):
+    train(dataclasses.replace(config, evaluation_interval=None, picture_interval=4), progress=False)
+    pictures = sorted(path.name for path in (config.output / "pictures").iterdir())
+    assert pictures == ["step-00000004.jpg", "step-00000006.jpg"]
+    with Image.open(config.output / "pictures" / pictures[0]) as picture:
+        assert picture.width > picture.height > 320  # three images in two columns would be square; here they are wide
+    if importlib.util.find_spec("matplotlib"):
+        with Image.open(config.output / "curves.png") as curves:
+            assert curves.width > 500
+
+
+def test_a_run_is_recorded_and_repeated(config):
+    train(config, progress=False)
+    recorded = json.loads((config.output / CONFIG_FILE).read_text())
+    assert recorded["versions"]["scipy"]
+    assert recorded["git"] is None or len(recorded["git"]["commit"]) == 40
+    again = TrainConfig(**read_config_file(config.output / CONFIG_FILE))
+    assert again.output == config.output.with_name("run-2")
+    assert dataclasses.replace(again, output=config.output) == config
+    train(again, progress=False)
+    assert_equal_weights(config.output, again.output)
+
+
+def test_own_files_without_a_folder_layout(config, shapes):
+    own = dataclasses.replace(
+        config,
+        data=None,
+        train_annotations=shapes / "annotations" / "instances_train2017.json",
+        train_images=shapes / "train2017",
+        val_annotations=shapes / "annotations" / "instances_val2017.json",
+        val_images=shapes / "val2017",
+        evaluation_interval=None,
+        steps=1,
+    )
+    assert train(own, progress=False).evaluation.images == 3
+    with pytest.raises(FileNotFoundError, match="are missing"):
+        train(dataclasses.replace(own, output=config.output / "2", train_images=None), progress=False)
+
+
+def test_crowdhuman_detectors_are_measured_as_such(config, shapes, monkeypatch):
+    micro = presets.PRESETS[config.preset]
+    crowd = dataclasses.replace(micro.config, dataset="crowdhuman", queries=300, decoder="sparse_rcnn")
+    monkeypatch.setitem(presets.PRESETS, "crowd", dataclasses.replace(micro, config=crowd))
+    result = train(dataclasses.replace(config, preset="crowd", evaluation_interval=None, steps=1), progress=False)
+    assert result.crowdhuman.images == 3
+    assert 0 <= result.crowdhuman.recall <= 1
+    assert set(read_table(config.output / EVALUATIONS_FILE)[0]) >= {"AP", "mMR", "recall"}
+
+
+def test_tensorboard_events(config, shapes, monkeypatch):
+    written = []
+
+    class Writer:
+        def __init__(self, folder, purge_step=None):
+            written.append(folder.name)
+
+        def add_scalar(self, name, value, step):
+            written.append((name, step))
+
+        def add_image(self, name, pixels, step, dataformats):
+            written.append((name, step, pixels.ndim, dataformats))
+
+        def close(self):
+            written.append("closed")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
+    train(dataclasses.replace(config, steps=1, evaluation_interval=None), progress=False)
+    assert written[0] == "tensorboard"
+    assert {("training/total", 1), ("training/learning_rate", 1), ("validation/AP", 1)} <= set(written)
+    assert ("detections", 1, 3, "HWC") in written
+    assert written[-1] == "closed"

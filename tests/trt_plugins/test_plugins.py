@@ -11,11 +11,11 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx import TensorProto, helper
+from onnx import helper
 from plugin_driver import TYPES, create, embed, with_expressions
 
 from export.functions import OP_FUNCTIONS
-from export.functions.domain import DOMAIN, DOMAIN_VERSION, OPSET_VERSION
+from trt_plugins.bench import op_model
 from trt_plugins.compile import compile_plan
 from trt_plugins.plan import OPERATIONS, make_plan
 from trt_plugins.plugins import name_plugins, register_plugins
@@ -107,21 +107,9 @@ def test_registering_again_is_harmless_but_not_for_another_gpu(trt: ModuleType) 
 
 
 def test_named_nodes_still_run_in_onnx_runtime() -> None:
-    (body,) = [function.to_function_proto() for function in OP_FUNCTIONS if function.name == "GatherAnchors"]
     attributes = {"first": 10, "keep_threshold": 0.1, "fewest": 2, "most": 5}
-    node = helper.make_node("GatherAnchors", ["anchors", "selectable"], ["boxes", "valid"], domain=DOMAIN, **attributes)
-    inputs = [
-        helper.make_tensor_value_info("anchors", TensorProto.FLOAT, ["B", 20, 5]),
-        helper.make_tensor_value_info("selectable", TensorProto.BOOL, ["B", 20]),
-    ]
-    outputs = [
-        helper.make_tensor_value_info("boxes", TensorProto.FLOAT, ["B", 5, 4]),
-        helper.make_tensor_value_info("valid", TensorProto.BOOL, ["B", 5]),
-    ]
-    opsets = [helper.make_opsetid("", OPSET_VERSION), helper.make_opsetid(DOMAIN, DOMAIN_VERSION)]
-    graph = helper.make_graph([node], "graph", inputs, outputs)
-    model = helper.make_model(graph, functions=[body], opset_imports=opsets, ir_version=10)
-    named = name_plugins(model.SerializeToString())
+    model = op_model("GatherAnchors", [(2, 20, 5), (2, 20)], attributes)
+    named = name_plugins(model)
     assert name_plugins(named) == named
     proto = onnx.ModelProto.FromString(named)
     onnx.checker.check_model(proto)
@@ -129,6 +117,6 @@ def test_named_nodes_still_run_in_onnx_runtime() -> None:
     feed = {"anchors": np.random.default_rng(0).random((2, 20, 5), np.float32), "selectable": np.ones((2, 20), bool)}
     results = [
         onnxruntime.InferenceSession(text, providers=["CPUExecutionProvider"]).run(None, feed)
-        for text in (model.SerializeToString(), named)
+        for text in (model, named)
     ]
     np.testing.assert_array_equal(results[0][0], results[1][0])

@@ -13,9 +13,12 @@ constexpr float EPSILON = 1e-5f;
 #if TENSOR_CORES
 using Stored = ELEMENT;
 constexpr int PAD = 8;  // 16 bytes, so that eight rows of a tile lie in different banks
+// Three blocks fit a multiprocessor at 80 registers a thread; with fewer registers some spill.
+#define BOUNDS __launch_bounds__(THREADS, 3)
 #else
 using Stored = float;
 constexpr int PAD = 0;
+#define BOUNDS __launch_bounds__(THREADS)
 #endif
 constexpr int CHANNEL_PITCH = CHANNELS + PAD;  // rows of x, M, y and z
 constexpr int POINT_PITCH = POINTS + PAD;      // rows of S
@@ -217,7 +220,7 @@ __device__ Level group_of(const ELEMENT* map, int height, int width, long long i
     return Level{map, height, width};
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void BOUNDS
     sampling_mixing(const ELEMENT* __restrict__ p2, const ELEMENT* __restrict__ p3, const ELEMENT* __restrict__ p4,
                     const ELEMENT* __restrict__ p5, const float* __restrict__ points,
                     const ELEMENT* __restrict__ parameters, int queries, int height2, int width2, int height3,

@@ -1,0 +1,73 @@
+"""The choices of head and levels: in PyTorch, in exported files, and in their comparison."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from builders import random_detector, random_picture, small_info, write_checkpoint
+
+from asag.checkpoint import load_detector
+from asag.config import HEADS, LEVELS
+from asag.deploy import DeployedDetector
+from export.model import export_onnx
+from runtime import open_session
+from runtime.agreement import compare_detections
+from runtime.parity import open_candidate, open_reference
+
+PICTURES = [random_picture(1, 160, 192), random_picture(2, 70, 150)]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("variants") / "small.safetensors")
+
+
+def test_heads_differ_and_are_named(checkpoint: Path) -> None:
+    sessions = [open_session(checkpoint, head=head) for head in HEADS]
+    assert [session.metadata.head for session in sessions] == list(HEADS)
+    scores = [session.detect(PICTURES[:1])[0].scores.tolist() for session in sessions]
+    assert len({tuple(values) for values in scores}) == len(HEADS)
+    assert open_session(checkpoint).metadata.head == random_detector().config.head
+
+
+def test_levels_say_how_far_the_image_is_explored(checkpoint: Path) -> None:
+    explored = {}
+    for levels in LEVELS:
+        session = open_session(checkpoint, levels=levels)
+        assert session.metadata.levels == levels
+        explored[levels] = [name for name, patches in session.stages(PICTURES[0]).patches.items() if len(patches)]
+    assert explored == {"P3P6": ["P4", "P3"], "P4P6": ["P4"], "P5P6": []}
+
+
+def test_choices_that_do_not_exist(checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match="head is 'last'; choose one of"):
+        open_session(checkpoint, head="last")
+    with pytest.raises(ValueError, match="levels is 'P2P6'; choose one of"):
+        open_session(checkpoint, levels="P2P6")
+
+
+@pytest.mark.parametrize(("levels", "head"), [("P4P6", "aux_1"), ("P5P6", "main")])
+def test_an_exported_variant_has_the_detections_of_the_same_variant(
+    levels: str, head: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    detector, info = load_detector(checkpoint)
+    detector.choose(head, levels)
+    path = tmp_path / "model.onnx"
+    # Another input size and capacity than the checkpoint's: the reference has to follow them.
+    report = export_onnx(DeployedDetector(detector, info, (192, 160), patch_capacity=(3, 3)), path)
+    assert ("AdaptiveProbing" in report.operations) == (levels != "P5P6")
+    assert head not in report.heads_left_out
+    candidate = open_candidate(path)
+    reference = open_reference(checkpoint, [candidate])
+    for name in ("levels", "head", "input_size", "patch_capacity", "weights_digest"):
+        assert getattr(reference.metadata, name) == getattr(candidate.metadata, name)
+    assert (reference.metadata.levels, reference.metadata.head) == (levels, head)
+    assert reference.metadata.input_size == (192, 160) != small_info().input_size
+    expected, found = reference.detect(PICTURES), candidate.detect(PICTURES, batch_size=2)
+    for number, (one, other) in enumerate(zip(expected, found, strict=True)):
+        assert len(one) > 10
+        assert compare_detections(number, one, other, 100).within()
+    for option in ({"levels": "P3P6"}, {"head": "aux_0"}, {"patch_capacity": (1, 1)}):
+        with pytest.raises(ValueError, match=f"has its {next(iter(option)).replace('_', ' ')} fixed in the file"):
+            open_session(path, **option)

@@ -1,0 +1,76 @@
+"""A training run in a process of its own, for tests that need several or kill one: ``child_run.py config.json``.
+
+With the variable ASAG_TEST_GRADIENTS the first process writes the gradients of every step to that folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from asag import presets
+from train.config import TrainConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+MICRO, FROZEN = "micro", "micro-frozen"
+
+
+def micro_presets() -> dict[str, presets.Preset]:
+    """Presets with a tiny network on 96-pixel images, with norms that learn their statistics and without."""
+    tiny = presets.PRESETS["asag-a-tiny"]
+    size = dataclasses.replace(tiny.config.size, backbone_width=8, anchor_hidden=32, feed_forward=32)
+    learning = dataclasses.replace(tiny.config, size=size)
+    frozen = dataclasses.replace(learning, train_batch_statistics=False)
+    sizes = {"shorter_side": 96, "longer_side": 96, "input_size": (96, 96)}
+    return {
+        MICRO: dataclasses.replace(tiny, config=learning, **sizes),
+        FROZEN: dataclasses.replace(tiny, config=frozen, **sizes),
+    }
+
+
+def start(config: TrainConfig, folder: Path, **variables: str) -> subprocess.Popen[str]:
+    """Start this file in a new process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "child.json"
+    path.write_text(json.dumps(config.to_dict()))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
+    command = [sys.executable, str(Path(__file__)), str(path)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def record_gradients(folder: Path) -> None:
+    """From now on every step of this process writes its gradients to ``folder/<step>.pt``."""
+    from train.step import StepMaker
+
+    make = StepMaker.make
+
+    def recording(self, pieces, epoch):  # type: ignore[no-untyped-def]
+        result = make(self, pieces, epoch)
+        named = self._state.detector.named_parameters()
+        found = {name: parameter.grad for name, parameter in named if parameter.requires_grad}
+        torch.save(found, folder / f"{self._state.step}.pt")
+        return result
+
+    StepMaker.make = recording  # type: ignore[method-assign]
+
+
+def main() -> None:
+    from train.loop import train
+
+    torch.set_num_threads(1)
+    presets.PRESETS.update(micro_presets())
+    values = json.loads(Path(sys.argv[1]).read_text())
+    folder = os.environ.get("ASAG_TEST_GRADIENTS")
+    if folder and os.environ.get("RANK") == "0":
+        record_gradients(Path(folder))
+    print("losses", json.dumps(train(TrainConfig(**values), progress=True).losses))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""A step is the same however many processes and pieces it is cut into; a run survives being killed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import socket
+import time
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from tests.train import child_run
+from train.checkpointing import kept_states
+from train.config import TrainConfig
+from train.loading import StepSampler
+from train.loop import CONFIG_FILE, WEIGHTS_FILE, train
+from train.pictures import read_table
+from train.reporting import LOSSES_FILE
+from train.step import StepMaker
+
+
+@pytest.fixture
+def equal_shapes(shapes, tmp_path):
+    """The synthetic images, all cut to one size: else the padding would differ with the pieces."""
+    root = tmp_path / "equal"
+    (root / "annotations").mkdir(parents=True)
+    content = json.loads((shapes / "annotations" / "instances_train2017.json").read_text())
+    side = min(min(image["height"], image["width"]) for image in content["images"])
+    (root / "train2017").mkdir()
+    for image in content["images"]:
+        with Image.open(shapes / "train2017" / image["file_name"]) as picture:
+            name = f"{image['id']}.png"
+            picture.crop((0, 0, side, side)).save(root / "train2017" / name)
+        image |= {"file_name": name, "height": side, "width": side}
+    (root / "annotations" / "instances_train2017.json").write_text(json.dumps(content))
+    return root
+
+
+@pytest.fixture
+def config(frozen_preset, equal_shapes, tmp_path):
+    return TrainConfig(
+        preset=frozen_preset,
+        data=equal_shapes,
+        output=tmp_path / "run",
+        steps=2,
+        batch_size=5,
+        # AdamW's first steps blow up rounding errors of small gradients; small ones keep the second step comparable.
+        learning_rate=1e-7,
+        backbone_learning_rate=1e-7,
+        gradient_clip=1e9,
+        denoising_scale=0.4,
+        # The first step is of epoch 0, the second of epoch 1: patches from ground truth, and predicted ones.
+        warmup_steps=0,
+        workers=0,
+        device="cpu",
+        log_interval=1,
+        evaluation_interval=0,
+    )
+
+
+@pytest.fixture
+def gradients(monkeypatch):
+    """The gradients of the steps of this process, by step."""
+    make, found = StepMaker.make, {}
+
+    def recording(self, pieces, epoch):
+        result = make(self, pieces, epoch)
+        named = self._state.detector.named_parameters()
+        found[self._state.step] = {name: value.grad.clone() for name, value in named if value.requires_grad}
+        return result
+
+    monkeypatch.setattr(StepMaker, "make", recording)
+    return found
+
+
+def assert_gradients_close(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        scale = float(value.abs().max())
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4 * scale + 1e-7, msg=name)
+
+
+def test_two_processes_make_the_step_of_one(config, gradients, tmp_path):
+    whole = train(config, progress=False)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = tmp_path / "gradients"
+    folder.mkdir()
+    output = tmp_path / "two"
+    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    variables["ASAG_TEST_GRADIENTS"] = str(folder)
+    children = [
+        child_run.start(
+            dataclasses.replace(config, output=output), tmp_path / f"child{rank}", RANK=rank, LOCAL_RANK=rank, **variables
+        )
+        for rank in ("0", "1")
+    ]
+    printed = [child.communicate(timeout=240)[0] for child in children]
+    assert [child.returncode for child in children] == [0, 0], printed
+    for step in (0, 1):
+        assert_gradients_close(torch.load(folder / f"{step}.pt", weights_only=True), gradients[step])
+    # Only the first one writes and prints, and what it tells is of the whole batch.
+    assert "step 2/2" in printed[0]
+    assert "step" not in printed[1]
+    rows, expected = read_table(output / LOSSES_FILE), read_table(config.output / LOSSES_FILE)
+    assert [row["step"] for row in rows] == [1, 2]
+    for name in whole.losses:
+        assert rows[0][name] == pytest.approx(expected[0][name], rel=1e-3), name
+    assert json.loads((output / CONFIG_FILE).read_text())["processes"] == 2
+
+
+def test_pieces_make_the_step_of_the_whole(config, gradients, tmp_path):
+    train(config, progress=False)
+    expected = dict(gradients)
+    result = train(dataclasses.replace(config, output=tmp_path / "pieces", accumulate=3), progress=False)
+    assert result.finished
+    for step in (0, 1):
+        assert_gradients_close(gradients[step], expected[step])
+
+
+def test_norms_that_learn_do_not_count_a_piece_twice(config, micro_preset, tmp_path):
+    learning = dataclasses.replace(config, preset=micro_preset, steps=1, accumulate=2)
+    train(learning, progress=False)
+    state = safetensors.torch.load_file(config.output / WEIGHTS_FILE)
+    counts = {int(value) for name, value in state.items() if name.endswith("num_batches_tracked")}
+    assert counts == {2}
+
+
+def test_more_pieces_than_images_are_refused(config):
+    with pytest.raises(ValueError, match="raise batch_size"):
+        train(dataclasses.replace(config, accumulate=6), progress=False)
+
+
+@given(
+    images=st.integers(1, 30),
+    batch=st.integers(1, 12),
+    accumulate=st.integers(1, 3),
+    count=st.integers(1, 3),
+    first=st.integers(0, 5),
+)
+@settings(max_examples=60, deadline=None)
+def test_the_pieces_of_all_processes_make_up_the_batch(images, batch, accumulate, count, first):
+    if min(images, batch) < accumulate * count:
+        with pytest.raises(ValueError, match="cannot be cut"):
+            StepSampler(images, batch, 8, 1, accumulate=accumulate, rank=0, count=count)
+        return
+    whole = list(StepSampler(images, batch, 8, 1, first))
+    shares = [
+        list(StepSampler(images, batch, 8, 1, first, accumulate=accumulate, rank=rank, count=count))
+        for rank in range(count)
+    ]
+    for step, expected in enumerate(whole):
+        pieces = [piece for share in shares for piece in share[step * accumulate : (step + 1) * accumulate]]
+        assert sorted(place for piece in pieces for place in piece) == sorted(expected)
+        lengths = [len(piece) for piece in pieces]
+        assert max(lengths) - min(lengths) <= 1
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_reduced_precision_trains(config, precision):
+    config = dataclasses.replace(config, precision=precision, channels_last=True, batch_size=2, steps=4)
+    result = train(dataclasses.replace(config, stop_after=2), progress=False)
+    assert not result.finished
+    result = train(dataclasses.replace(config, resume=True), progress=False)
+    assert result.finished
+    assert all(value == value for value in result.losses.values())
+    state = torch.load(kept_states(config.output)[-1][1], weights_only=True)
+    assert ("scale" in state["scaler"]) == (precision == "float16")
+
+
+def test_a_killed_run_resumes_with_the_same_bits(config, tmp_path):
+    config = dataclasses.replace(config, steps=8, batch_size=2, checkpoint_interval=1, learning_rate=1e-3)
+    train(config, progress=False)
+    killed = dataclasses.replace(config, output=tmp_path / "killed")
+    child = child_run.start(dataclasses.replace(killed, steps=8), tmp_path / "child")
+    limit = time.monotonic() + 120
+    while not kept_states(killed.output) and child.poll() is None and time.monotonic() < limit:
+        time.sleep(0.002)
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    steps = [step for step, _ in kept_states(killed.output)]
+    assert steps, "the child wrote no state"
+    assert steps[-1] < 8, "the child was not killed in time"
+    result = train(dataclasses.replace(killed, resume=True), progress=False)
+    assert result.finished
+    ours, theirs = (safetensors.torch.load_file(run.output / WEIGHTS_FILE) for run in (killed, config))
+    assert not [name for name in theirs if not torch.equal(ours[name], theirs[name])]
+    assert not [path for path in killed.output.rglob(".*") if path.is_file()]
