@@ -67,9 +67,7 @@ def convert_crowdhuman(
         write_json(path, content, indent=None)
         _link(Path(output) / split, folder)
         ignored = sum(annotation["ignore"] for annotation in content["annotations"])
-        results.append(
-            ConvertedSplit(path, len(content["images"]), len(content["annotations"]) - ignored, ignored)
-        )
+        results.append(ConvertedSplit(path, len(content["images"]), len(content["annotations"]) - ignored, ignored))
     return results
 
 

@@ -75,6 +75,16 @@ def test_an_interrupted_write_leaves_the_old_file(
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_writing_replaces_the_file_in_one_step(checkpoint: Path, tmp_path: Path) -> None:
+    """Who has the old file open keeps reading the old one: it is replaced, not written into."""
+    path, old = tmp_path / "model.safetensors", tmp_path / "old.safetensors"
+    path.write_bytes(checkpoint.read_bytes())
+    old.hardlink_to(path)
+    save_detector(path, random_detector(seed=9), small_info())
+    assert old.read_bytes() == checkpoint.read_bytes()
+    assert path.read_bytes() != checkpoint.read_bytes()
+
+
 def test_classes_must_fit(tmp_path: Path) -> None:
     info = dataclasses.replace(small_info(), category_ids=(1, 2), category_names=("a", "b"))
     with pytest.raises(ValueError, match="2 categories for a detector of 3 classes"):

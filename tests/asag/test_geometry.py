@@ -94,6 +94,14 @@ def test_intersection_over_foreground(values: torch.Tensor) -> None:
             assert float(found[i, j]) == pytest.approx(width * height / max(area, 1e-6), rel=1e-4, abs=1e-5)
 
 
+def test_a_box_without_area_covers_at_most_a_millionth() -> None:
+    """Its area counts as 1e-6, so the share stays a number and not infinite."""
+    corners = torch.tensor([[[5.0, 5.0, 5.0, 9.0], [0.0, 0.0, 10.0, 10.0], [5.0, 5.0, 5.0005, 5.001]]])
+    found = intersection_over_foreground(corners)[0]
+    assert found[0].tolist() == [0.0, 0.0, 0.0]
+    torch.testing.assert_close(found[2, 1], torch.tensor(0.5), rtol=1e-2, atol=0)
+
+
 def test_position_embedding_formula() -> None:
     xyzr = (137.0, -20.5, 3.25, -0.5)
     channels = 64

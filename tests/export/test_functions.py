@@ -137,6 +137,15 @@ def test_adaptive_probing_without_candidates() -> None:
     assert not any(output.any() for output in (patches, corners, valid, candidate, overflow))
 
 
+@pytest.mark.parametrize(("shift", "survivors"), [(144.0, 2), (143.0, 1)])
+def test_adaptive_probing_at_the_threshold(shift: float, survivors: int) -> None:
+    """Squares of 240 pixels shifted by 144 have an IoU of exactly 0.25, which is not above it."""
+    anchors = torch.tensor([[[300.0, 300.0, 20.0, 20.0, 0.6], [300.0 + shift, 300.0, 20.0, 20.0, 0.5]]])
+    given = (anchors, torch.ones(1, 2, dtype=torch.bool), torch.randn(1, 8, 64, 64), torch.full((1, 2), 1024.0))
+    _, _, valid, _, _ = check("AdaptiveProbing", given, stride=16, capacity=4)
+    assert valid.sum() == survivors
+
+
 def test_adaptive_probing_with_a_full_capacity() -> None:
     """Four places far apart and room for two: the most confident stay, the others are counted."""
     anchors = torch.tensor([[[50.0 + 250 * i, 100.0, 20.0, 20.0, 0.2 + 0.1 * ((i * 3) % 4)] for i in range(4)]])

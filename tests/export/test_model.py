@@ -279,3 +279,11 @@ def test_the_folder_is_made_and_nothing_else(
     written = export_onnx(deployed, tmp_path / "new" / "model.onnx").path
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["model.onnx"]
     assert onnx.load(written) == proto
+    # Who has the file open keeps the old one when it is exported again.
+    old = tmp_path / "old.onnx"
+    old.hardlink_to(written)
+    proto.doc_string = "another"
+    export_onnx(deployed, written)
+    proto.doc_string = ""
+    assert onnx.load(old) == proto
+    assert onnx.load(written).doc_string == "another"

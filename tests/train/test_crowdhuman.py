@@ -54,7 +54,9 @@ def test_regions_to_ignore_swallow_any_number_of_detections():
 
 
 def test_perfect_detections():
-    result = measure([case([FAR, NEAR], boxes=[FAR, NEAR], scores=[0.9, 0.8]), case([OTHER], boxes=[OTHER], scores=[1])])
+    result = measure(
+        [case([FAR, NEAR], boxes=[FAR, NEAR], scores=[0.9, 0.8]), case([OTHER], boxes=[OTHER], scores=[1])]
+    )
     assert (result.ap, result.recall, result.objects, result.images) == (1.0, 1.0, 3, 2)
     assert result.log_average_miss_rate == pytest.approx(1e-10)
 
@@ -147,7 +149,11 @@ def test_what_cannot_be_converted_is_named(odgt, tmp_path):
         convert_crowdhuman([train, train], tmp_path / "out")
     with pytest.raises(FileNotFoundError, match=r"1,a\.jpg .*--images"):
         convert_crowdhuman([train], tmp_path / "out", images=tmp_path)
-    for line, message in (("{", "Expecting"), ('{"ID": "1,a", "gtboxes": [{"fbox": [1, 2]}]}', "four numbers"), ("3", "")):
+    for line, message in (
+        ("{", "Expecting"),
+        ('{"ID": "1,a", "gtboxes": [{"fbox": [1, 2]}]}', "four numbers"),
+        ("3", ""),
+    ):
         train.write_text('{"ID": "1,a"}\n' + line + "\n")
         with pytest.raises(ValueError, match=rf"line 2 is not a CrowdHuman record.*{message}"):
             convert_crowdhuman([train], tmp_path / "out")

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image
 from torch.utils.data import DataLoader
 from torchvision.ops import box_convert
 
@@ -13,7 +13,7 @@ from runtime.metadata import ModelMetadata
 from runtime.preprocessing import prepare, resize, resized_size
 from train.dataset import DetectionDataset, open_training_split
 from train.loading import StepSampler, make_loader, steps_per_epoch
-from train.transforms import Sample, TrainingTransform, collate, normalize_images
+from train.transforms import RandomCrop, Sample, TrainingTransform, collate, normalize_images
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -259,3 +259,102 @@ def test_batches_do_not_depend_on_workers_or_random_state(tmp_path):
             assert torch.equal(ours.images, theirs.images)
             assert torch.equal(ours.sizes, theirs.sizes)
             assert all(torch.equal(a["boxes"], b["boxes"]) for a, b in zip(ours.targets, theirs.targets, strict=True))
+
+
+def test_repeated_ids_are_counted_once_each(tmp_path, caplog):
+    path = write_dataset(
+        tmp_path,
+        [(1, 40, 40), (2, 40, 40)],
+        [annotation(1, [1, 1, 5, 5], id=4), annotation(1, [8, 8, 5, 5], id=4), annotation(2, [1, 1, 5, 5], id=5)],
+    )
+    content = json.loads(path.read_text())
+    content["images"].append(dict(content["images"][0]))
+    path.write_text(json.dumps(content))
+    with caplog.at_level("WARNING"):
+        dataset = open_training_split(tmp_path)
+    assert (dataset.counts.images, dataset.counts.objects) == (2, 2)
+    assert (dataset.counts.repeated_images, dataset.counts.repeated_annotations) == (1, 1)
+    assert dataset[0][1]["boxes"].tolist() == [[1, 1, 6, 6]]
+    assert len(caplog.records) == 1
+    content["images"].append({**content["images"][0], "file_name": "2.png"})
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="an image id is used twice, in 1 cases; the first is 1"):
+        open_training_split(tmp_path)
+
+
+def test_missing_images_can_be_skipped(tmp_path, caplog):
+    write_dataset(tmp_path, [(1, 40, 40), (2, 40, 40)], [annotation(1, [1, 1, 5, 5]), annotation(2, [1, 1, 5, 5])])
+    (tmp_path / "train2017" / "1.png").unlink()
+    with pytest.raises(FileNotFoundError, match="skip_missing_images=true"):
+        open_training_split(tmp_path)
+    with caplog.at_level("WARNING"):
+        dataset = open_training_split(tmp_path, skip_missing=True)
+    assert (len(dataset), dataset.counts.missing_images) == (1, 1)
+    assert "1 images whose file is missing" in caplog.text
+    (tmp_path / "train2017" / "2.png").unlink()
+    with pytest.raises(ValueError, match="nothing to train on"):
+        open_training_split(tmp_path, skip_missing=True)
+
+
+def test_a_turned_picture_has_the_size_it_is_shown_with(tmp_path):
+    write_dataset(tmp_path, [(1, 40, 60)], [annotation(1, [1, 1, 5, 5])])
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (40, 60)).save(tmp_path / "train2017" / "1.png", exif=exif)
+    assert open_training_split(tmp_path)[0][0].size == (60, 40)
+
+
+@given(
+    height=st.integers(100, 300),
+    width=st.integers(100, 300),
+    corner=st.tuples(st.floats(0, 0.7), st.floats(0, 0.7)),
+    extent=st.tuples(st.floats(0.1, 0.3), st.floats(0.1, 0.3)),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=60, deadline=None)
+def test_crops_keep_boxes_on_their_pixels(height, width, corner, extent, seed):
+    pixels = np.zeros((height, width, 3), np.uint8)
+    left, top = round(corner[0] * width), round(corner[1] * height)
+    right, bottom = left + max(8, round(extent[0] * width)), top + max(8, round(extent[1] * height))
+    right, bottom = min(right, width), min(bottom, height)
+    pixels[top:bottom, left:right] = 255
+    target = {
+        "boxes": torch.tensor([[left, top, right, bottom]], dtype=torch.float32),
+        "labels": torch.tensor([3]),
+    }
+    crop = RandomCrop(1.0, (80, 100, 120), (76, 120))
+    image, cut = crop(Image.fromarray(pixels), target, np.random.default_rng(seed))
+    for side in image.size:
+        assert 76 <= side <= 120
+    bright = np.argwhere(np.asarray(image)[..., 0] > 127)
+    assert len(cut["boxes"]) == len(cut["labels"]) <= 1
+    if len(bright) and len(cut["boxes"]):
+        x0, y0, x1, y1 = cut["boxes"][0].tolist()
+        found = [bright[:, 1].min(), bright[:, 0].min(), bright[:, 1].max() + 1, bright[:, 0].max() + 1]
+        assert found == pytest.approx([x0, y0, x1, y1], abs=1.0)
+        assert min(x0, y0) >= 0
+        assert x1 <= image.width
+        assert y1 <= image.height
+    elif len(cut["boxes"]):
+        x0, y0, x1, y1 = cut["boxes"][0].tolist()
+        assert min(x1 - x0, y1 - y0) <= 1
+    else:
+        assert not len(bright)
+
+
+def test_a_crop_that_misses_every_object_leaves_an_empty_target():
+    image = Image.new("RGB", (400, 400))
+    target = {"boxes": torch.tensor([[0.0, 0.0, 2.0, 2.0]]), "labels": torch.tensor([1])}
+    transform = TrainingTransform((64,), 96, crop=RandomCrop(1.0, (400,), (64, 64)))
+    sample = transform(image, target, np.random.default_rng(3))
+    assert sample.boxes.shape == (0, 4)
+    assert sample.pixels.shape == (3, 64, 64)
+
+
+def test_half_of_the_images_are_cropped():
+    crop = RandomCrop(0.5)
+    image = Image.new("RGB", (640, 480))
+    target = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    generator = np.random.default_rng(0)
+    kept = sum(crop(image, target, generator)[0] is image for _ in range(200))
+    assert 70 < kept < 130

@@ -306,7 +306,7 @@ def test_pictures_and_curves(config, shapes):
     pictures = sorted(path.name for path in (config.output / "pictures").iterdir())
     assert pictures == ["step-00000004.jpg", "step-00000006.jpg"]
     with Image.open(config.output / "pictures" / pictures[0]) as picture:
-        assert picture.width > picture.height > 320  # three images in two columns would be square; here they are wide
+        assert picture.size == (652, 652)  # three images in two columns of 320 pixels
     if importlib.util.find_spec("matplotlib"):
         with Image.open(config.output / "curves.png") as curves:
             assert curves.width > 500

@@ -98,7 +98,11 @@ def test_two_processes_make_the_step_of_one(config, gradients, tmp_path):
     variables["ASAG_TEST_GRADIENTS"] = str(folder)
     children = [
         child_run.start(
-            dataclasses.replace(config, output=output), tmp_path / f"child{rank}", RANK=rank, LOCAL_RANK=rank, **variables
+            dataclasses.replace(config, output=output),
+            tmp_path / f"child{rank}",
+            RANK=rank,
+            LOCAL_RANK=rank,
+            **variables,
         )
         for rank in ("0", "1")
     ]

@@ -1,0 +1,128 @@
+"""The two decoder heads by their formulas."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from builders import random_detector, small_config
+from torch import Tensor
+
+from asag.detector import Detector
+from asag.geometry import decode_xyzr, encode_xyzr
+from asag.ops import pyramid_roi_align, sampling_mixing
+from asag.proposals import Proposals, normalized_boxes
+from asag.sparse_rcnn import DynamicConvolution, apply_deltas
+
+SIZES = torch.tensor([[60.0, 120.0], [128.0, 90.0]])
+
+
+def pyramid(channels: int) -> list[Tensor]:
+    torch.manual_seed(4)
+    return [torch.randn(2, channels, 128 // stride, 128 // stride) for stride in (4, 8, 16, 32)]
+
+
+def anchors() -> Tensor:
+    """[2, 3, 4] `cxcywh` in pixels."""
+    return torch.tensor([[30.0, 30.0, 20.0, 40.0], [60.0, 20.0, 90.0, 15.0], [5.0, 50.0, 8.0, 8.0]]).repeat(2, 1, 1)
+
+
+def proposals_of(detector: Detector) -> Proposals:
+    torch.manual_seed(5)
+    xyzr = encode_xyzr(anchors())
+    channels = detector.config.size.channels
+    return Proposals(torch.randn(2, 3, channels), torch.zeros(2, 3, 3), normalized_boxes(xyzr, SIZES), xyzr)
+
+
+def test_normalized_boxes_are_fractions_of_each_content() -> None:
+    found = normalized_boxes(encode_xyzr(anchors()), SIZES)
+    scale = torch.tensor([[120.0, 60.0, 120.0, 60.0], [90.0, 128.0, 90.0, 128.0]]).unsqueeze(1)
+    torch.testing.assert_close(found, anchors() / scale, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_proposals_refine_their_anchors() -> None:
+    """Specification section 4: `xy += d_xy * 2^z`, `(z, r) += (d_z, d_r)`, over the content's own size."""
+    detector = random_detector()
+    features, allowed = pyramid(detector.config.size.channels), torch.ones(2, 1, 1, 3, dtype=torch.bool)
+    found = detector.propose(features, anchors(), allowed, SIZES)
+    branches = detector.proposals.branches
+    deltas = branches.box_deltas(branches.box_branch(found.queries))
+    x, y, z, r = encode_xyzr(anchors()).unbind(-1)
+    centre = torch.stack((x + deltas[..., 0] * 2**z, y + deltas[..., 1] * 2**z), dim=-1) * 4
+    z, r = z + deltas[..., 2], r + deltas[..., 3]
+    size = torch.stack((2 ** (z - r), 2 ** (z + r)), dim=-1) * 4
+    expected = torch.cat((centre, size), dim=-1) / SIZES.flip(-1).repeat(1, 2).unsqueeze(1)
+    torch.testing.assert_close(found.boxes, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.logits, branches.class_logits(branches.class_branch(found.queries)))
+
+
+@torch.no_grad()
+def test_sampling_points_lie_around_the_box() -> None:
+    """`xy = centre + d_xy * (w, h)` of the decoded box, `z = box z + dz`; offsets in the order group, point, axis."""
+    detector = random_detector()
+    layer, size = detector.heads["main"].sample_and_mix, detector.config.size
+    proposals = proposals_of(detector)
+    points = layer.sampling_points(proposals.queries, proposals.xyzr)
+    assert points.shape == (2, 3, size.sampling_groups, size.sampling_points, 3)
+    offsets = layer.offsets(proposals.queries)[1, 2]
+    box, z = decode_xyzr(proposals.xyzr)[1, 2], proposals.xyzr[1, 2, 2]
+    for group, point in ((0, 0), (1, 5), (3, 15)):
+        dx, dy, dz = offsets[(group * size.sampling_points + point) * 3 :][:3]
+        expected = torch.stack((box[0] + dx * box[2], box[1] + dy * box[3], z + dz))
+        torch.testing.assert_close(points[1, 2, group, point], expected)
+
+
+@torch.no_grad()
+def test_sample_and_mix_adds_to_the_query() -> None:
+    detector = random_detector()
+    layer, features = detector.heads["main"].sample_and_mix, pyramid(detector.config.size.channels)
+    queries, _, _, xyzr = proposals_of(detector)
+    points, parameters = layer.sampling_points(queries, xyzr), layer.parameters_of_query(queries)
+    mixed = sampling_mixing(features, points, parameters, detector.config.size.mixed_points)
+    expected = F.layer_norm(queries + layer.out_projection(mixed), (queries.shape[-1],))
+    torch.testing.assert_close(layer(features, queries, xyzr), expected)
+
+
+def test_deltas_of_sparse_rcnn() -> None:
+    """Deltas over (2, 2, 1, 1); the size's exponent is held at log(100000/16) (specification section 5)."""
+    box = (0.5, 0.4, 0.2, 0.1)
+    found = apply_deltas(torch.tensor(box), torch.tensor((1.0, -0.5, 0.3, -0.7)))
+    expected = (0.5 + 0.5 * 0.2, 0.4 - 0.25 * 0.1, 0.2 * math.exp(0.3), 0.1 * math.exp(-0.7))
+    torch.testing.assert_close(found, torch.tensor(expected))
+    largest = apply_deltas(torch.tensor(box), torch.tensor((0.0, 0.0, 50.0, 0.0)))
+    torch.testing.assert_close(largest[2], torch.tensor(0.2 * 100000 / 16))
+
+
+@torch.no_grad()
+def test_dynamic_convolution_by_the_formula() -> None:
+    """Per query `relu(LN(x P1))`, `relu(LN(. P2))`, position-major, then linear, LN, relu."""
+    torch.manual_seed(6)
+    channels, inner = 6, 3
+    layer = DynamicConvolution(channels, inner)
+    queries, rois = torch.randn(2, 4, channels), torch.randn(2, 4, channels, 7, 7)
+    found = layer(queries, rois)
+    for image in range(2):
+        for query in range(4):
+            parameters = layer.parameters_of_query(queries[image, query])
+            first = parameters[: channels * inner].reshape(channels, inner)
+            second = parameters[channels * inner :].reshape(inner, channels)
+            x = rois[image, query].permute(1, 2, 0).reshape(49, channels)
+            x = F.relu(F.layer_norm(x @ first, (inner,)))
+            x = F.relu(F.layer_norm(x @ second, (channels,)))
+            expected = F.relu(F.layer_norm(layer.out_projection(x.flatten()), (channels,)))
+            torch.testing.assert_close(found[image, query], expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_sparse_rcnn_head_looks_at_the_proposal() -> None:
+    """Its features are those of the proposal's box in pixels of its own content."""
+    detector = random_detector(small_config(decoder="sparse_rcnn"))
+    head, features = detector.heads["main"], pyramid(detector.config.size.channels)
+    proposals = proposals_of(detector)
+    rois = pyramid_roi_align(features, anchors())
+    seen: list[Tensor] = []
+    head.dynamic_convolution.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
+    head(features, proposals.queries, proposals, torch.ones(2, 1, 1, 3, dtype=torch.bool), SIZES)
+    torch.testing.assert_close(seen[0], rois, rtol=1e-3, atol=1e-3)

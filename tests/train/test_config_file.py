@@ -1,0 +1,106 @@
+import json
+
+import click
+import pytest
+
+from asag_cli.train import resolve_config
+from train.config import RECIPES, TrainConfig
+from train.config_file import read_config_file
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_file_replaces_the_recipe_and_the_command_line_replaces_the_file(tmp_path):
+    file = write(
+        tmp_path / "run.yaml",
+        "preset: asag-a-tiny\ndata: shapes\noutput: runs/a\nlearning_rate: 3e-4\nepochs: 5\ntraining_shorter_sides: [288, 320]\n",
+    )
+    config = resolve_config(file, {"epochs": 7.0, "output": "runs/b", "seed": None})
+    assert (config.preset, str(config.data), str(config.output)) == ("asag-a-tiny", "shapes", "runs/b")
+    assert config.learning_rate == 3e-4  # YAML itself takes 3e-4 for a text
+    assert config.epochs == 7
+    assert config.training_shorter_sides == (288, 320)
+    assert config.batch_size == RECIPES["tiny"]["batch_size"]
+
+
+def test_the_record_of_a_run_gives_the_same_configuration(tmp_path):
+    config = TrainConfig.for_preset("asag-a-tiny", "shapes", tmp_path / "run", steps=9, resume=True, stop_after=3)
+    # None where the recipe has a value must stay None.
+    values = {**config.to_dict(), "ema_decay": None, "milestones": [2, 4]}
+    (tmp_path / "run").mkdir()
+    file = write(tmp_path / "run" / "config.json", json.dumps({"training": values, "versions": {}}))
+    again = resolve_config(file, {})
+    assert again.output == tmp_path / "run-2"
+    assert (again.resume, again.stop_after, again.ema_decay, again.steps) == (False, None, None, 9)
+    assert again.computation() == {**config.computation(), "ema_decay": None, "milestones": (2.0, 4.0)}
+    assert resolve_config(file, {"epochs": 2.0}).steps is None
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.yaml", "steps: [1", "cannot be read as YAML"),
+        ("a.json", "{", "cannot be read as JSON"),
+        ("a.yaml", "- 1\n", "one `name: value` per line"),
+        ("a.yaml", "step: 4\nrate: 2\n", r"no training options \(rate, step\)"),
+    ],
+)
+def test_files_that_are_no_configuration_are_refused_in_one_line(tmp_path, name, text, message):
+    file = write(tmp_path / name, text)
+    with pytest.raises(ValueError, match=message) as error:
+        read_config_file(file)
+    assert str(file) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.yaml"):
+        read_config_file(tmp_path / "none.yaml")
+
+
+def test_data_and_output_must_come_from_somewhere(tmp_path):
+    with pytest.raises(click.UsageError, match="--data"):
+        resolve_config(None, {"output": tmp_path})
+    with pytest.raises(click.UsageError, match="--output"):
+        resolve_config(None, {"data": tmp_path})
+    file = write(tmp_path / "run.yaml", "data: shapes\noutput: runs/a\n")
+    with pytest.raises(click.UsageError, match="resume"):
+        resolve_config(file, {"resume": True})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("batch_size", 1.5, "batch_size is 1.5; it must be a whole number"),
+        ("compile", 1, "compile is 1; it must be true or false"),
+        ("milestones", 3, "milestones is 3; it must be a list"),
+        ("crop_sides", [384], r"crop_sides is \[384\]; it must be a list"),
+        ("crop_sides", [600, 384], "crop_sides must be"),
+        ("learning_rate", "fast", "learning_rate is 'fast'; it must be a number"),
+        ("precision", "int8", "precision is 'int8'; choose one of"),
+        ("accumulate", 0, "accumulate is 0"),
+        ("train_split", 3, "train_split is 3; it must be a text"),
+        ("val_images", "folder", "val_images needs val_annotations"),
+    ],
+)
+def test_values_of_another_kind_are_named(name, value, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig.for_preset("asag-a-tiny", "data", "run", **{name: value})
+
+
+def test_something_to_train_on():
+    with pytest.raises(ValueError, match="nothing to train on"):
+        TrainConfig.for_preset("asag-a-tiny", None, "run")
+    assert TrainConfig.for_preset("asag-a-tiny", None, "run", train_annotations="a.json").data is None
+
+
+def test_the_3x_recipe_crops_half_of_the_time():
+    for preset in ("asag-a-r50-3x-100", "asag-s-crowdhuman"):
+        config = TrainConfig.for_preset(preset, "data", "run")
+        assert config.crop_probability == 0.5
+        assert (config.crop_shorter_sides, config.crop_sides) == ((400, 500, 600), (384, 600))
+        assert config.training_shorter_sides == (640, 672, 704, 736, 768, 800)
+    assert TrainConfig.for_preset("asag-a-r50-1x-100", "data", "run").crop_probability == 0
