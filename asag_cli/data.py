@@ -43,7 +43,7 @@ def synthetic(output: Path, train_images: int, val_images: int, image_size: int,
 @click.option("-o", "--output", type=FOLDER, required=True, help="Folder of the dataset to write.")
 @click.option("--images", type=FOLDER, help="Folder of the images.  [default: Images/ beside the annotations]")
 def crowdhuman(annotations: tuple[Path, ...], output: Path, images: Path | None) -> None:
-    """Convert CrowdHuman's annotation files (annotation_train.odgt, annotation_val.odgt) for `asag train --data OUTPUT`.
+    """Convert CrowdHuman's annotation files, annotation_train.odgt and annotation_val.odgt, for `asag train --data`.
 
     The boxes are those of whole persons; regions to ignore are marked so. The images are linked, not copied.
     """

@@ -141,11 +141,12 @@ def _compare(
     _step(5, f"PyTorch against every backend, {VAL_IMAGES} images")
     dataset = open_coco(data)
     opened = [open_candidate(candidate) if isinstance(candidate, Path) else candidate for candidate in candidates]
-    with open_session(checkpoint) as reference, progress_bar("comparing") as advance:
-        result = compare(reference, opened, dataset, progress=advance)
+    with open_session(checkpoint) as reference:
+        with progress_bar("comparing") as advance:
+            result = compare(reference, opened, dataset, progress=advance)
+        report = write_report(output / "report.html", result, dataset, title="ASAG demo", reference=reference)
     console.print(parity_table(result))
     write_json(output / "parity.json", result.to_json())
-    report = write_report(output / "report.html", result, dataset, title="ASAG demo")
     reference_result = result.rows[0].result
     assert reference_result is not None
     return DemoResult(reference_result.ap, report, time.perf_counter() - began)

@@ -109,7 +109,8 @@ def resolve_config(config_file: Path | None, given: dict[str, Any]) -> Any:
     preset, data, output = values.pop("preset", DEFAULT_PRESET), values.pop("data", None), values.pop("output")
     config = TrainConfig.for_preset(preset, data, output, **values)
     # What a file says is none stays none, whatever the recipe.
-    return dataclasses.replace(config, **{name: None for name, value in values.items() if value is None})
+    none: dict[str, Any] = {name: None for name, value in values.items() if value is None}
+    return dataclasses.replace(config, **none)
 
 
 def _parse_settings(settings: tuple[str, ...]) -> dict[str, Any]:

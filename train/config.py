@@ -99,6 +99,9 @@ class TrainConfig:
     """How far noised queries are moved, as a share of the object; None trains without them."""
     denoising_fall: float = 0.0
     """What the scale loses every epoch."""
+    anchor_jitter: float = 0.0
+    """Move each query's anchor by up to this share of its size. Not in the paper: it makes the detector answer less to
+    the last bits of a box, so that backends agree more closely."""
     precision: str = "auto"
     """What backbone and neck compute in: `float32`, `bfloat16`, `float16` (the loss is then scaled), or `auto` for
     bfloat16 on a GPU and float32 on a CPU. All that follows is float32."""
@@ -238,6 +241,7 @@ _AT_LEAST_ZERO = (
 _SHARES = (
     "warmup_start",
     "flip_probability",
+    "anchor_jitter",
     "crop_probability",
     "decay_factor",
     "final_rate",

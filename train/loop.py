@@ -169,6 +169,8 @@ def _prepare(config: TrainConfig, processes: Processes) -> _Run:
         resume_state(config.output, state, run.computation())
     if processes.is_main:
         remove_leftovers(config.output)
+        if not config.resume:
+            (config.output / BEST_RECORD).unlink(missing_ok=True)
         _write_configuration(run)
     return run
 
@@ -238,7 +240,7 @@ def _make_steps(run: _Run, report: TrainingReport, began: float) -> Evaluation |
         if stopping:
             break
         started = time.perf_counter()
-    if not saved and not (config.output / WEIGHTS_FILE).exists():
+    if not saved:  # nothing was left to do, but the run may have been killed before its last weights were written
         _save(run, report, required=True)
     if state.step < run.total_steps:
         report.say(f"stopped after {state.step} of {run.total_steps} steps; resume the run to go on")

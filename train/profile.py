@@ -112,7 +112,7 @@ def _cpu_seconds() -> float:
 def describe(profile: Profile, config: TrainConfig) -> str:
     """A few lines for a person."""
     rate = f"{1 / profile.seconds:.3f} steps/s, {config.batch_size / profile.seconds:.2f} images/s"
-    parts = ", ".join(f"{name} {share:.1%}" for name, share in profile.shares.items())
+    parts = ", ".join(f"{name} {share:.2%}" for name, share in profile.shares.items())
     return (
         f"{config.preset}, {config.batch_size} images a step: {profile.seconds:.2f} s a step ({rate})\n"
         f"processor time {profile.cpu_seconds:.2f} s a step, memory at most {profile.memory_bytes / 2**30:.2f} GiB\n"

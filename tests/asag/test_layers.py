@@ -81,6 +81,7 @@ def test_feed_forward_and_mlp_by_the_formula() -> None:
     assert [type(part).__name__ for part in MLP((4, 5, 6, 7))] == ["Linear", "GELU", "Linear", "GELU", "Linear"]
 
 
+@torch.no_grad()
 def test_untrained_branches_keep_the_box_and_doubt_every_class() -> None:
     logits, deltas = Branches(16, 5)(torch.randn(2, 3, 16))
     assert not deltas.any()

@@ -279,11 +279,16 @@ def test_the_folder_is_made_and_nothing_else(
     written = export_onnx(deployed, tmp_path / "new" / "model.onnx").path
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["model.onnx"]
     assert onnx.load(written) == proto
-    # Who has the file open keeps the old one when it is exported again.
-    old = tmp_path / "old.onnx"
-    old.hardlink_to(written)
-    proto.doc_string = "another"
-    export_onnx(deployed, written)
-    proto.doc_string = ""
-    assert onnx.load(old) == proto
-    assert onnx.load(written).doc_string == "another"
+
+
+def test_writing_replaces_the_file_in_one_step(
+    deployed: DeployedDetector, proto: onnx.ModelProto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who has the old file open keeps reading the old one: it is replaced, not written into."""
+    path, old = tmp_path / "model.onnx", tmp_path / "old.onnx"
+    path.write_bytes(b"the old one")
+    old.hardlink_to(path)
+    monkeypatch.setattr(export.model, "build_onnx", lambda model: without_metadata(proto))
+    export_onnx(deployed, path)
+    assert old.read_bytes() == b"the old one"
+    assert onnx.load(path) == proto

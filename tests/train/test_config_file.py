@@ -16,7 +16,8 @@ def write(path, text):
 def test_a_file_replaces_the_recipe_and_the_command_line_replaces_the_file(tmp_path):
     file = write(
         tmp_path / "run.yaml",
-        "preset: asag-a-tiny\ndata: shapes\noutput: runs/a\nlearning_rate: 3e-4\nepochs: 5\ntraining_shorter_sides: [288, 320]\n",
+        "preset: asag-a-tiny\ndata: shapes\noutput: runs/a\nlearning_rate: 3e-4\nepochs: 5\n"
+        "training_shorter_sides: [288, 320]\n",
     )
     config = resolve_config(file, {"epochs": 7.0, "output": "runs/b", "seed": None})
     assert (config.preset, str(config.data), str(config.output)) == ("asag-a-tiny", "shapes", "runs/b")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, multiprocessing
+from torch import Tensor
 
 from train import DetectionCriterion
 from train.anchor_targets import flip_boxes, patch_groups, quarter_groups
@@ -160,23 +160,6 @@ def test_halves_of_a_batch_add_up_under_the_whole_batchs_totals() -> None:
     first = criterion(*part_of_case(outputs, targets, slice(0, 2)), totals)
     second = criterion(*part_of_case(outputs, targets, slice(2, 4)), totals)
     assert_losses_close({name: first[name] + second[name] for name in whole}, whole)
-
-
-def _losses_of_a_process(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    outputs, targets = part_of_case(*random_case((4, 0, 2, 3)), slice(2 * rank, 2 * rank + 2))
-    losses = DetectionCriterion(CLASSES)(outputs, targets)
-    torch.save({name: loss.detach() for name, loss in losses.items()}, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
-def test_the_mean_over_processes_is_the_loss_of_the_whole_batch(tmp_path: Path) -> None:
-    multiprocessing.spawn(_losses_of_a_process, args=(str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
-    whole = DetectionCriterion(CLASSES)(*random_case((4, 0, 2, 3)))
-    assert_losses_close({name: (first[name] + second[name]) / 2 for name in whole}, whole)
 
 
 def test_levels_and_patches_may_be_missing() -> None:

@@ -2,8 +2,10 @@ import json
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
+from asag_cli.data import data
 from runtime.coco_evaluation import open_coco
 from runtime.postprocessing import Detections
 from train.crowdhuman import convert_crowdhuman
@@ -137,6 +139,14 @@ def test_conversion(odgt, tmp_path):
     found = Detections(boxes, np.array([0.5, 0.9], np.float32), np.ones(2, np.int64), 0, (60, 80))
     result = evaluate_crowdhuman(validation, {1: found})
     assert (result.ap, result.recall, result.objects) == (1.0, 1.0, 1)
+
+
+def test_the_command(odgt, tmp_path):
+    files = [str(odgt / "annotation_train.odgt"), str(odgt / "annotation_val.odgt")]
+    result = CliRunner().invoke(data, ["crowdhuman", *files, "-o", str(tmp_path / "converted")])
+    assert result.exit_code == 0, result.output
+    assert "2 images, 2 persons, 4 regions to ignore" in " ".join(result.output.split())
+    assert open_training_split(tmp_path / "converted").counts.images == 2
 
 
 def test_what_cannot_be_converted_is_named(odgt, tmp_path):

@@ -84,6 +84,15 @@ def test_a_resumed_run_ends_with_the_same_bits(config, tmp_path, ema_decay):
     assert [row["step"] for row in rows_of(sliced.output)] == ["1", "2", "4", "6"]
 
 
+def test_a_run_that_was_killed_before_its_last_weights_were_written_writes_them(config):
+    config = dataclasses.replace(config, steps=2)
+    train(config, progress=False)
+    whole = (config.output / WEIGHTS_FILE).read_bytes()
+    (config.output / WEIGHTS_FILE).write_bytes(b"those of an earlier step")
+    assert train(dataclasses.replace(config, resume=True), progress=False).finished
+    assert (config.output / WEIGHTS_FILE).read_bytes() == whole
+
+
 def test_the_seed_decides(config, tmp_path):
     one_step = dataclasses.replace(config, steps=1)
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
@@ -117,9 +126,11 @@ def test_what_a_run_leaves(config, shapes, caplog):
 
 
 def test_training_lowers_the_loss(config):
-    result = train(dataclasses.replace(config, steps=30, learning_rate=3e-3, milestones=()), progress=False)
+    result = train(
+        dataclasses.replace(config, steps=16, learning_rate=3e-3, milestones=(), ema_decay=None), progress=False
+    )
     first = float(rows_of(config.output)[0]["total"])
-    assert result.losses["total"] < 0.8 * first
+    assert result.losses["total"] < 0.85 * first
 
 
 def test_a_time_limit_stops_with_a_checkpoint(config):
@@ -160,7 +171,7 @@ def test_a_damaged_image_is_named_in_one_line(config, shapes, tmp_path, workers)
 
 def test_photographs_are_learned(config, coco_tiny):
     config = dataclasses.replace(
-        config, data=coco_tiny, steps=12, learning_rate=2e-3, milestones=(), denoising_scale=0.4
+        config, data=coco_tiny, steps=8, learning_rate=2e-3, milestones=(), denoising_scale=0.4
     )
     result = train(config, progress=False)
     assert result.losses["total"] < 0.9 * float(rows_of(config.output)[0]["total"])
@@ -275,7 +286,7 @@ def test_a_disk_that_is_full_at_the_end_stops_the_run_but_not_what_was_saved(con
         save(content, stream)
 
     monkeypatch.setattr(torch, "save", full_at_last)
-    with pytest.raises(OSError, match="step 6 could not be written.*of step 4; free some space and resume"):
+    with pytest.raises(OSError, match=r"step 6 could not be written.*of step 4; free some space and resume"):
         train(config, progress=False)
     monkeypatch.undo()
     for name, preset in micro_presets().items():

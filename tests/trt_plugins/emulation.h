@@ -1,15 +1,13 @@
 // Runs a CUDA kernel's own source on the CPU: blocks one after another, the threads of a block as fibers.
 //
-// Covered: block and warp barriers, static shared memory, the warp functions of device.cuh. A fiber runs until it waits; a
-// barrier that not all threads reach ends the process with a message. The order in which threads run is a parameter, so
-// that a missing barrier shows as a difference between two orders.
+// Covered: block and warp barriers, static shared memory, the warp functions of device.cuh. A fiber runs until it waits. A
+// barrier that not all threads reach, or an address that is not aligned as a GPU needs it, is reported as a failure. The
+// order in which threads run is a parameter, so that a missing barrier shows as a difference between two orders.
 #pragma once
 
 #include <csetjmp>
 #include <cmath>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <ucontext.h>
 #include <utility>
@@ -46,6 +44,11 @@ inline jmp_buf scheduler;
 inline void (*body)(void*) = nullptr;
 inline void* body_argument = nullptr;
 inline uint64_t exchange[32][32];  // [warp][lane]
+inline const char* failure = nullptr;
+
+inline void require_alignment(const void* address, size_t bytes) {
+    if (reinterpret_cast<uintptr_t>(address) % bytes) failure = "an address is not aligned";
+}
 
 inline void wait(State state) {
     const unsigned own = current;
@@ -107,8 +110,8 @@ inline void run_block(bool backwards) {
         for (unsigned warp = 0; warp < count; warp += 32) any |= release(warp, warp + 32, State::at_warp_barrier);
         any |= release(0, count, State::at_block_barrier);
         if (!any) {
-            std::fprintf(stderr, "block %u: threads wait at different barriers\n", block_index.x);
-            std::abort();
+            failure = "threads wait at different barriers";
+            return;
         }
     }
 }
@@ -118,9 +121,9 @@ void call(void (*kernel)(Arguments...), void** arguments, std::index_sequence<In
     kernel(*static_cast<Arguments*>(arguments[Index])...);
 }
 
-// As cuLaunchKernel: `arguments` points at the values of the kernel's arguments.
+// As cuLaunchKernel: `arguments` points at the values of the kernel's arguments. Returns what went wrong, or null.
 template <class... Arguments>
-void launch(void (*kernel)(Arguments...), const unsigned* grid, unsigned threads, void** arguments, bool backwards) {
+const char* launch(void (*kernel)(Arguments...), const unsigned* grid, unsigned threads, void** arguments, bool backwards) {
     struct Bound {
         void (*kernel)(Arguments...);
         void** arguments;
@@ -130,11 +133,13 @@ void launch(void (*kernel)(Arguments...), const unsigned* grid, unsigned threads
         call(inner->kernel, inner->arguments, std::index_sequence_for<Arguments...>());
     };
     body_argument = &bound;
+    failure = nullptr;
     count = threads;
     if (fibers.size() < threads) fibers = std::vector<Fiber>(threads);
     for (block_index.z = 0; block_index.z < grid[2]; ++block_index.z)
         for (block_index.y = 0; block_index.y < grid[1]; ++block_index.y)
-            for (block_index.x = 0; block_index.x < grid[0]; ++block_index.x) run_block(backwards);
+            for (block_index.x = 0; block_index.x < grid[0] && !failure; ++block_index.x) run_block(backwards);
+    return failure;
 }
 
 // Every lane gives a value; afterwards all see all. The second barrier keeps a fast lane from overwriting.

@@ -71,16 +71,15 @@ inline unsigned warp_ballot(bool flag) {
 }
 
 inline void copy_16_bytes(void* shared, const void* global) {
-    if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16) {
-        std::fprintf(stderr, "a copy of 16 bytes is not aligned\n");
-        std::abort();
-    }
+    emulation::require_alignment(shared, 16);
+    emulation::require_alignment(global, 16);
     std::memcpy(shared, global, 16);
 }
 inline void wait_for_copies() {}
 
 // Layouts as the PTX manual gives them for `ldmatrix` and `mma.m16n8k16`.
 inline void load_tiles(unsigned (&tiles)[4], const void* row) {
+    emulation::require_alignment(row, 16);
     emulation::across_warp(row, [&](const void** rows, unsigned lane) {
         for (int tile = 0; tile < 4; ++tile) {
             std::memcpy(&tiles[tile], static_cast<const char*>(rows[tile * 8 + lane / 4]) + lane % 4 * 4, 4);
@@ -89,6 +88,7 @@ inline void load_tiles(unsigned (&tiles)[4], const void* row) {
     });
 }
 inline void load_tiles_transposed(unsigned (&tiles)[2], const void* row) {
+    emulation::require_alignment(row, 16);
     emulation::across_warp(row, [&](const void** rows, unsigned lane) {
         for (int tile = 0; tile < 2; ++tile) {
             for (unsigned item = 0; item < 2; ++item) {

@@ -56,8 +56,8 @@ def _library(kernel: str, defines: tuple[tuple[str, str], ...]) -> ctypes.CDLL:
     source.write_text(
         '#include "emulation.h"\n'
         f'#include "{kernel}.cu"\n'
-        'extern "C" void emulate(const unsigned* grid, unsigned threads, void** arguments, int backwards) {\n'
-        f"    emulation::launch({kernel}, grid, threads, arguments, backwards);\n"
+        'extern "C" const char* emulate(const unsigned* grid, unsigned threads, void** arguments, int backwards) {\n'
+        f"    return emulation::launch({kernel}, grid, threads, arguments, backwards);\n"
         "}\n"
     )
     command = [compiler(), "-std=c++17", "-O1", "-shared", "-fPIC", "-U_FORTIFY_SOURCE", "-ffp-contract=off", "-w"]
@@ -65,7 +65,9 @@ def _library(kernel: str, defines: tuple[tuple[str, str], ...]) -> ctypes.CDLL:
     command += ["-I", str(HERE), "-I", str(KERNELS), str(source), "-o", str(library)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    return ctypes.CDLL(str(library))
+    loaded = ctypes.CDLL(str(library))
+    loaded.emulate.restype = ctypes.c_char_p
+    return loaded
 
 
 def emulate(
@@ -124,7 +126,8 @@ def _run(
     assert constants.get("CHANNELS_LAST", "0") == str(int(channels_last))
     grid = (ctypes.c_uint * 3)(*call.plan.grid)
     arguments = call.arguments()
-    _library(call.plan.kernel, call.plan.defines).emulate(grid, call.plan.threads, arguments, int(backwards))
+    failure = _library(call.plan.kernel, call.plan.defines).emulate(grid, call.plan.threads, arguments, int(backwards))
+    assert failure is None, failure.decode()
     arrays = []
     for memory, size, dtype, shape in outputs:
         around = np.concatenate((memory[:GUARD], memory[GUARD + size :]))

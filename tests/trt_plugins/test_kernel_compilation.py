@@ -17,13 +17,7 @@ from trt_plugins.compile import (
 from trt_plugins.plan import OPERATIONS, STATIC_SHARED_LIMIT, make_plan
 from trt_plugins.resources import DEMO, PUBLISHED, Case, cases, resource_rows, signature
 
-
-@pytest.fixture(autouse=True)
-def compiler(kernel_cache: Path) -> None:
-    try:
-        supported_capabilities()
-    except ValueError as error:
-        pytest.skip(str(error))
+pytestmark = pytest.mark.usefixtures("kernel_cache")
 
 
 def uses_tensor_cores(case: Case, capability: int) -> bool:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from trt_plugins.compile import compile_plan
 from trt_plugins.launch import DeviceArray, launch, prepare_call
-from trt_plugins.plan import OPERATIONS
+from trt_plugins.plan import OPERATIONS, make_plan
 from trt_plugins.resources import DEMO, signature
 
 ADDRESS = 4096
@@ -127,3 +133,35 @@ def test_without_a_gpu_launching_says_what_is_missing() -> None:
             launch("GatherAnchors", inputs, outputs, attributes)
     else:
         pytest.skip("this machine has a driver")
+
+
+LAUNCH_SCRIPT = """
+from trt_plugins.compile import compile_plan
+from trt_plugins.launch import DeviceArray, launch
+inputs = [DeviceArray({address}, (2, 340, 5), "float32"), DeviceArray(8192, (2, 340), "bool")]
+outputs = [DeviceArray(16384, (2, 100, 4), "float32"), DeviceArray(32768, (2, 100), "bool")]
+for stream in (0, 77):
+    launch("GatherAnchors", inputs, outputs, {attributes}, stream)
+"""
+
+
+def test_the_driver_gets_what_the_plan_says(tmp_path: Path, kernel_cache: Path) -> None:
+    # The genuine cuda-bindings, over a library that prints what it is asked.
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("needs Linux and a C compiler")
+    library = tmp_path / "libcuda.so.1"
+    source = Path(__file__).with_name("stand_in_driver.c")
+    link = ["-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", str(source), "-o", str(library), "-ldl"]
+    subprocess.run([compiler, *link], check=True)
+    attributes = {"first": 100, "keep_threshold": 0.1, "fewest": 5, "most": 100}
+    plan = make_plan("GatherAnchors", [(2, 340, 5), (2, 340)], attributes)
+    compile_plan(plan, 90)  # the compiler looks for a driver too, and would believe this one
+    script = LAUNCH_SCRIPT.format(address=ADDRESS, attributes=attributes)
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    launched = f"launch {plan.grid} ({plan.threads}, 1, 1) 0"
+    lines = ["load ELF", "find gather_anchors", f"{launched} 0 {ADDRESS}", f"{launched} 77 {ADDRESS}"]
+    assert result.stdout.splitlines() == lines

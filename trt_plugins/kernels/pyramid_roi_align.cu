@@ -36,6 +36,29 @@ __device__ int pyramid_level(float width, float height) {
     return int(fmaxf(fminf(level, 5.0f), 2.0f)) - 2;
 }
 
+// The 4 x 4 cells under a bin, and their weights.
+struct Taps {
+    int rows[4], columns[4];  // rows: y * width
+    float row_weights[4], column_weights[4];
+};
+
+__device__ Taps taps_of(const Place* rows, const Place* columns, int bin, int width) {
+    Taps taps;
+#pragma unroll
+    for (int sample = 0; sample < 2; ++sample) {
+        const Place row = rows[bin / ROI_SIDE * 2 + sample], column = columns[bin % ROI_SIDE * 2 + sample];
+        taps.rows[2 * sample] = row.before * width;
+        taps.rows[2 * sample + 1] = row.after * width;
+        taps.row_weights[2 * sample] = row.weight_before;
+        taps.row_weights[2 * sample + 1] = row.weight_after;
+        taps.columns[2 * sample] = column.before;
+        taps.columns[2 * sample + 1] = column.after;
+        taps.column_weights[2 * sample] = column.weight_before;
+        taps.column_weights[2 * sample + 1] = column.weight_after;
+    }
+    return taps;
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS)
     pyramid_roi_align(const ELEMENT* __restrict__ p2, const ELEMENT* __restrict__ p3, const ELEMENT* __restrict__ p4,
                       const ELEMENT* __restrict__ p5, const float* __restrict__ boxes, int queries, int height2,
@@ -70,59 +93,46 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     ELEMENT* target = rois + (query * CHANNELS + first_channel) * BINS;
 #if CHANNELS_LAST
     // Neighbouring threads read neighbouring channels; the results turn around in shared memory.
+    constexpr int TOGETHER = CHUNK % 4 == 0 ? 4 : 1, PIECES = CHUNK / TOGETHER;
     __shared__ ELEMENT turned[CHUNK * BINS];
-    for (int work = thread; work < CHUNK * BINS; work += THREADS) {
-        const int channel = work % CHUNK, bin = work / CHUNK;
-        const ELEMENT* source = map + first_channel + channel;
-        constexpr long long CELL = CHANNELS, CHANNEL_STEP = 0;
+    for (int work = thread; work < PIECES * BINS; work += THREADS) {
+        const int channel = work % PIECES * TOGETHER, bin = work / PIECES;
+        const Taps taps = taps_of(rows, columns, bin, width);
+        float sums[TOGETHER] = {};
+#pragma unroll
+        for (int tap = 0; tap < 16; ++tap) {
+            const auto values = *reinterpret_cast<const Packet<ELEMENT, TOGETHER>*>(
+                map + (long long)(taps.rows[tap / 4] + taps.columns[tap % 4]) * CHANNELS + first_channel + channel);
+            const float weight = taps.row_weights[tap / 4] * taps.column_weights[tap % 4];
+#pragma unroll
+            for (int item = 0; item < TOGETHER; ++item) sums[item] += weight * to_float(values.items[item]);
+        }
+#pragma unroll
+        for (int item = 0; item < TOGETHER; ++item) {
+            turned[(channel + item) * BINS + bin] = Convert<ELEMENT>::from(sums[item] / 4);
+        }
+    }
+    __syncthreads();
+    for (int work = thread; work < CHUNK * BINS; work += THREADS) target[work] = turned[work];
 #else
     // A thread keeps its bin, hence its cells and weights, over all its channels; neighbouring threads write neighbours.
     constexpr int TEAM = THREADS / BINS;
     if (thread >= TEAM * BINS) return;
-    {
-        const int channel = thread / BINS, bin = thread % BINS;
+    const int bin = thread % BINS;
+    const Taps taps = taps_of(rows, columns, bin, width);
+    for (int channel = thread / BINS; channel < CHUNK; channel += TEAM) {
         const ELEMENT* source = map + (first_channel + channel) * cells;
-        constexpr long long CELL = 1;
-        const long long CHANNEL_STEP = TEAM * cells;
-#endif
-        int row_offsets[4], column_offsets[4];
-        float row_weights[4], column_weights[4];
+        float sum = 0.0f;
 #pragma unroll
-        for (int sample = 0; sample < 2; ++sample) {
-            const Place row = rows[bin / ROI_SIDE * 2 + sample], column = columns[bin % ROI_SIDE * 2 + sample];
-            row_offsets[2 * sample] = row.before * width;
-            row_offsets[2 * sample + 1] = row.after * width;
-            row_weights[2 * sample] = row.weight_before;
-            row_weights[2 * sample + 1] = row.weight_after;
-            column_offsets[2 * sample] = column.before;
-            column_offsets[2 * sample + 1] = column.after;
-            column_weights[2 * sample] = column.weight_before;
-            column_weights[2 * sample + 1] = column.weight_after;
-        }
-#if !CHANNELS_LAST
-        for (int own = channel; own < CHUNK; own += TEAM, source += CHANNEL_STEP)
-#endif
-        {
-            float sum = 0.0f;
+        for (int row = 0; row < 4; ++row) {
+            float along = 0.0f;
 #pragma unroll
-            for (int row = 0; row < 4; ++row) {
-                float along = 0.0f;
-#pragma unroll
-                for (int column = 0; column < 4; ++column) {
-                    along += column_weights[column] * to_float(source[(row_offsets[row] + column_offsets[column]) * CELL]);
-                }
-                sum += row_weights[row] * along;
+            for (int column = 0; column < 4; ++column) {
+                along += taps.column_weights[column] * to_float(source[taps.rows[row] + taps.columns[column]]);
             }
-            const ELEMENT value = Convert<ELEMENT>::from(sum / 4);
-#if CHANNELS_LAST
-            turned[channel * BINS + bin] = value;
-#else
-            target[own * BINS + bin] = value;
-#endif
+            sum += taps.row_weights[row] * along;
         }
+        target[channel * BINS + bin] = Convert<ELEMENT>::from(sum / 4);
     }
-#if CHANNELS_LAST
-    __syncthreads();
-    for (int work = thread; work < CHUNK * BINS; work += THREADS) target[work] = turned[work];
 #endif
 }

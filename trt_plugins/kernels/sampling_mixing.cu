@@ -14,11 +14,12 @@ constexpr float EPSILON = 1e-5f;
 using Stored = ELEMENT;
 constexpr int PAD = 8;  // 16 bytes, so that eight rows of a tile lie in different banks
 // Three blocks fit a multiprocessor at 80 registers a thread; with fewer registers some spill.
-#define BOUNDS __launch_bounds__(THREADS, 3)
+constexpr int BLOCKS_AT_ONCE = 3;
 #else
 using Stored = float;
 constexpr int PAD = 0;
-#define BOUNDS __launch_bounds__(THREADS)
+// float32: as the compiler sees fit. 16 bits: left alone, it saves registers until some spill.
+constexpr int BLOCKS_AT_ONCE = sizeof(ELEMENT) == 4 ? 0 : 2;
 #endif
 constexpr int CHANNEL_PITCH = CHANNELS + PAD;  // rows of x, M, y and z
 constexpr int POINT_PITCH = POINTS + PAD;      // rows of S
@@ -33,7 +34,7 @@ struct Tap {
 
 struct Level {
     const ELEMENT* map;
-    int height, width;
+    long long cell_step, channel_step;  // elements between neighbours
 };
 
 __device__ constexpr int larger(int one, int other) { return one > other ? one : other; }
@@ -98,13 +99,16 @@ struct Product {
         float sums[COUNT / 4][4] = {};
 #pragma unroll
         for (int depth = 0; depth < DEPTH; depth += TILE_DEPTH) {
+            unsigned left_tiles[4], right_tiles[2];
 #pragma unroll
             for (int index = 0; index < COUNT / 4; ++index) {
                 const int tile_row = tile(4 * index) / COLUMN_TILES * TILE_ROWS;
                 const int tile_column = tile(4 * index) % COLUMN_TILES * TILE_COLUMNS;
-                unsigned left_tiles[4], right_tiles[2];
                 load_tiles(left_tiles, left + (tile_row + lane % 16) * LEFT_PITCH + depth + lane / 16 * 8);
-                load_tiles_transposed(right_tiles, right + (depth + lane % 16) * RIGHT_PITCH + tile_column);
+                // Where the warps share the columns evenly, a warp stays in one column of tiles.
+                if (index == 0 || WARPS % COLUMN_TILES != 0) {
+                    load_tiles_transposed(right_tiles, right + (depth + lane % 16) * RIGHT_PITCH + tile_column);
+                }
                 TensorCore<ELEMENT>::multiply(sums[index], left_tiles, right_tiles);
             }
         }
@@ -153,7 +157,7 @@ __device__ void load_matrix(Stored* shared, const ELEMENT* global) {
     }
 }
 
-// Cells and weights of one sample on one level. A cell outside the map has weight 0 and is never read.
+// Cells and weights of one sample on one level. In place of a cell outside the map stands cell 0 with weight 0.
 __device__ void find_taps(float x, float y, float z, int level, int height, int width, Tap* taps) {
     float likeness[LEVELS], best = -3.402823466e38f, total = 0.0f;
 #pragma unroll
@@ -194,18 +198,26 @@ __device__ void sample(const Level (&levels)[LEVELS], const Tap* taps, Stored* s
         const int point = work / PIECES, channel = work % PIECES * TOGETHER;
         float sums[TOGETHER] = {};
 #pragma unroll
-        for (int index = 0; index < LEVELS * TAPS; ++index) {
-            const Level& level = levels[index / TAPS];
-            const Tap tap = taps[point * LEVELS * TAPS + index];
-            if (tap.weight == 0.0f) continue;
-#if CHANNELS_LAST
-            const auto values = *reinterpret_cast<const Packet<ELEMENT, TOGETHER>*>(
-                level.map + (long long)tap.cell * (GROUPS * CHANNELS) + channel);
+        for (int level = 0; level < LEVELS; ++level) {
+            // All loads of a level first, without a branch, so that they travel together.
+            Packet<ELEMENT, TOGETHER> values[TAPS];
+            Tap level_taps[TAPS];
 #pragma unroll
-            for (int item = 0; item < TOGETHER; ++item) sums[item] += tap.weight * to_float(values.items[item]);
-#else
-            sums[0] += tap.weight * to_float(level.map[(long long)channel * level.height * level.width + tap.cell]);
-#endif
+            for (int tap = 0; tap < TAPS; ++tap) {
+                level_taps[tap] = taps[(point * LEVELS + level) * TAPS + tap];
+                values[tap] = *reinterpret_cast<const Packet<ELEMENT, TOGETHER>*>(
+                    levels[level].map + level_taps[tap].cell * levels[level].cell_step +
+                    channel * levels[level].channel_step);
+            }
+#pragma unroll
+            for (int tap = 0; tap < TAPS; ++tap) {
+#pragma unroll
+                for (int item = 0; item < TOGETHER; ++item) {
+                    // Outside the map stands cell 0 with weight 0, and what it holds must not matter.
+                    const float value = level_taps[tap].weight == 0.0f ? 0.0f : to_float(values[tap].items[item]);
+                    sums[item] += level_taps[tap].weight * value;
+                }
+            }
         }
 #pragma unroll
         for (int item = 0; item < TOGETHER; ++item) {
@@ -217,10 +229,10 @@ __device__ void sample(const Level (&levels)[LEVELS], const Tap* taps, Stored* s
 __device__ Level group_of(const ELEMENT* map, int height, int width, long long image, int group) {
     const long long cells = (long long)height * width;
     map += image * GROUPS * CHANNELS * cells + (CHANNELS_LAST ? group * CHANNELS : group * CHANNELS * cells);
-    return Level{map, height, width};
+    return CHANNELS_LAST ? Level{map, GROUPS * CHANNELS, 1} : Level{map, 1, cells};
 }
 
-extern "C" __global__ void BOUNDS
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
     sampling_mixing(const ELEMENT* __restrict__ p2, const ELEMENT* __restrict__ p3, const ELEMENT* __restrict__ p4,
                     const ELEMENT* __restrict__ p5, const float* __restrict__ points,
                     const ELEMENT* __restrict__ parameters, int queries, int height2, int width2, int height3,
