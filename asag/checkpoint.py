@@ -81,10 +81,10 @@ def load_detector(path: str | Path) -> tuple[Detector, CheckpointInfo]:
             f"{path}: no asag description in the file ({error}); "
             "for a published checkpoint run `asag zoo convert` first"
         ) from None
-    detector = build_detector(config)
     try:
+        detector = build_detector(config)
         detector.load_state_dict(tensors)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path}: the tensors do not fit its configuration: {reason}") from None
     return detector, info

@@ -25,6 +25,7 @@ _EXTRA_OF_MODULE = {
     "safetensors": "train",
     "scipy": "train",
     "onnxscript": "train",
+    "yaml": "train",
     "onnx": "train",
     "pycocotools": "runtime",
     "onnxruntime": "runtime",

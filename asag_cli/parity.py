@@ -17,7 +17,19 @@ from asag_cli.console import EXISTING_FILE, FOLDER, OUTPUT_FILE, console, device
 @click.option("--images", type=click.IntRange(1), help="Only the first images of the split.")
 @click.option("--report", type=OUTPUT_FILE, help="Also write an HTML page with the detections drawn.")
 @click.option("--json", "json_path", type=OUTPUT_FILE, help="Also write the numbers to this file.")
-@click.option("--check", is_flag=True, help="Exit with code 1 when a candidate did not run or an image does not agree.")
+@click.option(
+    "--batch-check/--no-batch-check",
+    default=True,
+    show_default=True,
+    help="Also check that no result depends on the rest of its batch.",
+)
+@click.option("--check", is_flag=True, help="Exit with code 1 when a candidate did not run or anything does not agree.")
+@click.option("--max-ap-drop", type=float, help="Budget: AP that a candidate may lose, such as 0.002.")
+@click.option("--max-score-difference", type=float, help="Budget: largest difference of a score.")
+@click.option("--max-box-difference", type=float, help="Budget: largest difference of a box, pixels.")
+@click.option("--max-unmatched", type=click.IntRange(0), help="Budget: detections without a partner.")
+@click.option("--min-agreement", type=float, help="Budget: least share of detections found again with IoU 0.9.")
+@click.option("--max-latency-ratio", type=float, help="Budget: median latency over the reference's.")
 @device_option
 @threads_option
 def parity(
@@ -28,7 +40,14 @@ def parity(
     images: int | None,
     report: Path | None,
     json_path: Path | None,
+    batch_check: bool,
     check: bool,
+    max_ap_drop: float | None,
+    max_score_difference: float | None,
+    max_box_difference: float | None,
+    max_unmatched: int | None,
+    min_agreement: float | None,
+    max_latency_ratio: float | None,
     device: str,
     threads: int | None,
 ) -> None:
@@ -38,7 +57,14 @@ def parity(
     scores in another order, or at the cut of 100 detections) are counted apart. A candidate that cannot run here is a
     row that says why. A checkpoint as the reference is run with the input size, head, levels and patch capacity of the
     first candidate.
+
+    Every model is also checked alone: copies of an image in one batch must give one result, and batches of 2 and 4 (as
+    far as the model takes them) the results of batch 1.
+
+    With --check, or with a budget (--max-..., --min-...), the command exits with code 1 when something is over it.
     """
+    from runtime.batch_checks import BATCH_SIZES
+    from runtime.budgets import Budgets, over_budget
     from runtime.coco_evaluation import open_coco
     from runtime.files import write_json
     from runtime.parity import compare, open_candidate, open_reference, parity_table
@@ -47,12 +73,20 @@ def parity(
     dataset = open_coco(data, split)
     others = [open_candidate(path, device=device, threads=threads) for path in candidates]
     first = open_reference(reference, others, device=device, threads=threads)
+    sizes = BATCH_SIZES if batch_check else ()
     with progress_bar("comparing") as advance:
-        result = compare(first, others, dataset, images=images, progress=advance)
+        result = compare(first, others, dataset, images=images, progress=advance, batch_sizes=sizes)
     console.print(parity_table(result))
     if json_path is not None:
         write_json(json_path, result.to_json())
     if report is not None:
         console.print(f"report: {write_report(report, result, dataset, reference=first)}")
-    if check and not (result.agrees and all(row.reason is None for row in result.rows)):
+    budgets = Budgets(
+        max_ap_drop, max_score_difference, max_box_difference, max_unmatched, min_agreement, max_latency_ratio
+    )
+    broken = over_budget(result, budgets)
+    for line in broken:
+        console.print(f"over budget: {line}", style="red", highlight=False, soft_wrap=True)
+    agrees = result.agrees and result.batches_agree and all(row.reason is None for row in result.rows)
+    if broken or (check and not agrees) or (budgets.any and not result.batches_agree):
         raise SystemExit(1)

@@ -31,7 +31,9 @@ DEFAULT_PRESET = "asag-a-r50-1x-100"
 @click.option("--resume", is_flag=True, help="Continue the run in the output folder from its last checkpoint.")
 @click.option("--weights", type=EXISTING_FILE, help="Start from this checkpoint (.safetensors) of the same preset.")
 @click.option(
-    "--backbone-weights", type=EXISTING_FILE, help="Start the backbone from ImageNet weights (torchvision's names)."
+    "--backbone-weights",
+    type=EXISTING_FILE,
+    help="Start the backbone from ImageNet weights (torchvision's or CrossCL's names).",
 )
 @click.option("--epochs", type=float, help="Passes over the training images.")
 @click.option("--steps", type=click.IntRange(1), help="Optimizer steps in all, instead of epochs.")

@@ -24,6 +24,7 @@ class ImageAgreement:
     largest over the ``matched`` pairs. ``unmatched_reference`` and ``unmatched_candidate`` count detections without a
     partner. ``cut_ties`` are left out of these: the other list was cut at their score, and which of equals makes the
     cut is open. ``swaps`` are matched pairs at another rank, as near-equal scores change places.
+    ``score_differences`` and ``ious`` are those of each matched pair.
     """
 
     image_id: int
@@ -34,6 +35,8 @@ class ImageAgreement:
     swaps: int
     score_difference: float
     box_difference: float
+    score_differences: NDArray[np.float64] = dataclasses.field(default_factory=lambda: np.zeros(0), compare=False)
+    ious: NDArray[np.float64] = dataclasses.field(default_factory=lambda: np.zeros(0), compare=False)
 
     def within(self, score_tolerance: float = SCORE_TOLERANCE, box_tolerance: float = BOX_TOLERANCE) -> bool:
         """Whether the detections are the same apart from ties."""
@@ -80,7 +83,18 @@ def compare_detections(
         swaps=int((in_reference_order != np.sort(in_reference_order)).sum()),
         score_difference=float(scores.max(initial=0.0)),
         box_difference=float(boxes.max(initial=0.0)),
+        score_differences=scores,
+        ious=_pair_ious(_wide(reference.boxes)[pairs[:, 0]], _wide(candidate.boxes)[pairs[:, 1]], boxes),
     )
+
+
+def _pair_ious(boxes: NDArray, others: NDArray, differences: NDArray) -> NDArray[np.float64]:
+    """Intersection over union [M] of boxes [M, 4] pair by pair; 1 where corners are the same, also without area."""
+    sides = np.minimum(boxes[:, 2:], others[:, 2:]) - np.maximum(boxes[:, :2], others[:, :2])
+    intersection = np.clip(sides, 0, None).prod(axis=1)
+    union = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1) + (others[:, 2:] - others[:, :2]).prod(axis=1) - intersection
+    ious = np.divide(intersection, union, out=np.zeros(len(boxes)), where=union > 0)
+    return np.where(differences.max(axis=1, initial=0.0) == 0, 1.0, ious)
 
 
 def _wide(values: NDArray) -> NDArray[np.float64]:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from runtime.bootstrap import CategoryMatches, collect_matches
 from runtime.errors import one_line
 from runtime.metadata import ModelMetadata
 from runtime.postprocessing import Detections
@@ -120,6 +121,13 @@ def evaluate(dataset: CocoFolder, detections: Mapping[int, Detections]) -> CocoR
 
     At most 100 detections per image count, crowd regions are ignored, as COCO's own evaluation does.
     """
+    return evaluate_with_matches(dataset, detections)[0]
+
+
+def evaluate_with_matches(
+    dataset: CocoFolder, detections: Mapping[int, Detections]
+) -> tuple[CocoResult, list[CategoryMatches]]:
+    """:func:`evaluate`, and what :mod:`runtime.bootstrap` resamples; its images are in the order of their ids."""
     from pycocotools.cocoeval import COCOeval
 
     unknown = [image_id for image_id in detections if image_id not in dataset.images]
@@ -140,7 +148,7 @@ def evaluate(dataset: CocoFolder, detections: Mapping[int, Detections]) -> CocoR
         evaluation.summarize()
     # pycocotools writes -1 where there is nothing to compute a value of.
     ap, ap50, ap75, aps, apm, apl = (float(value) if value >= 0 else math.nan for value in evaluation.stats[:6])
-    return CocoResult(ap, ap50, ap75, aps, apm, apl, len(detections))
+    return CocoResult(ap, ap50, ap75, aps, apm, apl, len(detections)), collect_matches(evaluation)
 
 
 def evaluate_session(

@@ -18,7 +18,10 @@ _ELEMENT_TYPES = {"uint8": "tensor(uint8)", "float32": "tensor(float)"}
 
 
 class OnnxRuntimeSession(Session):
-    """ONNX Runtime on the CPU or a CUDA GPU; model-local functions of domain ``asag`` are inlined by the runtime."""
+    """ONNX Runtime on the CPU or a CUDA GPU; model-local functions of domain ``asag`` are inlined by the runtime.
+
+    ``path`` is the file.
+    """
 
     def __init__(self, path: Path, kind: str = "cpu", device_index: int = 0, threads: int | None = None) -> None:
         try:
@@ -50,6 +53,7 @@ class OnnxRuntimeSession(Session):
             max_batch = self._check_contract(metadata)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+        self.path = path
         super().__init__(
             name=path.name,
             backend=f"onnxruntime-{kind}",

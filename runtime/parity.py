@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,136 +11,31 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from rich import box
-from rich.console import Group
-from rich.table import Table
-from rich.text import Text
 
 from runtime.agreement import BOX_TOLERANCE, SCORE_TOLERANCE, ImageAgreement, compare_detections
-from runtime.benchmark import milliseconds
-from runtime.coco_evaluation import CocoFolder, CocoResult, evaluate
+from runtime.batch_checks import BATCH_SIZES, BatchCheck, check_batches
+from runtime.bootstrap import average_precision, draw_weights, interval
+from runtime.coco_evaluation import CocoFolder, CocoResult, evaluate_with_matches
 from runtime.errors import BackendUnavailableError, one_line
-from runtime.machine import Machine, describe_machine
-from runtime.metadata import ModelMetadata
+from runtime.machine import describe_machine
+from runtime.parity_results import AP_NAMES, SCORE_BINS, Agreement, ParityReport, ParityRow, Unavailable
+from runtime.parity_table import HEADINGS, accuracy_table, parity_table, row_cells
 from runtime.postprocessing import Detections
 from runtime.session import Session, Variant, open_session
 
-HEADINGS = (
-    "model",
-    "backend",
-    "precision",
-    "AP",
-    "AP difference",
-    "largest score difference",
-    "largest box difference, px",
-    "unmatched",
-    "ties",
-    "p50 ms",
-    "p95 ms",
-)
-_SHORT_HEADINGS = (
-    "backend",
-    "prec.",
-    "AP",
-    "AP\ndiff",
-    "score\ndiff",
-    "box\ndiff px",
-    "un-\nmatched",
-    "ties",
-    "p50\nms",
-    "p95\nms",
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Unavailable:
-    """A candidate that cannot run here, and why; it becomes a row of the table."""
-
-    name: str
-    backend: str
-    precision: str
-    reason: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Agreement:
-    """Agreement with the reference over all images.
-
-    ``images`` were compared, ``images_within`` agree within the tolerances apart from ties. The largest differences
-    are over matched pairs: scores, and boxes in pixels of the original images.
-    """
-
-    images: int
-    images_within: int
-    matched: int
-    unmatched: int
-    cut_ties: int
-    swaps: int
-    score_difference: float
-    box_difference: float
-    worst_images: tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class ParityRow:
-    """One backend's results; ``reason`` is set, and the rest None, where it could not run.
-
-    Latencies are milliseconds of one image from decoded pixels to detections. ``agreement`` is None for the reference.
-    """
-
-    name: str
-    backend: str
-    precision: str
-    result: CocoResult | None = None
-    ap_difference: float | None = None
-    agreement: Agreement | None = None
-    latency_p50_ms: float | None = None
-    latency_p95_ms: float | None = None
-    overflow: int | None = None
-    reason: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class ParityReport:
-    """Rows (the reference first), and per row the detections by image id (None where it could not run)."""
-
-    dataset: str
-    image_ids: tuple[int, ...]
-    rows: tuple[ParityRow, ...]
-    detections: tuple[Mapping[int, Detections] | None, ...]
-    metadata: ModelMetadata
-    machine: Machine
-    score_tolerance: float = SCORE_TOLERANCE
-    box_tolerance: float = BOX_TOLERANCE
-
-    @property
-    def agrees(self) -> bool:
-        """Whether every backend that ran has the reference's AP to three decimals and its detections on every image.
-
-        Detections are the same within the tolerances apart from ties. A backend that could not run has no say, and
-        neither has the AP of images without objects, which is not a number.
-        """
-        return all(
-            row.agreement.images_within == row.agreement.images and not abs(row.ap_difference or 0.0) >= 5e-4
-            for row in self.rows
-            if row.agreement is not None
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything but the detections, as JSON values."""
-        rows = []
-        for row in self.rows:
-            values = dataclasses.asdict(row)
-            values["result"] = None if row.result is None else row.result.to_json()
-            rows.append({name: _json_number(value) for name, value in values.items()})
-        return {
-            "dataset": self.dataset,
-            "images": len(self.image_ids),
-            "score_tolerance": self.score_tolerance,
-            "box_tolerance": self.box_tolerance,
-            "rows": rows,
-            "machine": self.machine.to_json(),
-        }
+__all__ = [
+    "HEADINGS",
+    "Agreement",
+    "ParityReport",
+    "ParityRow",
+    "Unavailable",
+    "accuracy_table",
+    "compare",
+    "open_candidate",
+    "open_reference",
+    "parity_table",
+    "row_cells",
+]
 
 
 def open_candidate(path: str | os.PathLike[str], **options: Any) -> Session | Unavailable:
@@ -173,11 +67,13 @@ def compare(
     dataset: CocoFolder,
     images: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
 ) -> ParityReport:
     """Run every backend on the dataset's first ``images`` images (None: all), one at a time, in turn.
 
-    Each image is read once and given to all, so that their latencies see the same conditions. ``progress`` gets
-    (images done, all). Raises ValueError when a candidate prepares images otherwise than the reference, or has other
+    Each image is read once and given to all, so that their latencies see the same conditions. Afterwards each is
+    checked for results that depend on the batch, at ``batch_sizes`` (empty: not at all). ``progress`` gets (images
+    done, all). Raises ValueError when a candidate prepares images otherwise than the reference, or has other
     classes than the dataset.
     """
     if images is not None and images < 1:
@@ -210,7 +106,17 @@ def compare(
         detections=all_detections,
         metadata=reference.metadata,
         machine=describe_machine(),
+        batch_checks=_check_batches(sessions, dataset, image_ids, batch_sizes),
     )
+
+
+def _check_batches(
+    sessions: Sequence[Session], dataset: CocoFolder, image_ids: Sequence[int], batch_sizes: Sequence[int]
+) -> tuple[BatchCheck, ...]:
+    if not batch_sizes:
+        return ()
+    images = [dataset.load(image_id) for image_id in image_ids[: max(batch_sizes)]]
+    return tuple(check for session in sessions for check in check_batches(session, images, batch_sizes))
 
 
 def _turn(count: int, number: int) -> list[int]:
@@ -230,10 +136,15 @@ def _rows(
     detections: Sequence[Mapping[int, Detections]],
     seconds: Sequence[Sequence[float]],
 ) -> list[ParityRow]:
-    reference_result = evaluate(dataset, detections[0])
+    reference_result, matches = evaluate_with_matches(dataset, detections[0])
+    weights = draw_weights(len(detections[0]))
+    reference_samples = samples = average_precision(matches, weights)
     rows = []
     for index, session in enumerate(sessions):
-        result = reference_result if index == 0 else evaluate(dataset, detections[index])
+        result = reference_result
+        if index:
+            result, matches = evaluate_with_matches(dataset, detections[index])
+            samples = average_precision(matches, weights)
         p50, p95 = (float(value) for value in np.percentile(np.array(seconds[index]) * 1e3, [50, 95]))
         rows.append(
             ParityRow(
@@ -246,9 +157,16 @@ def _rows(
                 latency_p50_ms=p50,
                 latency_p95_ms=p95,
                 overflow=sum(found.overflow for found in detections[index].values()),
+                differences=None if index == 0 else _differences(result, reference_result),
+                ap_interval=interval(samples),
+                ap_difference_interval=None if index == 0 else interval(samples - reference_samples),
             )
         )
     return rows
+
+
+def _differences(result: CocoResult, reference: CocoResult) -> dict[str, float]:
+    return {name: getattr(result, name) - getattr(reference, name) for name in AP_NAMES}
 
 
 def _agreement(session: Session, reference: Mapping[int, Detections], candidate: Mapping[int, Detections]) -> Agreement:
@@ -257,7 +175,15 @@ def _agreement(session: Session, reference: Mapping[int, Detections], candidate:
         compare_detections(image_id, reference[image_id], candidate[image_id], limit, suppressed=suppressed)
         for image_id in reference
     ]
+    scores = np.concatenate([image.score_differences for image in images])
+    ious = np.concatenate([image.ious for image in images])
+    # Of two lists of different length the longer counts: a detection too many is a disagreement as one too few.
+    detections = sum(image.matched + max(image.unmatched_reference, image.unmatched_candidate) for image in images)
     return Agreement(
+        share_iou_99=float((ious >= 0.99).sum() / detections) if detections else 1.0,
+        share_iou_90=float((ious >= 0.9).sum() / detections) if detections else 1.0,
+        score_quantiles=tuple(np.quantile(scores, [0.5, 0.9, 0.99, 1.0]).tolist()) if len(scores) else (0.0,) * 4,
+        score_histogram=tuple(np.bincount(np.searchsorted(SCORE_BINS, scores), minlength=len(SCORE_BINS) + 1).tolist()),
         images=len(images),
         images_within=sum(image.within() for image in images),
         matched=sum(image.matched for image in images),
@@ -325,49 +251,3 @@ def _backend_of(path: Path, device: str) -> tuple[str, str]:
     if path.suffix.lower() == ".onnx":
         return f"onnxruntime-{kind}", "?"
     return ("pytorch" if kind == "cpu" else f"pytorch-{kind}"), "?"
-
-
-def _json_number(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def parity_table(report: ParityReport) -> Group:
-    """The report for a terminal of 80 columns: a table, and below it why a row was not run.
-
-    Files are named only where backend and precision do not tell the rows apart.
-    """
-    name_rows = len({(row.backend, row.precision) for row in report.rows}) < len(report.rows)
-    table = Table(
-        title=f"Parity on {len(report.image_ids)} images of {Path(report.dataset).name}",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        padding=0,
-    )
-    for index, heading in enumerate(_SHORT_HEADINGS):
-        # Only names may wrap; a folded number is misread.
-        table.add_column(heading, justify="left" if index < 2 else "right", no_wrap=index > 0, overflow="fold")
-    notes = []
-    for row in report.rows:
-        name, backend, *cells = row_cells(row)
-        table.add_row(*map(Text, [f"{backend}\n{name}" if name_rows else backend, *cells]))
-        if row.reason is not None:
-            notes.append(Text(f"{row.name} ({row.backend}) was not run: {row.reason}", style="yellow"))
-    return Group(table, *notes, Text(report.machine.summary(), style="dim"))
-
-
-def row_cells(row: ParityRow) -> list[str]:
-    """A row's values as text, in the order of ``HEADINGS``."""
-    cells = [row.name, row.backend, row.precision]
-    if row.result is None:
-        return [*cells, "not run", *[""] * (len(HEADINGS) - 4)]
-    agreement = row.agreement
-    return [
-        *cells,
-        f"{row.result.ap:.3f}",
-        "" if row.ap_difference is None else f"{row.ap_difference:+.4f}",
-        "" if agreement is None else f"{agreement.score_difference:.1e}",
-        "" if agreement is None else f"{agreement.box_difference:.1e}",
-        "" if agreement is None else str(agreement.unmatched),
-        "" if agreement is None else str(agreement.cut_ties + agreement.swaps),
-        *("" if value is None else milliseconds(value) for value in (row.latency_p50_ms, row.latency_p95_ms)),
-    ]

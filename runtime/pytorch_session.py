@@ -59,6 +59,52 @@ class PyTorchSession(Session):
         found = {name: value.cpu().numpy() for name, value in self._deployed.stages(*self._inputs(tensors)).items()}
         return read_stages({**found, "sizes": tensors["sizes"]}, self.metadata, (picture.height, picture.width))
 
+    def stage_values(self, tensors: Mapping[str, NDArray]) -> dict[str, NDArray]:
+        """What every stage hands to the next, by the names of :mod:`runtime.onnx_stages`; takes what :meth:`run` does.
+
+        Valid places come as bool arrays. The queries are those that the deployed head's first parameters meet: with
+        the head's embedding, and for AdaMixer the position embedding.
+        """
+        import torch
+
+        from asag.config import HEADS
+        from asag.geometry import cxcywh_to_xyxy, position_embedding
+
+        detector, images_and_sizes = self._deployed.detector, self._inputs(tensors)
+        with torch.inference_mode():
+            images, sizes = images_and_sizes
+            if self._deployed.input_type == "uint8":
+                images = self._deployed.normalize(images, sizes)
+            features = detector.features(images)
+            anchors = detector.anchor_generator(features, sizes, self._deployed.patch_capacity)
+            allowed = anchors.valid[:, None, None, :]
+            proposals = detector.propose(features, anchors.boxes, allowed, sizes)
+            head = detector.config.head
+            output = detector.run_head(head, features, proposals, allowed, sizes)
+            found = dict(zip(("p2", "p3", "p4", "p5"), features, strict=True))
+            found |= {"fixed_anchors": anchors.fixed.anchors, "anchors": anchors.boxes, "valid": anchors.valid}
+            for level, probed in anchors.probed.items():
+                name = level.lower()
+                found |= {
+                    f"{name}_map": detector.anchor_generator.compressed(level, features),
+                    f"{name}_corners": probed.corners,
+                    f"{name}_valid": probed.valid,
+                    f"{name}_anchors": probed.anchors,
+                }
+            queries = proposals.queries + detector.head_embedding.weight[HEADS.index(head)]
+            if detector.config.decoder == "adamixer":
+                queries = queries + position_embedding(proposals.xyzr, queries.shape[-1])
+            found |= {
+                "queries": queries,
+                "proposal_xyzr": proposals.xyzr,
+                "proposal_pixels": proposals.boxes * sizes.flip(-1).repeat(1, 2).unsqueeze(1),
+                "head_scores": torch.where(anchors.valid.unsqueeze(-1), output.logits.sigmoid(), 0.0),
+                "head_boxes": cxcywh_to_xyxy(output.boxes),
+            }
+            decoded = self._deployed.decode(output.logits, output.boxes, anchors.valid)
+            found |= dict(zip(OUTPUT_NAMES, (*decoded, anchors.overflow), strict=True))
+        return {name: value.cpu().numpy() for name, value in found.items()}
+
     def _inputs(self, tensors: Mapping[str, NDArray]) -> list[Tensor]:
         import torch
 

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# Several test processes on a few cores would spend their time waiting for one another's threads. Set before PyTorch
+# is imported, and for the processes that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+# A busy machine makes an example slow now and then; that is no failure.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 # Data beside the checkout that is not part of the project.
 SHARED = Path(__file__).resolve().parents[2] / "shared"

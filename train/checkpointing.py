@@ -104,7 +104,7 @@ def save_state(path: str | Path, state: TrainingState, computation: Mapping[str,
         "scaler": state.scaler.state_dict(),
         "random": {
             "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
         },
     }
     try:
@@ -167,8 +167,9 @@ def load_state(path: str | Path, state: TrainingState, computation: Mapping[str,
         raise ValueError(f"{path} does not fit this detector ({reason}): train anew in another folder") from None
     state.step = content["step"]
     torch.set_rng_state(content["random"]["torch"])
-    for index, random_state in enumerate(content["random"]["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(random_state, index)
+    if torch.cuda.is_available():
+        for random_state in content["random"]["cuda"]:
+            torch.cuda.set_rng_state(random_state)
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -123,7 +123,7 @@ class TrainConfig:
     initial_weights: Path | None = None
     """A checkpoint of this toolkit to start from."""
     backbone_weights: Path | None = None
-    """A backbone's weights (torchvision's names) to start from."""
+    """A backbone's weights (torchvision's or CrossCL's names) to start from."""
 
     resume: bool = False
     """Continue the run in `output` from its last checkpoint."""

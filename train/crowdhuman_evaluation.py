@@ -118,7 +118,7 @@ def average_precision(true_positives: NDArray, false_positives: NDArray, objects
     recall = true_positives / objects
     precision = true_positives / (true_positives + false_positives)
     recall, precision = np.concatenate(([0.0], recall)), np.concatenate((precision[:1], precision))
-    return float(np.trapezoid(precision, recall))
+    return float((np.diff(recall) * (precision[1:] + precision[:-1]) / 2).sum())
 
 
 def log_average_miss_rate(recall: NDArray, false_positives_per_image: NDArray) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,21 +51,29 @@ class Evaluation:
         return f"{listed} on {self.coco.images} images"
 
 
-def open_validation(data: str | Path, split: str, category_ids: Sequence[int]) -> CocoFolder:
+def open_validation(data: str | Path, split: str, categories: Mapping[int, str]) -> CocoFolder:
     """The validation images of a dataset folder.
 
-    Raises FileNotFoundError when they are not there, and ValueError when their categories are not `category_ids`.
+    Raises FileNotFoundError when they are not there, and ValueError when their categories are not `categories` (names
+    by id).
     """
-    return check_categories(open_coco(data, split), category_ids)
+    return check_categories(open_coco(data, split), categories)
 
 
-def check_categories(folder: CocoFolder, category_ids: Sequence[int]) -> CocoFolder:
-    """The folder itself; ValueError when its categories are not `category_ids`."""
-    if tuple(folder.category_ids) != tuple(category_ids):
+def check_categories(folder: CocoFolder, categories: Mapping[int, str]) -> CocoFolder:
+    """The folder itself; ValueError when its categories are not `categories` (names by id)."""
+    category_ids = tuple(sorted(categories))
+    if tuple(folder.category_ids) != category_ids:
         raise ValueError(
             f"{folder.annotations_path} has other categories ({len(folder.category_ids)}) than the training images"
             f" ({len(category_ids)}): both splits must list the same ones"
         )
+    for category_id, name in zip(folder.category_ids, folder.category_names, strict=True):
+        if name != categories[category_id]:
+            raise ValueError(
+                f"{folder.annotations_path} calls category {category_id} {name!r}, the training images call it"
+                f" {categories[category_id]!r}: both splits must list the same ones"
+            )
     return folder
 
 
@@ -84,7 +92,7 @@ def detect(
     from asag.deploy import DeployedDetector
 
     found: dict[int, Detections] = {}
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.device(device).type == "cuda" else []):
         deployed = DeployedDetector(detector, info, input_type="uint8")
         session = PyTorchSession(deployed, info.preset, str(device))
         stream = session.stream((validation.load(image_id) for image_id in image_ids), EVALUATION_BATCH)

@@ -28,6 +28,8 @@ from train.denoising import denoising_attention_mask, noised_queries
 from train.probing import TrainingPatches, four_flips, training_patches
 from train.randomness import Generators, generator_of
 
+_DRAWN_QUERIES = 1024
+
 
 @dataclass
 class _Explored:
@@ -93,11 +95,14 @@ def training_outputs(
 def jittered(boxes: Tensor, share: float, generator: Generators = None) -> Tensor:
     """Move boxes [B, Q, 4] (`cxcywh`) by up to `share` of their size, and change their sides by up to `share`.
 
-    A detector that has seen its anchors move answers to their last bits less: the rounding that two backends do not share
-    then moves a score less.
+    A detector that has seen its anchors move answers to their last bits less: the rounding that two backends do not
+    share then moves a score less.
     """
+    # How many queries there are depends on the other images; drawing more keeps an image's numbers its own.
+    queries = boxes.shape[1]
+    drawn = -(-queries // _DRAWN_QUERIES) * _DRAWN_QUERIES
     noise = torch.stack(
-        [torch.rand(boxes.shape[1:], generator=generator_of(generator, image)) for image in range(len(boxes))]
+        [torch.rand(drawn, 4, generator=generator_of(generator, image))[:queries] for image in range(len(boxes))]
     )
     extent = torch.cat((boxes[..., 2:], boxes[..., 2:]), dim=-1)
     return boxes + (2 * noise.to(boxes.device) - 1) * share * extent

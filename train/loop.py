@@ -187,11 +187,12 @@ def _validation_data(config: TrainConfig, dataset: DetectionDataset) -> CocoFold
     """The images to evaluate on; None where there are none, or none are wanted."""
     if config.evaluation_interval == 0:
         return None
+    categories = dict(zip(dataset.category_ids, dataset.category_names, strict=True))
     if config.val_annotations is not None:
         folder = CocoFolder(config.val_images or config.val_annotations.parent, config.val_annotations)
-        return check_categories(folder, dataset.category_ids)
+        return check_categories(folder, categories)
     if config.data is not None:
-        return open_validation(config.data, config.val_split, dataset.category_ids)
+        return open_validation(config.data, config.val_split, categories)
     return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from trt_plugins.launch import current_capability
 from trt_plugins.plugins import name_plugins, register_plugins
 
 
@@ -15,9 +16,9 @@ def build_engine(
 
     model: an ONNX file or its content; batch: fewest, most usual and most images of one run, for a model with a dynamic
     batch; just_in_time: let the engine call back into Python for the ops instead of holding their kernels.
-    Raises ValueError where TensorRT is missing, does not take the model, or builds no engine.
+    Raises ValueError where TensorRT or a GPU is missing, and where TensorRT refuses the model or builds no engine.
     """
-    register_plugins()
+    register_plugins(current_capability())
     import tensorrt as trt
 
     content = model if isinstance(model, bytes) else Path(model).read_bytes()

@@ -7,7 +7,7 @@ in time (`impl`) the engine calls back into Python; for development. Needs Tenso
 # Annotations are read at run time by the decorators, so they must not be postponed.
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Union
 
 from trt_plugins.compile import FIRST_WITH_TENSOR_CORES, compile_plan
 from trt_plugins.launch import DeviceArray, current_capability, launch
@@ -112,7 +112,9 @@ def _register(trt: Any, trtp: Any, operation: Operation, capability: int | None)
         launch(operation.name, arrays[: len(tensors)], arrays[len(tensors) :], attributes_of(arguments), stream)
 
     result = tuple[(trtp.TensorDesc,) * len(operation.outputs)]  # type: ignore[misc, valid-type]  # built at run time
-    embedded = tuple[str | bytes, str | bytes, trtp.KernelLaunchParams, trtp.SymExprs]
+    # Releases before 11 look for typing.Union.
+    text = Union[str, bytes]  # noqa: UP007
+    embedded = tuple[text, text, trtp.KernelLaunchParams, trtp.SymIntExprs]
     tensor_kinds = dict.fromkeys(inputs, trtp.TensorDesc)
     trtp.register(plugin)(_with_signature(describe, {**tensor_kinds, **dict(operation.attributes)}, result))
     trtp.autotune(plugin)(_with_signature(combinations, dict.fromkeys((*inputs, "outputs"))))

@@ -28,8 +28,8 @@ class Sizes:
     first: int
     """Anchors of P5 and P6."""
     anchors_per_patch: int
-    capacity: int
-    """Patches per image and probed level."""
+    capacity: tuple[int, int]
+    """Patches per image on P4 and P3."""
     keep_threshold: float
     fewest: int
     queries: int
@@ -44,10 +44,10 @@ class Sizes:
         return tuple((self.channels, -(-height // 2**level), -(-width // 2**level)) for level in range(4))
 
 
-PUBLISHED = Sizes("published", 256, (200, 304), 750, 50, 60, 0.05, 50, 300, 4, 32, 128)
-"""The detector with 300 queries on images of 800 x 1216 pixels."""
+PUBLISHED = Sizes("published", 256, (200, 336), 750, 50, (64, 128), 0.05, 50, 300, 4, 32, 128)
+"""The published detectors of about 300 queries, with as many places, on inputs of 800 x 1344 pixels."""
 
-DEMO = Sizes("demo", 64, (80, 80), 100, 10, 12, 0.1, 5, 100, 4, 16, 32)
+DEMO = Sizes("demo", 64, (80, 80), 100, 10, (16, 32), 0.1, 5, 100, 4, 16, 32)
 """The small detector of `asag demo`."""
 
 
@@ -62,25 +62,32 @@ class Case:
     element: str = "float32"
     channels_last: bool = False
     tensor_cores: bool = False
+    level: str = ""
+    """The probed level, for AdaptiveProbing."""
 
     @property
     def kind(self) -> str:
-        """The type and layout in words."""
-        return self.element + ", channels-last" * self.channels_last + ", tensor cores" * self.tensor_cores
+        """The level, type and layout in words."""
+        extras = ", channels-last" * self.channels_last + ", tensor cores" * self.tensor_cores
+        return f"{self.level} {self.element}".strip() + extras
 
     def plan(self) -> Plan:
         """How to compile and launch it."""
         return make_plan(self.name, self.shapes, self.attributes, self.element, self.channels_last, self.tensor_cores)
 
 
-def signature(name: str, sizes: Sizes, batch: int = 1) -> tuple[list[tuple[int, ...]], dict[str, Any]]:
-    """Shapes of an op's inputs, and its attributes, in a detector of `sizes`."""
+def signature(
+    name: str, sizes: Sizes, batch: int = 1, level: str = "P4"
+) -> tuple[list[tuple[int, ...]], dict[str, Any]]:
+    """Shapes of an op's inputs, and its attributes, in a detector of `sizes`; level: P4 or P3, for AdaptiveProbing."""
     maps = [(batch, *shape) for shape in sizes.maps]
     if name == "AdaptiveProbing":
-        shapes = [(batch, sizes.first, 5), (batch, sizes.first), (batch, 8, *maps[2][2:]), (batch, 2)]
-        return shapes, {"stride": 16, "capacity": sizes.capacity}
+        coarse = level == "P4"
+        count = sizes.first if coarse else sizes.capacity[0] * sizes.anchors_per_patch
+        shapes = [(batch, count, 5), (batch, count), (batch, 8, *maps[2 if coarse else 1][2:]), (batch, 2)]
+        return shapes, {"stride": 16 if coarse else 8, "capacity": sizes.capacity[0 if coarse else 1]}
     if name == "GatherAnchors":
-        count = sizes.first + 2 * sizes.capacity * sizes.anchors_per_patch
+        count = sizes.first + sum(sizes.capacity) * sizes.anchors_per_patch
         attributes = {
             "first": sizes.first,
             "keep_threshold": sizes.keep_threshold,
@@ -99,12 +106,13 @@ def signature(name: str, sizes: Sizes, batch: int = 1) -> tuple[list[tuple[int, 
 def cases(sizes: Sizes, batch: int = 1) -> Iterator[Case]:
     """Every op in every type and layout that has a kernel."""
     for name, operation in OPERATIONS.items():
-        shapes, attributes = signature(name, sizes, batch)
-        for element in operation.elements:
-            for channels_last in (False, True) if operation.has_pyramid else (False,):
-                has_cores = name == "SamplingMixing" and element != "float32"
-                for tensor_cores in (False, True) if has_cores else (False,):
-                    yield Case(name, sizes, shapes, attributes, element, channels_last, tensor_cores)
+        for level in ("P4", "P3") if name == "AdaptiveProbing" else ("",):
+            shapes, attributes = signature(name, sizes, batch, level)
+            for element in operation.elements:
+                for channels_last in (False, True) if operation.has_pyramid else (False,):
+                    has_cores = name == "SamplingMixing" and element != "float32"
+                    for tensor_cores in (False, True) if has_cores else (False,):
+                        yield Case(name, sizes, shapes, attributes, element, channels_last, tensor_cores, level)
 
 
 def resource_rows(sizes: Sizes, capabilities: Sequence[int]) -> Iterator[list[str]]:

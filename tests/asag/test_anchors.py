@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import normalized_batch, random_detector, random_picture, small_config
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -21,6 +20,7 @@ from asag.anchors import (
     split_quarters,
 )
 from asag.config import ANCHOR_BUDGETS
+from tests.builders import normalized_batch, random_detector, random_picture, small_config
 
 
 @given(

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from builders import random_detector, small_config, small_info, write_checkpoint
 
 from asag.checkpoint import CheckpointInfo, load_detector, save_detector
+from tests.builders import random_detector, small_config, small_info, write_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,14 @@ import json
 
 import pytest
 import torch
-from builders import (
+from torch import nn
+
+from asag.config import HEADS
+from asag.deploy import DeployedDetector, weights_digest
+from asag.detector import Detector
+from asag.geometry import cxcywh_to_xyxy
+from runtime.metadata import ModelMetadata
+from tests.builders import (
     CATEGORY_IDS,
     normalized_batch,
     random_detector,
@@ -16,13 +23,6 @@ from builders import (
     small_info,
     uint8_batch,
 )
-from torch import nn
-
-from asag.config import HEADS
-from asag.deploy import DeployedDetector, weights_digest
-from asag.detector import Detector
-from asag.geometry import cxcywh_to_xyxy
-from runtime.metadata import ModelMetadata
 
 
 @pytest.fixture(scope="module")

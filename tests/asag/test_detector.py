@@ -7,7 +7,6 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from builders import normalized_batch, random_detector, random_picture, small_config, small_info, uint8_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -15,6 +14,7 @@ from torch import Tensor
 from asag.config import DECODERS, HEADS
 from asag.deploy import DeployedDetector
 from asag.detector import Detector, HeadOutput
+from tests.builders import normalized_batch, random_detector, random_picture, small_config, small_info, uint8_batch
 
 HEIGHT, WIDTH = 160, 192
 

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from builders import normalized_batch
 from numpy.typing import NDArray
 
 from asag import DetectorConfig, build_detector, load_published
@@ -25,6 +24,7 @@ from asag.geometry import cxcywh_to_xyxy
 from runtime.agreement import compare_detections
 from runtime.metadata import ModelMetadata
 from runtime.postprocessing import OUTPUT_NAMES, Detections, postprocess
+from tests.builders import normalized_batch
 
 # The same folder as the fixture `goldens`; its names are needed while tests are collected.
 FOLDER = Path(__file__).resolve().parents[3] / "shared" / "goldens"

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import random_detector, small_config
 from torch import Tensor
 
 from asag import DetectorConfig, load_published
 from asag.config import HEADS
 from asag.detector import Detector
 from asag.published import translate_name
+from tests.builders import random_detector, small_config
 
 CONFIGS = {
     "asag_a_r50_100": DetectorConfig(),

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from builders import random_detector, small_config, small_info, write_checkpoint
 
 from asag_cli.main import main
+from tests.builders import random_detector, small_config, small_info, write_checkpoint
 from train.synthetic import CATEGORIES, write_synthetic_dataset
 
 INPUT_SIZE = (160, 160)
@@ -44,15 +43,6 @@ class Workspace:
     @property
     def images(self) -> list[Path]:
         return sorted((self.data / "val2017").glob("*.jpg"))
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Several test processes on a few cores would spend their time waiting for one another's threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def run_asag(*arguments: object) -> Outcome:

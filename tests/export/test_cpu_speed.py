@@ -4,12 +4,12 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from builders import random_picture, small_info, write_checkpoint
 from PIL import Image
 
 from export.cpu_speed import INPUT_SIZE, PRESET, compare_variants, measure_detect, random_images, ratio_lines
 from runtime import open_session
 from runtime.agreement import compare_detections
+from tests.builders import random_picture, small_info, write_checkpoint
 
 
 def test_variants_take_turns_and_detect_the_same(tmp_path: Path) -> None:

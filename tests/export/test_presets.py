@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from builders import random_detector, random_picture
 
 from asag.categories import DATASET_CATEGORIES
 from asag.checkpoint import CheckpointInfo
@@ -21,6 +20,7 @@ from runtime.errors import BackendUnavailableError
 from runtime.metadata import ModelMetadata
 from runtime.pytorch_session import PyTorchSession
 from runtime.tensorrt_rtx import build_engine
+from tests.builders import random_detector, random_picture
 
 INPUT_SIZE = (256, 320)
 """Small, so that a case takes seconds; the graph is that of any other size."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from builders import random_detector, random_picture, small_info, write_checkpoint
 
 from asag.checkpoint import load_detector
 from asag.config import HEADS, LEVELS
@@ -14,6 +13,7 @@ from export.model import export_onnx
 from runtime import open_session
 from runtime.agreement import compare_detections
 from runtime.parity import open_candidate, open_reference
+from tests.builders import random_detector, random_picture, small_info, write_checkpoint
 
 PICTURES = [random_picture(1, 160, 192), random_picture(2, 70, 150)]
 

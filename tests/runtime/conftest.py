@@ -6,10 +6,10 @@ from pathlib import Path
 
 import onnx
 import pytest
-from toy_detector import build_toy_model, toy_metadata, write_toy_dataset
 
 from runtime.coco_evaluation import CocoFolder
 from runtime.metadata import ModelMetadata
+from tests.runtime.toy_detector import build_toy_model, toy_metadata, write_toy_dataset
 
 
 @pytest.fixture

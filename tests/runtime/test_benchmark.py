@@ -8,9 +8,9 @@ import time
 import numpy as np
 import pytest
 from rich.console import Console
-from toy_detector import ToySession
 
 from runtime.benchmark import benchmark_table, measure
+from tests.runtime.toy_detector import ToySession
 
 
 def wait(seconds: float) -> ToySession:

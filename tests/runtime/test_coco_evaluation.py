@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from toy_detector import ToySession, toy_metadata
 
 from runtime.coco_evaluation import CocoFolder, coco_records, evaluate, evaluate_session, open_coco
 from runtime.postprocessing import Detections
+from tests.runtime.toy_detector import ToySession, toy_metadata
 
 
 def perfect(dataset: CocoFolder, image_id: int, shift: float = 0.0) -> Detections:

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from toy_detector import ToySession
 
 from runtime.detect import detect_files, expand_paths
+from tests.runtime.toy_detector import ToySession
 
 
 @pytest.fixture

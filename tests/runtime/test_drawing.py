@@ -4,10 +4,10 @@ from itertools import pairwise
 
 import numpy as np
 from PIL import Image
-from toy_detector import toy_metadata
 
 from runtime.drawing import class_colour, draw_detections
 from runtime.postprocessing import Detections
+from tests.runtime.toy_detector import toy_metadata
 
 
 def detections(boxes: list[list[float]], scores: list[float], labels: list[int]) -> Detections:

@@ -3,9 +3,9 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from toy_detector import toy_metadata
 
 from runtime.metadata import ModelMetadata
+from tests.runtime.toy_detector import toy_metadata
 
 
 def test_properties_round_trip(metadata: ModelMetadata) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from builders import random_detector, random_picture, small_info, write_checkpoint
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -20,6 +19,7 @@ from export.model import export_onnx
 from runtime import Detections, Session, open_session
 from runtime.agreement import compare_detections
 from runtime.detect import detect_files
+from tests.builders import random_detector, random_picture, small_info, write_checkpoint
 
 INPUT_SIZE = (160, 192)
 

@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
-from builders import CATEGORY_IDS, CATEGORY_NAMES, random_picture, write_checkpoint
 from PIL import Image
-from toy_detector import ToySession, toy_metadata, write_toy_dataset
 
 from runtime import open_session
 from runtime.coco_evaluation import CocoFolder, open_coco
 from runtime.padding_cost import measure_padding, native_size, padded_size
+from tests.builders import CATEGORY_IDS, CATEGORY_NAMES, random_picture, write_checkpoint
+from tests.runtime.toy_detector import ToySession, toy_metadata, write_toy_dataset
 
 
 def write_dataset(root: Path, sizes: list[tuple[int, int]]) -> CocoFolder:

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
-from toy_detector import ToySession, toy_metadata
 
 from runtime import open_session
 from runtime.coco_evaluation import CocoFolder
 from runtime.parity import ParityReport, Unavailable, compare, open_candidate, parity_table
+from tests.runtime.toy_detector import ToySession, toy_metadata
 
 UNAVAILABLE = Unavailable("toy.engine", "tensorrt-rtx", "fp16", "no NVIDIA driver on this machine")
 
@@ -75,7 +75,7 @@ def test_a_changed_backend_is_seen(toy_dataset: CocoFolder) -> None:
 
 def test_every_backend_sees_each_image_once_after_warming_up(toy_dataset: CocoFolder) -> None:
     sessions = [ToySession(), ToySession()]
-    report = compare(sessions[0], sessions[1:], toy_dataset, images=3)
+    report = compare(sessions[0], sessions[1:], toy_dataset, images=3, batch_sizes=())
     assert report.image_ids == toy_dataset.image_ids[:3]
     assert [len(session.calls) for session in sessions] == [4, 4]
 

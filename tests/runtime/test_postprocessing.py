@@ -3,9 +3,9 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_detector import toy_metadata
 
 from runtime.postprocessing import box_iou, non_maximum_suppression, postprocess
+from tests.runtime.toy_detector import toy_metadata
 
 
 def random_detections(seed: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from toy_detector import toy_metadata
 
 from runtime.preprocessing import as_image, load_image, prepare, resize, resized_size
+from tests.runtime.toy_detector import toy_metadata
 
 SIDE = st.integers(1, 5000)
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from toy_detector import ToySession, write_toy_dataset
 
 from runtime.parity import Unavailable, compare
 from runtime.report import write_report
+from tests.runtime.toy_detector import ToySession, write_toy_dataset
 
 
 class Page(HTMLParser):

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from toy_detector import HEIGHT, WIDTH, ToySession, build_toy_model, toy_metadata
 
 import runtime.session
 from runtime import open_session
 from runtime.errors import BackendUnavailableError
 from runtime.session import check_device
+from tests.runtime.toy_detector import HEIGHT, WIDTH, ToySession, build_toy_model, toy_metadata
 
 
 def noise(height: int, width: int, seed: int = 0) -> np.ndarray:

@@ -6,9 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from builders import random_detector, random_picture, write_checkpoint
 from PIL import Image
-from toy_detector import ToySession, toy_metadata, write_toy_dataset
 
 from runtime import open_session
 from runtime.detect import detect_files
@@ -16,6 +14,8 @@ from runtime.parity import compare
 from runtime.report import write_report
 from runtime.session import Session
 from runtime.stages import ANCHOR_COLOUR, PATCH_COLOUR, draw_stages, read_stages, stage_panels
+from tests.builders import random_detector, random_picture, write_checkpoint
+from tests.runtime.toy_detector import ToySession, toy_metadata, write_toy_dataset
 
 
 def one_of_each() -> dict[str, np.ndarray]:

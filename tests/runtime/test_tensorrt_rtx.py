@@ -10,12 +10,12 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper
-from toy_detector import ToySession, build_toy_model, toy_metadata
 
 from runtime import open_session
 from runtime.errors import BackendUnavailableError
 from runtime.parity import Unavailable, open_candidate
 from runtime.tensorrt_rtx import BuildResult, build_engine, import_tensorrt_rtx, manifest_path, read_manifest
+from tests.runtime.toy_detector import ToySession, build_toy_model, toy_metadata
 
 try:
     TENSORRT_RTX = import_tensorrt_rtx()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from asag import presets
 from tests.train.child_run import FROZEN, MICRO, micro_presets
@@ -29,12 +28,3 @@ def shapes(tmp_path_factory):
     """A synthetic dataset of ten small images."""
     root = tmp_path_factory.mktemp("shapes") / "data"
     return write_synthetic_dataset(root, train_images=7, val_images=3, image_size=96, seed=2)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """Several test processes on a few cores would spend their time waiting for one another's threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

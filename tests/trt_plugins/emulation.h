@@ -96,29 +96,24 @@ inline void run_block(bool backwards) {
         fibers[index].state = State::ready;
         fibers[index].started = false;
     }
+    const unsigned warps = (count + 31) / 32;
     for (;;) {
-        bool any = false, alive = false;
-        for (unsigned step = 0; step < count; ++step) {
-            const unsigned index = backwards ? count - 1 - step : step;
-            if (fibers[index].state == State::ready) {
-                resume(index);
-                any = true;
-            }
-            alive = alive || fibers[index].state != State::done;
+        // A warp runs ahead as far as it can: nothing but a block barrier holds it back on a GPU either.
+        for (unsigned step = 0; step < warps; ++step) {
+            const unsigned first = 32 * (backwards ? warps - 1 - step : step);
+            do {
+                for (unsigned lane = 0; lane < 32; ++lane) {
+                    const unsigned index = first + (backwards ? 31 - lane : lane);
+                    if (fibers[index].state == State::ready) resume(index);
+                }
+            } while (release(first, first + 32, State::at_warp_barrier));
         }
-        if (!alive) return;
-        for (unsigned warp = 0; warp < count; warp += 32) any |= release(warp, warp + 32, State::at_warp_barrier);
-        any |= release(0, count, State::at_block_barrier);
-        if (!any) {
-            failure = "threads wait at different barriers";
-            return;
+        if (release(0, count, State::at_block_barrier)) continue;
+        for (unsigned index = 0; index < count; ++index) {
+            if (fibers[index].state != State::done) failure = "threads wait at different barriers";
         }
+        return;
     }
-}
-
-template <class... Arguments, size_t... Index>
-void call(void (*kernel)(Arguments...), void** arguments, std::index_sequence<Index...>) {
-    kernel(*static_cast<Arguments*>(arguments[Index])...);
 }
 
 // As cuLaunchKernel: `arguments` points at the values of the kernel's arguments. Returns what went wrong, or null.

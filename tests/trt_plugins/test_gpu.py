@@ -186,6 +186,8 @@ def test_compute_sanitizer_finds_nothing() -> None:
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_an_engine_gives_what_the_definition_gives(name: str, just_in_time: bool) -> None:
     trt = pytest.importorskip("tensorrt", reason="needs TensorRT with its builder")
+    if trt.__name__ != "tensorrt":
+        pytest.skip("needs TensorRT with its builder; here are only its bindings")
     from trt_plugins.engine import build_engine
     from trt_plugins.resources import DEMO as DEMO_SIZES
     from trt_plugins.resources import signature
@@ -218,7 +220,7 @@ def engine_inputs(name: str) -> list[Array]:
     if name == "AdaptiveProbing":
         return probing_inputs(0, 2, 100, (20, 20))
     if name == "GatherAnchors":
-        return probing_inputs(0, 2, 340)[:2]
+        return probing_inputs(0, 2, 580)[:2]
     if name == "PyramidRoIAlign":
         return [*pyramid(random, 2, 64, (80, 80)), roi_boxes(random, 2, 100, 320)]
     return mixing_inputs(0, 2, 100, DEMO, (80, 80))

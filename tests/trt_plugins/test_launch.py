@@ -165,3 +165,12 @@ def test_the_driver_gets_what_the_plan_says(tmp_path: Path, kernel_cache: Path) 
     launched = f"launch {plan.grid} ({plan.threads}, 1, 1) 0"
     lines = ["load ELF", "find gather_anchors", f"{launched} 0 {ADDRESS}", f"{launched} 77 {ADDRESS}"]
     assert result.stdout.splitlines() == lines
+
+
+def test_the_room_starts_without_pytorch_and_tensorrt() -> None:
+    script = (
+        "import sys, trt_plugins.launch, trt_plugins.plugins, trt_plugins.engine, trt_plugins.bench\n"
+        "print([name for name in ('torch', 'tensorrt', 'onnx', 'onnxruntime') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

@@ -14,11 +14,15 @@ import pytest
 from onnx import helper
 from plugin_driver import TYPES, create, embed, with_expressions
 
+from asag.deploy import DeployedDetector
 from export.functions import OP_FUNCTIONS
+from export.model import build_onnx
+from tests.builders import random_detector, small_info
 from trt_plugins.bench import op_model
 from trt_plugins.compile import compile_plan
+from trt_plugins.launch import prepare_call
 from trt_plugins.plan import OPERATIONS, make_plan
-from trt_plugins.plugins import name_plugins, register_plugins
+from trt_plugins.plugins import NAMESPACE, name_plugins, register_plugins
 
 CAPABILITY = 90
 MAPS = [(None, 64, 40, 56), (None, 64, 20, 28), (None, 64, 10, 14), (None, 64, 5, 7)]
@@ -100,6 +104,39 @@ def test_the_just_in_time_twin_exists_and_keeps_its_attributes(trt: ModuleType) 
     assert {name: int(value[0]) for name, value in fields.items()} == attributes
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_just_in_time_twin_launches_on_tensorrts_memory(
+    trt: ModuleType, monkeypatch: pytest.MonkeyPatch, channels_last: bool
+) -> None:
+    launches = []
+    monkeypatch.setattr("trt_plugins.plugins.launch", lambda *arguments: launches.append(arguments))
+    shapes, attributes = EXAMPLES["SamplingMixing"]
+    numbers = [tuple(2 if side is None else side for side in shape) for shape in shapes]
+    operation = OPERATIONS["SamplingMixing"]
+    plugin = create(trt, "SamplingMixing", attributes, ahead_of_time=False)
+    kinds = [getattr(trt.DataType, TYPES[tensor.resolve("bfloat16")]) for tensor in operation.inputs]
+    plugin.get_output_data_types(kinds, [len(shape) for shape in numbers])
+    descriptions = []
+    for tensor, shape, kind in zip(operation.inputs, numbers, kinds, strict=True):
+        description = trt.PluginTensorDesc()
+        description.dims, description.type = trt.Dims(shape), kind
+        last = channels_last and tensor.pyramid
+        description.format = trt.TensorFormat.HWC8 if last else trt.TensorFormat.LINEAR
+        descriptions.append(description)
+    (result_shape,) = operation.output_shapes(numbers, attributes)
+    result = trt.PluginTensorDesc()
+    result.dims, result.type, result.format = trt.Dims(result_shape), trt.DataType.BF16, trt.TensorFormat.LINEAR
+    pointers = [4096 * index for index in range(1, 7)]
+    strides = [(0,) * len(shape) for shape in numbers]
+    plugin.enqueue(descriptions, [result], pointers, [1 << 20], strides, [(0, 0, 0)], 77)
+
+    ((name, inputs, outputs, values, stream),) = launches
+    assert (name, values, stream) == ("SamplingMixing", attributes, 77)
+    call = prepare_call(name, inputs, outputs, values, tensor_cores=True)
+    assert (call.inputs, call.outputs) == (tuple(pointers), (1 << 20,))
+    assert call.plan == make_plan(name, numbers, attributes, "bfloat16", channels_last, tensor_cores=True)
+
+
 def test_registering_again_is_harmless_but_not_for_another_gpu(trt: ModuleType) -> None:
     assert register_plugins(CAPABILITY) == tuple(f"asag::{name}" for name in OPERATIONS)
     with pytest.raises(ValueError, match="start a new process"):
@@ -120,3 +157,26 @@ def test_named_nodes_still_run_in_onnx_runtime() -> None:
         for text in (model, named)
     ]
     np.testing.assert_array_equal(results[0][0], results[1][0])
+
+
+def test_every_node_of_an_exported_detector_becomes_a_plugin(trt: ModuleType) -> None:
+    model = onnx.ModelProto.FromString(
+        name_plugins(build_onnx(DeployedDetector(random_detector(), small_info())).SerializeToString())
+    )
+    values = (*model.graph.value_info, *model.graph.input, *model.graph.output)
+    shapes = {
+        value.name: [None if side.dim_param else side.dim_value for side in value.type.tensor_type.shape.dim]
+        for value in values
+    }
+    nodes = [node for node in model.graph.node if node.domain == NAMESPACE]
+    assert {node.op_type for node in nodes} == set(OPERATIONS)
+    for node in nodes:
+        given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        assert given.pop("plugin_namespace") == b"asag"
+        # The parser hands over attributes in the order of the creator's fields.
+        attributes = {name: given.pop(name) for name, _ in OPERATIONS[node.op_type].attributes}
+        assert not given
+        plugin = create(trt, node.op_type, attributes)
+        embedded = embed(trt, plugin, node.op_type, [shapes[name] for name in node.input], batch=2)
+        for name, shape in zip(node.output, embedded.output_shapes, strict=True):
+            assert shape == tuple(2 if side is None else side for side in shapes[name]), name

@@ -38,7 +38,8 @@ __device__ int block_rank(bool flag, int* totals, int& total) {
     return warp_count(lane < warp ? of_warp : 0) + __popc(flags & ((1u << lane) - 1));
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+// One block per image: more than one per multiprocessor is not worth a spill.
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     gather_anchors(const float* __restrict__ anchors, const unsigned char* __restrict__ selectable,
                    float* __restrict__ boxes, unsigned char* __restrict__ valid) {
     __shared__ float first_confidence[FIRST > 0 ? FIRST : 1];
