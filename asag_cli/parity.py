@@ -16,12 +16,18 @@ from asag_cli.console import EXISTING_FILE, FOLDER, OUTPUT_FILE, console, device
 @click.option("--split", default="val2017", show_default=True, help="Which images of the dataset.")
 @click.option("--images", type=click.IntRange(1), help="Only the first images of the split.")
 @click.option("--report", type=OUTPUT_FILE, help="Also write an HTML page with the detections drawn.")
-@click.option("--json", "json_path", type=OUTPUT_FILE, help="Also write the numbers to this file.")
+@click.option("--json", "json_path", type=OUTPUT_FILE, help="Also write all of it to this file, for `asag report`.")
 @click.option(
     "--batch-check/--no-batch-check",
     default=True,
     show_default=True,
     help="Also check that no result depends on the rest of its batch.",
+)
+@click.option(
+    "--stages/--no-stages",
+    default=True,
+    show_default=True,
+    help="Also compare exported files with a checkpoint stage by stage, to see where differences start.",
 )
 @click.option("--check", is_flag=True, help="Exit with code 1 when a candidate did not run or anything does not agree.")
 @click.option("--max-ap-drop", type=float, help="Budget: AP that a candidate may lose, such as 0.002.")
@@ -41,6 +47,7 @@ def parity(
     report: Path | None,
     json_path: Path | None,
     batch_check: bool,
+    stages: bool,
     check: bool,
     max_ap_drop: float | None,
     max_score_difference: float | None,
@@ -61,14 +68,19 @@ def parity(
     Every model is also checked alone: copies of an image in one batch must give one result, and batches of 2 and 4 (as
     far as the model takes them) the results of batch 1.
 
+    When something differs, and for --check, --json and --report, exported files are compared with a checkpoint stage by
+    stage on the images that differ most: features, anchors, patches, proposals, head, detections.
+
     With --check, or with a budget (--max-..., --min-...), the command exits with code 1 when something is over it.
     """
     from runtime.batch_checks import BATCH_SIZES
     from runtime.budgets import Budgets, over_budget
     from runtime.coco_evaluation import open_coco
     from runtime.files import write_json
-    from runtime.parity import compare, open_candidate, open_reference, parity_table
-    from runtime.report import write_report
+    from runtime.parity import add_stages, compare, open_candidate, open_reference, parity_table
+    from runtime.report import write_page
+    from runtime.report_document import make_document
+    from runtime.stage_comparison import stage_table
 
     dataset = open_coco(data, split)
     others = [open_candidate(path, device=device, threads=threads) for path in candidates]
@@ -76,11 +88,18 @@ def parity(
     sizes = BATCH_SIZES if batch_check else ()
     with progress_bar("comparing") as advance:
         result = compare(first, others, dataset, images=images, progress=advance, batch_sizes=sizes)
+    if stages and (not result.agrees or check or json_path or report):
+        with progress_bar("stages") as advance:
+            result = add_stages(result, first, others, dataset, progress=advance)
     console.print(parity_table(result))
-    if json_path is not None:
-        write_json(json_path, result.to_json())
-    if report is not None:
-        console.print(f"report: {write_report(report, result, dataset, reference=first)}")
+    for stage_report in result.stages:
+        console.print(stage_table(stage_report))
+    if json_path is not None or report is not None:
+        document = make_document(result, dataset, reference=first, candidates=others)
+        if json_path is not None:
+            write_json(json_path, document.to_json())
+        if report is not None:
+            console.print(f"report: {write_page(report, [document])}", soft_wrap=True, highlight=False)
     budgets = Budgets(
         max_ap_drop, max_score_difference, max_box_difference, max_unmatched, min_agreement, max_latency_ratio
     )

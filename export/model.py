@@ -104,8 +104,16 @@ def build_onnx(model: DeployedDetector) -> onnx.ModelProto:
     proto.functions.extend(function.to_function_proto() for function in functions)
     if all(entry.domain != DOMAIN for entry in proto.opset_import):
         proto.opset_import.add(domain=DOMAIN, version=DOMAIN_VERSION)
+    _name_plugins(proto)
     _drop_source_annotations(proto)
     return proto
+
+
+def _name_plugins(proto: onnx.ModelProto) -> None:
+    """Say on each node in which namespace TensorRT finds its plugin; other runtimes do not look at it."""
+    for node in proto.graph.node:
+        if node.domain == DOMAIN:
+            node.attribute.append(onnx.helper.make_attribute("plugin_namespace", DOMAIN))
 
 
 def _drop_source_annotations(proto: onnx.ModelProto) -> None:

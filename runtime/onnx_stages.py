@@ -177,7 +177,9 @@ class _Graph:
             for node in self.nodes
             if (node.domain, node.op_type) == (DOMAIN, "PyramidRoIAlign") and node.name != pyramid.name
         ]
-        found = {"queries": border, "proposal_xyzr": sliced, "proposal_pixels": second}
+        # A head that reads the pyramid by boxes again slices its proposals as fractions; the boxes say the same.
+        boxes = {"proposal_pixels": second} if second else {"proposal_xyzr": sliced}
+        found = {"queries": border, **boxes}
         return {key: list(dict.fromkeys(names)) for key, names in found.items() if names}
 
     def _border(self, between: set[str], after_head: set[str]) -> Iterator[str]:

@@ -23,6 +23,9 @@ from runtime.parity_table import HEADINGS, accuracy_table, parity_table, row_cel
 from runtime.postprocessing import Detections
 from runtime.session import Session, Variant, open_session
 
+STAGE_IMAGES = 8
+"""Images whose stages are compared; each stage is read back in full."""
+
 __all__ = [
     "HEADINGS",
     "Agreement",
@@ -30,6 +33,7 @@ __all__ = [
     "ParityRow",
     "Unavailable",
     "accuracy_table",
+    "add_stages",
     "compare",
     "open_candidate",
     "open_reference",
@@ -117,6 +121,31 @@ def _check_batches(
         return ()
     images = [dataset.load(image_id) for image_id in image_ids[: max(batch_sizes)]]
     return tuple(check for session in sessions for check in check_batches(session, images, batch_sizes))
+
+
+def add_stages(
+    report: ParityReport,
+    reference: Session,
+    candidates: Sequence[Session | Unavailable],
+    dataset: CocoFolder,
+    images: int = STAGE_IMAGES,
+    progress: Callable[[int, int], None] | None = None,
+) -> ParityReport:
+    """The report with the stages of every exported file against a PyTorch reference, on up to ``images`` images.
+
+    The images on which a candidate differs most come first. Where either side does not show its stages, nothing is
+    added.
+    """
+    from runtime.stage_comparison import can_compare, compare_stages
+
+    found = []
+    for row, candidate in zip(report.rows[1:], candidates, strict=True):
+        if row.agreement is None or not can_compare(reference, candidate):
+            continue
+        order = dict.fromkeys((*row.agreement.worst_images, *report.image_ids))
+        chosen = list(order)[:images]
+        found.append(compare_stages(reference, candidate, dataset, chosen, progress=progress))  # type: ignore[arg-type]
+    return dataclasses.replace(report, stages=tuple(found))
 
 
 def _turn(count: int, number: int) -> list[int]:

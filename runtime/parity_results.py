@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from runtime.agreement import BOX_TOLERANCE, SCORE_TOLERANCE
 from runtime.batch_checks import BatchCheck
@@ -14,6 +14,9 @@ from runtime.coco_evaluation import CocoResult
 from runtime.machine import Machine
 from runtime.metadata import ModelMetadata
 from runtime.postprocessing import Detections
+
+if TYPE_CHECKING:
+    from runtime.stage_comparison import StageReport
 
 SCORE_BINS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 """Upper ends of the bins of score differences; the last bin has none."""
@@ -86,7 +89,8 @@ class ParityRow:
 class ParityReport:
     """Rows (the reference first), and per row the detections by image id (None where it could not run).
 
-    ``batch_checks`` say of every model that ran whether its results depend on the batch.
+    ``batch_checks`` say of every model that ran whether its results depend on the batch, ``stages`` of exported files
+    where differences start.
     """
 
     dataset: str
@@ -98,6 +102,7 @@ class ParityReport:
     score_tolerance: float = SCORE_TOLERANCE
     box_tolerance: float = BOX_TOLERANCE
     batch_checks: tuple[BatchCheck, ...] = ()
+    stages: tuple[StageReport, ...] = ()
 
     @property
     def batches_agree(self) -> bool:
@@ -134,6 +139,7 @@ class ParityReport:
             "score_bins": SCORE_BINS,
             "rows": rows,
             "batch_checks": [check.to_json() for check in self.batch_checks],
+            "stages": [stage.to_json() for stage in self.stages],
             "machine": self.machine.to_json(),
         }
 

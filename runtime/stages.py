@@ -84,6 +84,23 @@ def read_stages(tensors: Mapping[str, NDArray], metadata: ModelMetadata, image_s
     )
 
 
+def read_stage_values(values: Mapping[str, NDArray], metadata: ModelMetadata, image_size: tuple[int, int]) -> Stages:
+    """Stages of one image from the values of :mod:`runtime.onnx_stages` and ``sizes``; without proposals.
+
+    An exported file does not compute the proposals' classes, which only training needs.
+    """
+    found = dict(values)
+    for level in PROBED_STRIDES:
+        name = level.lower()
+        if f"{name}_corners" in values:
+            found[f"{name}_crop_xy"] = values[f"{name}_corners"][0][values[f"{name}_valid"][0]]
+    batch, queries = values["anchors"].shape[:2]
+    found["proposal_logits"] = np.zeros((batch, queries, len(metadata.category_ids)), np.float32)
+    found["proposal_boxes"] = np.zeros((batch, queries, 4), np.float32)
+    stages = read_stages(found, metadata, image_size)
+    return dataclasses.replace(stages, proposals=stages.proposals.select(np.zeros(0, np.int64)))
+
+
 def stage_panels(
     image: Image.Image, stages: Stages, metadata: ModelMetadata, score_threshold: float = 0.3, side: int = _PANEL_SIDE
 ) -> list[Panel]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from trt_plugins.launch import current_capability
-from trt_plugins.plugins import name_plugins, register_plugins
+from trt_plugins.plugins import register_plugins
 
 
 def build_engine(
@@ -30,7 +30,7 @@ def build_engine(
     # TensorRT 11 knows strongly typed networks only; for 10 it has to be said.
     network = builder.create_network(1 << int(flag.STRONGLY_TYPED) | 1 << int(preference))
     parser = trt.OnnxParser(network, logger)
-    if not parser.parse(name_plugins(content)):
+    if not parser.parse(content):
         raise ValueError(f"TensorRT does not take {what}: {parser.get_error(0).desc()}")
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)  # float32 means float32: engines are compared with PyTorch

@@ -59,20 +59,6 @@ def register_plugins(capability: int | None = None) -> tuple[str, ...]:
     return tuple(f"{NAMESPACE}::{name}" for name in OPERATIONS)
 
 
-def name_plugins(model: bytes) -> bytes:
-    """Make every node of domain `asag` in a serialized ONNX model name the plugins' namespace; bodies stay as they are.
-
-    TensorRT's parser prefers a registered plugin to a node's body only where the node names the plugin's namespace.
-    """
-    import onnx
-
-    proto = onnx.ModelProto.FromString(model)
-    for node in proto.graph.node:
-        if node.domain == NAMESPACE and all(attribute.name != "plugin_namespace" for attribute in node.attribute):
-            node.attribute.append(onnx.helper.make_attribute("plugin_namespace", NAMESPACE))
-    return proto.SerializeToString()
-
-
 def _register(trt: Any, trtp: Any, operation: Operation, capability: int | None) -> None:
     """Give TensorRT the four functions of one op. Their signatures are made from the op's description."""
     plugin = f"{NAMESPACE}::{operation.name}"

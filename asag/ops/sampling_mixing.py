@@ -68,7 +68,7 @@ def _sampling_mixing(
 
 @_sampling_mixing.register_fake
 def _(p2: Tensor, p3: Tensor, p4: Tensor, p5: Tensor, points: Tensor, parameters: Tensor, mixed_points: int) -> Tensor:
-    return points.new_empty((*points.shape[:2], p2.shape[1] * mixed_points))
+    return parameters.new_empty((*points.shape[:2], p2.shape[1] * mixed_points))
 
 
 def sampling_mixing(features: list[Tensor], points: Tensor, parameters: Tensor, mixed_points: int) -> Tensor:

@@ -80,6 +80,7 @@ def test_attributes_are_those_of_the_preset(deployed: DeployedDetector, proto: o
     for node in proto.graph.node:
         if node.domain == DOMAIN:
             values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+            assert values.pop("plugin_namespace") == b"asag"  # where TensorRT's parser looks for a plugin
             found.setdefault(node.op_type, []).append(values)
     p4, p3 = deployed.patch_capacity
     assert found["AdaptiveProbing"] == [{"stride": 16, "capacity": p4}, {"stride": 8, "capacity": p3}]

@@ -116,6 +116,11 @@ inline void run_block(bool backwards) {
     }
 }
 
+template <class... Arguments, size_t... Index>
+void call(void (*kernel)(Arguments...), void** arguments, std::index_sequence<Index...>) {
+    kernel(*static_cast<Arguments*>(arguments[Index])...);
+}
+
 // As cuLaunchKernel: `arguments` points at the values of the kernel's arguments. Returns what went wrong, or null.
 template <class... Arguments>
 const char* launch(void (*kernel)(Arguments...), const unsigned* grid, unsigned threads, void** arguments, bool backwards) {

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from onnx import helper
 from plugin_driver import TYPES, create, embed, with_expressions
@@ -18,11 +17,10 @@ from asag.deploy import DeployedDetector
 from export.functions import OP_FUNCTIONS
 from export.model import build_onnx
 from tests.builders import random_detector, small_info
-from trt_plugins.bench import op_model
 from trt_plugins.compile import compile_plan
 from trt_plugins.launch import prepare_call
 from trt_plugins.plan import OPERATIONS, make_plan
-from trt_plugins.plugins import NAMESPACE, name_plugins, register_plugins
+from trt_plugins.plugins import NAMESPACE, register_plugins
 
 CAPABILITY = 90
 MAPS = [(None, 64, 40, 56), (None, 64, 20, 28), (None, 64, 10, 14), (None, 64, 5, 7)]
@@ -141,22 +139,6 @@ def test_registering_again_is_harmless_but_not_for_another_gpu(trt: ModuleType) 
     assert register_plugins(CAPABILITY) == tuple(f"asag::{name}" for name in OPERATIONS)
     with pytest.raises(ValueError, match="start a new process"):
         register_plugins(75)
-
-
-def test_named_nodes_still_run_in_onnx_runtime() -> None:
-    attributes = {"first": 10, "keep_threshold": 0.1, "fewest": 2, "most": 5}
-    model = op_model("GatherAnchors", [(2, 20, 5), (2, 20)], attributes)
-    named = name_plugins(model)
-    assert name_plugins(named) == named
-    proto = onnx.ModelProto.FromString(named)
-    onnx.checker.check_model(proto)
-    assert helper.get_node_attr_value(proto.graph.node[0], "plugin_namespace") == b"asag"
-    feed = {"anchors": np.random.default_rng(0).random((2, 20, 5), np.float32), "selectable": np.ones((2, 20), bool)}
-    results = [
-        onnxruntime.InferenceSession(text, providers=["CPUExecutionProvider"]).run(None, feed)
-        for text in (model, named)
-    ]
-    np.testing.assert_array_equal(results[0][0], results[1][0])
 
 
 def test_every_node_of_an_exported_detector_becomes_a_plugin(trt: ModuleType) -> None:

@@ -1,0 +1,45 @@
+"""`asag report`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from asag_cli.console import OUTPUT_FILE, console
+
+if TYPE_CHECKING:
+    from runtime.charts import Level
+
+
+@click.command(short_help="One HTML page of parity runs and benchmarks.")
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=OUTPUT_FILE, help="The page; report.html beside the first run by default.")
+@click.option("--title", default="Parity report", show_default=True, help="Its heading.")
+def report(runs: tuple[Path, ...], output: Path | None, title: str) -> None:
+    """Show RUNS together: files that `asag parity --json` and `asag bench --json` wrote, or folders of them.
+
+    The page holds tables, AP over latency of all models, latency by stage, score differences, where differences start,
+    and the pictures of the parity runs. It is one file and needs no network.
+    """
+    from runtime.report import find_reports, write_page
+
+    documents, benchmarks = find_reports(runs)
+    first = runs[0] if runs[0].is_dir() else runs[0].parent
+    page = write_page(output or first / "report.html", documents, benchmarks, title=title, published=published_levels())
+    console.print(f"report: {page}", soft_wrap=True, highlight=False)
+
+
+def published_levels() -> list[Level]:
+    """The paper's AP on COCO of every preset that has one, on the scale of 0 to 1."""
+    from asag.presets import PRESETS
+    from runtime.charts import Level
+
+    found = []
+    for name, preset in PRESETS.items():
+        published = re.fullmatch(r"AP (\d+\.\d+)", preset.published or "")
+        if published is not None and preset.config.dataset == "coco":
+            found.append(Level(name, float(published[1]) / 100))
+    return found
