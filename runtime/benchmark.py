@@ -16,7 +16,9 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from runtime.energy import EnergyMeter
 from runtime.machine import Machine, describe_machine
+from runtime.parity_results import Unavailable
 from runtime.postprocessing import postprocess
 from runtime.preprocessing import ImageLike, as_image, prepare
 from runtime.session import Session
@@ -55,8 +57,31 @@ class Latency:
 
 
 @dataclasses.dataclass(frozen=True)
+class Throughput:
+    """Images per second of a session at one batch size, median and 10th to 90th percentile over rounds.
+
+    ``joules_per_image`` is what the GPU took, None where nothing measures it or no GPU ran. ``reason`` is set, and the
+    rest None, where the session does not take the batch.
+    """
+
+    name: str
+    backend: str
+    precision: str
+    batch_size: int
+    images_per_second: float | None = None
+    low: float | None = None
+    high: float | None = None
+    joules_per_image: float | None = None
+    reason: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class BenchmarkReport:
-    """Latencies of the sessions in the order given, with what they were measured on."""
+    """Latencies of the sessions in the order given, with what they were measured on.
+
+    ``unavailable`` names what could not run and why, ``throughput`` holds other batch sizes where they were asked for,
+    and ``peak_memory_mib`` the most memory that a process running only that model used, by the session's place.
+    """
 
     latencies: tuple[Latency, ...]
     batch_size: int
@@ -64,6 +89,9 @@ class BenchmarkReport:
     warmup: int
     versions: dict[str, str]
     machine: Machine
+    unavailable: tuple[Unavailable, ...] = ()
+    throughput: tuple[Throughput, ...] = ()
+    peak_memory_mib: tuple[float | None, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON values."""
@@ -111,6 +139,52 @@ def measure(
         versions={name: text for session in sessions for name, text in session.versions.items()},
         machine=describe_machine(),
     )
+
+
+def measure_throughput(
+    sessions: Sequence[Session],
+    images: Sequence[ImageLike],
+    batch_sizes: Sequence[int],
+    *,
+    rounds: int = 10,
+    warmup: int = 2,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Throughput, ...]:
+    """Images per second at each batch size, sessions in turn as in :func:`measure`.
+
+    ``progress`` gets (batch sizes done, all). Energy is read around a session's own rounds after that, since counters are slower than a batch.
+    """
+    found = []
+    for done, batch_size in enumerate(batch_sizes, start=1):
+        able = [session for session in sessions if session.max_batch is None or batch_size <= session.max_batch]
+        report = measure(able, images, rounds=rounds, warmup=warmup, batch_size=batch_size) if able else None
+        latencies = iter(report.latencies if report is not None else ())
+        for session in sessions:
+            named = (session.name, session.backend, session.precision, batch_size)
+            if session not in able:
+                found.append(Throughput(*named, reason=f"it takes at most {session.max_batch} images at once"))
+                continue
+            per_second = batch_size * 1e3 / np.array(next(latencies).rounds_ms)
+            middle, low, high = (float(value) for value in np.percentile(per_second, [50, 10, 90]))
+            joules = _joules_per_image(session, images, batch_size, rounds)
+            found.append(Throughput(*named, middle, low, high, joules))
+        if progress is not None:
+            progress(done, len(batch_sizes))
+    return tuple(found)
+
+
+def _joules_per_image(session: Session, images: Sequence[ImageLike], batch_size: int, rounds: int) -> float | None:
+    """What the GPU takes for ``rounds`` batches; None on the CPU, and where no counter is there."""
+    if "cuda" not in session.backend and not session.backend.startswith("tensorrt"):
+        return None
+    meter = EnergyMeter.open()
+    if meter is None:
+        return None
+    batch = [as_image(images[index % len(images)]) for index in range(batch_size)]
+    before = meter.joules()
+    for _ in range(rounds):
+        _stage_seconds(session, batch)
+    return (meter.joules() - before) / (rounds * batch_size)
 
 
 def _stage_seconds(session: Session, batch: Sequence[Image.Image]) -> list[float]:
@@ -176,8 +250,43 @@ def benchmark_table(report: BenchmarkReport) -> Group:
         )
         if latency.ratio is not None and not latency.differs:
             notes.append(Text(f"{latency.name} ({latency.backend}): no difference to the first beyond the noise"))
+    notes += [
+        Text(f"{model.name} ({model.backend}) was not run: {model.reason}", style="yellow")
+        for model in report.unavailable
+    ]
+    for latency, memory in zip(report.latencies, report.peak_memory_mib, strict=False):
+        if memory is not None:
+            notes.append(
+                Text(f"{latency.name} ({latency.backend}): a process of its own takes {memory:.0f} MiB at most")
+            )
     versions = ", ".join(f"{name} {text}" for name, text in report.versions.items())
-    return Group(table, *notes, Text(f"{report.machine.summary()}; {versions}", style="dim"))
+    more = [throughput_table(report)] if report.throughput else []
+    return Group(table, *more, *notes, Text(f"{report.machine.summary()}; {versions}", style="dim"))
+
+
+def throughput_table(report: BenchmarkReport) -> Table:
+    """Images per second, a row for each session and a column for each batch size, with the spread below."""
+    sizes = list(dict.fromkeys(row.batch_size for row in report.throughput))
+    table = Table(title="Images per second by batch size (10..90 %)", box=box.SIMPLE_HEAD, show_edge=False, padding=0)
+    table.add_column("backend", overflow="fold")
+    table.add_column("prec.", no_wrap=True)
+    for size in sizes:
+        table.add_column(str(size), justify="right", no_wrap=True)
+    energy = any(row.joules_per_image is not None for row in report.throughput)
+    count = len(report.throughput) // len(sizes)
+    for place in range(count):
+        rows = report.throughput[place::count]
+        table.add_row(rows[0].backend, rows[0].precision, *(_throughput_text(row, energy) for row in rows))
+    return table
+
+
+def _throughput_text(row: Throughput, energy: bool) -> str:
+    if row.images_per_second is None:
+        return "not taken"
+    text = f"{row.images_per_second:.1f}\n({row.low:.1f}..{row.high:.1f})"
+    if energy:
+        text += "\n" + ("" if row.joules_per_image is None else f"{row.joules_per_image:.2f} J/image")
+    return text
 
 
 def milliseconds(value: float) -> str:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.errors import BackendUnavailableError
+from runtime.errors import BackendUnavailableError, one_line
 from runtime.metadata import ModelMetadata
 from runtime.postprocessing import OUTPUT_NAMES
 from runtime.preprocessing import ImageLike, as_image, prepare
-from runtime.session import INPUT_NAMES, Session, Variant
+from runtime.session import INPUT_NAMES, Session, Variant, check_device
 from runtime.stages import Stages, read_stages
 
 if TYPE_CHECKING:
@@ -25,20 +25,23 @@ if TYPE_CHECKING:
 class PyTorchSession(Session):
     """A deployed detector (``asag.deploy.DeployedDetector``) run eagerly, on the CPU or a CUDA GPU.
 
-    ``deployed`` is put into evaluation mode on ``device``; its ``describe()`` gives the metadata.
+    ``deployed`` is put into evaluation mode on ``device``; its ``describe()`` gives the metadata. With ``compiled``,
+    :meth:`run` goes through ``torch.compile``, which compiles when it first meets a batch size.
     """
 
     shows_stages = True
 
-    def __init__(self, deployed: DeployedDetector, name: str, device: str = "cpu") -> None:
+    def __init__(self, deployed: DeployedDetector, name: str, device: str = "cpu", compiled: bool = False) -> None:
         import torch
 
         metadata = ModelMetadata(**deployed.describe())
         self._device = torch.device(device)
         self._deployed: Any = deployed.to(self._device).eval()
+        self._forward: Any = torch.compile(self._deployed, dynamic=False) if compiled else self._deployed
+        backend = "torch-compile" if compiled else "pytorch"
         super().__init__(
             name=name,
-            backend="pytorch" if self._device.type == "cpu" else f"pytorch-{self._device.type}",
+            backend=backend if self._device.type == "cpu" else f"{backend}-{self._device.type}",
             precision=metadata.precision,
             metadata=metadata,
             versions={"torch": torch.__version__},
@@ -49,7 +52,7 @@ class PyTorchSession(Session):
         import torch
 
         with torch.inference_mode():
-            outputs = self._deployed(*self._inputs(tensors))
+            outputs = self._forward(*self._inputs(tensors))
         return {name: value.cpu().numpy() for name, value in zip(OUTPUT_NAMES, outputs, strict=True)}
 
     def stages(self, image: ImageLike) -> Stages:
@@ -112,13 +115,31 @@ class PyTorchSession(Session):
 
     def close(self) -> None:
         """Release the model and its memory."""
-        self._deployed = None
+        self._deployed = self._forward = None
 
 
-def open_pytorch(path: Path, kind: str, device_index: int, threads: int | None, variant: Variant) -> PyTorchSession:
+def open_compiled(path: Path, device: str = "cpu", threads: int | None = None) -> PyTorchSession:
+    """A checkpoint run through ``torch.compile``, compiled for one image before this returns.
+
+    Raises what :func:`runtime.session.open_session` does, and BackendUnavailableError where nothing can be compiled.
+    """
+    kind, device_index = check_device(device)
+    session = open_pytorch(path, kind, device_index, threads, Variant(), compiled=True)
+    blank = prepare([as_image(np.zeros((64, 64, 3), np.uint8))], session.metadata)
+    try:
+        session.run(blank)
+    except Exception as error:  # the compiler's own errors, a missing C++ compiler, an unsupported operation
+        raise BackendUnavailableError(f"torch.compile cannot compile the model here: {one_line(error)}") from None
+    return session
+
+
+def open_pytorch(
+    path: Path, kind: str, device_index: int, threads: int | None, variant: Variant, compiled: bool = False
+) -> PyTorchSession:
     """Load a safetensors checkpoint and deploy it as an export would, with the choices of ``variant``.
 
-    ``threads`` sets PyTorch's number of CPU threads, which holds for the whole process.
+    ``threads`` sets PyTorch's number of CPU threads, which holds for the whole process; ``compiled`` as in
+    :class:`PyTorchSession`.
     """
     try:
         import torch
@@ -141,4 +162,4 @@ def open_pytorch(path: Path, kind: str, device_index: int, threads: int | None, 
     detector, info = load_detector(path)
     detector.choose(variant.head, variant.levels)
     deployed = DeployedDetector(detector, info, variant.input_size, "uint8", variant.patch_capacity)
-    return PyTorchSession(deployed, path.name, "cpu" if kind == "cpu" else f"cuda:{device_index}")
+    return PyTorchSession(deployed, path.name, "cpu" if kind == "cpu" else f"cuda:{device_index}", compiled)

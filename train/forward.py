@@ -26,7 +26,7 @@ from asag.ops import adaptive_probing_definition, crop_patches
 from asag.proposals import attention_allowed
 from train.denoising import denoising_attention_mask, noised_queries
 from train.probing import TrainingPatches, four_flips, training_patches
-from train.randomness import Generators, generator_of
+from train.randomness import Generators
 
 _DRAWN_QUERIES = 1024
 
@@ -60,22 +60,18 @@ def training_outputs(
     generator: Generators = None,
     denoising_scale: float | None = None,
     feature_precision: torch.dtype | None = None,
-    anchor_jitter: float = 0.0,
 ) -> dict[str, Any]:
     """The outputs that :class:`train.DetectionCriterion` takes, by its names.
 
     images: [B, 3, H, W] normalized, zero-padded; sizes: [B, 2] float32 (height, width) of the content in pixels;
     targets: per image `boxes` [n, 4] (normalized `cxcywh`) and `labels` [n]; epoch: from 0, which takes its patches
     from ground truth; generator: source of every random draw, one or one for each image; denoising_scale: adds noised
-    queries (None for none); feature_precision: run backbone and neck in that type under autocast; anchor_jitter: move
-    each query's anchor by up to this share of its size.
+    queries (None for none); feature_precision: run backbone and neck in that type under autocast.
     """
     with torch.autocast(images.device.type, dtype=feature_precision, enabled=feature_precision is not None):
         features = detector.features(images)
     outputs: dict[str, Any] = {"image_sizes_hw": sizes}
     boxes, valid = _training_anchors(detector.anchor_generator, features, sizes, targets, epoch, generator, outputs)
-    if anchor_jitter > 0:
-        boxes = jittered(boxes, anchor_jitter, generator)
     outputs |= {"anchors": boxes, "valid": valid}
 
     allowed = attention_allowed(valid)
@@ -90,22 +86,6 @@ def training_outputs(
         head = detector.run_head(name, features, proposals, allowed, sizes)
         outputs |= {f"{name}_logits": head.logits, f"{name}_boxes": head.boxes}
     return outputs
-
-
-def jittered(boxes: Tensor, share: float, generator: Generators = None) -> Tensor:
-    """Move boxes [B, Q, 4] (`cxcywh`) by up to `share` of their size, and change their sides by up to `share`.
-
-    A detector that has seen its anchors move answers to their last bits less: the rounding that two backends do not
-    share then moves a score less.
-    """
-    # How many queries there are depends on the other images; drawing more keeps an image's numbers its own.
-    queries = boxes.shape[1]
-    drawn = -(-queries // _DRAWN_QUERIES) * _DRAWN_QUERIES
-    noise = torch.stack(
-        [torch.rand(drawn, 4, generator=generator_of(generator, image))[:queries] for image in range(len(boxes))]
-    )
-    extent = torch.cat((boxes[..., 2:], boxes[..., 2:]), dim=-1)
-    return boxes + (2 * noise.to(boxes.device) - 1) * share * extent
 
 
 @torch.no_grad()

@@ -119,7 +119,6 @@ class StepMaker:
                 generator=image_generators(self._config.seed, piece.places),
                 denoising_scale=self._denoising_scale(epoch),
                 feature_precision=self._precision,
-                anchor_jitter=self._config.anchor_jitter,
             )
         with self.timer.part("loss"):
             losses: dict[str, Tensor] = self._criterion(outputs, targets, totals)

@@ -56,7 +56,6 @@ def config(frozen_preset, equal_shapes, tmp_path):
         backbone_learning_rate=1e-7,
         gradient_clip=1e9,
         denoising_scale=0.4,
-        anchor_jitter=0.05,
         # The first step is of epoch 0, the second of epoch 1: patches from ground truth, and predicted ones.
         warmup_steps=0,
         workers=0,

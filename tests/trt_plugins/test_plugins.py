@@ -8,7 +8,6 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 from onnx import helper
 from plugin_driver import TYPES, create, embed, with_expressions
@@ -142,9 +141,7 @@ def test_registering_again_is_harmless_but_not_for_another_gpu(trt: ModuleType) 
 
 
 def test_every_node_of_an_exported_detector_becomes_a_plugin(trt: ModuleType) -> None:
-    model = onnx.ModelProto.FromString(
-        name_plugins(build_onnx(DeployedDetector(random_detector(), small_info())).SerializeToString())
-    )
+    model = build_onnx(DeployedDetector(random_detector(), small_info()))
     values = (*model.graph.value_info, *model.graph.input, *model.graph.output)
     shapes = {
         value.name: [None if side.dim_param else side.dim_value for side in value.type.tensor_type.shape.dim]
