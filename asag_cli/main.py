@@ -15,7 +15,9 @@ from asag_cli.demo import demo
 from asag_cli.detect import detect
 from asag_cli.evaluate import evaluate
 from asag_cli.export import export
+from asag_cli.inspect import inspect
 from asag_cli.parity import parity
+from asag_cli.report import report
 from asag_cli.train import train
 from asag_cli.zoo import zoo
 
@@ -55,13 +57,15 @@ def asag() -> None:
         asag evaluate   any of the three, COCO AP
         asag parity     do they agree, image by image?
         asag bench      how fast is each?
+        asag report     all of that as one page
+        asag inspect    what is in the file?
 
     `asag demo` does all of it on a small synthetic dataset. Errors are one line and exit with code 2; set ASAG_DEBUG=1
     to see where one comes from.
     """
 
 
-for command in (train, export, build, detect, evaluate, parity, bench, zoo, data, demo):
+for command in (train, export, build, detect, evaluate, parity, bench, report, inspect, zoo, data, demo):
     asag.add_command(command)
 
 

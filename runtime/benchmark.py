@@ -152,7 +152,8 @@ def measure_throughput(
 ) -> tuple[Throughput, ...]:
     """Images per second at each batch size, sessions in turn as in :func:`measure`.
 
-    ``progress`` gets (batch sizes done, all). Energy is read around a session's own rounds after that, since counters are slower than a batch.
+    ``progress`` gets (batch sizes done, all). Energy is read around a session's own rounds after that, since counters
+    are slower than a batch.
     """
     found = []
     for done, batch_size in enumerate(batch_sizes, start=1):

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from PIL import Image
 
 from runtime.coco_evaluation import coco_records
 from runtime.drawing import draw_detections
 from runtime.errors import one_line
-from runtime.files import atomic_path, write_json
+from runtime.files import atomic_path
+from runtime.image_source import SourceImage, images_in, is_video, read_images, video_length
 from runtime.postprocessing import Detections
-from runtime.preprocessing import load_image
 from runtime.session import Session
-from runtime.stages import Stages, draw_stages
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+from runtime.stages import draw_stages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,13 +39,7 @@ def expand_paths(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     """Files as they are, folders as the images in them by name; ValueError for a folder without any."""
     expanded: list[Path] = []
     for path in map(Path, paths):
-        if not path.is_dir():
-            expanded.append(path)
-            continue
-        found = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
-        if not found:
-            raise ValueError(f"no images in the folder {path}: looked for {', '.join(IMAGE_SUFFIXES)}")
-        expanded.extend(found)
+        expanded.extend(images_in(path) if path.is_dir() else [path])
     return expanded
 
 
@@ -57,13 +53,14 @@ def detect_files(
     batch_size: int = 1,
     stages: bool = False,
 ) -> DetectionSummary:
-    """Detect on image files (or folders of them) and write ``detections.json`` and ``<name>.jpg`` to ``output_dir``.
+    """Detect on images, folders of them and videos; write ``detections.json`` and a picture each to ``output_dir``.
 
-    The JSON holds ``model``, ``images`` (``id``, ``file_name``, ``width``, ``height``, ``picture``, ``overflow``),
-    ``detections`` (COCO results with ``category_name``; boxes x, y, width, height in pixels) and ``errors``. A file
-    that cannot be read is reported there and in the summary, and does not stop the rest. ``progress`` gets
-    (files done, all). With ``stages`` each picture is the method's stages side by side instead of the detections
-    alone; ValueError where the session does not show them.
+    The JSON holds ``model``, ``images`` (``id``, ``file_name``, ``width``, ``height``, ``picture``, ``overflow``, and
+    ``frame`` from 0 for a video), ``detections`` (COCO results with ``category_name``; boxes x, y, width, height in
+    pixels) and ``errors``. A file that cannot be read is reported there and in the summary, and does not stop the rest.
+    Pixels of two batches are held at a time and results go to disk, so memory does not grow with the number of images
+    but for their names. ``progress`` gets (images done, all as far as known). With ``stages`` each picture is the
+    method's stages side by side instead of the detections alone; ValueError where the session does not show them.
     """
     if stages:
         session.check_stages()
@@ -73,68 +70,91 @@ def detect_files(
     output = Path(output_dir)
     if output.exists() and not output.is_dir():
         raise ValueError(f"cannot write to {output}: it is a file; name a folder")
-    writer = _Writer(session, output, score_threshold, files)
-    for start in range(0, len(files), batch_size):
-        loaded = writer.load(files[start : start + batch_size])
-        if stages:
-            for path, image in loaded:
-                writer.add_stages(path, image, session.stages(image))
+    total = sum((video_length(path) or 1) if is_video(path) and path.is_file() else 1 for path in files)
+    done = 0
+    with _Writer(session, output, score_threshold, files) as writer:
+        found = _with_stages(session, files) if stages else _plain(session, files, batch_size, score_threshold)
+        for source, detections, drawn in found:
+            if detections is None or drawn is None:
+                writer.add_error(source)
+            else:
+                writer.add(source, detections, drawn, "-stages" if stages else "")
+            done += 1
+            if progress is not None:
+                progress(done, max(done, total))
+        return writer.finish()
+
+
+Found = tuple[SourceImage, Detections | None, Callable[[float], Image.Image] | None]
+
+
+def _plain(session: Session, files: list[Path], batch_size: int, score_threshold: float) -> Iterator[Found]:
+    """Each source with its detections and what draws them."""
+    for source, detections in session.detect_sources(read_images(files), batch_size, score_threshold):
+        if source.image is None or detections is None:
+            yield source, None, None
         else:
-            found = session.detect([image for _, image in loaded], batch_size, score_threshold)
-            for (path, image), detections in zip(loaded, found, strict=True):
-                drawn = draw_detections(image, detections, session.metadata, score_threshold)
-                writer.add(path, image, detections, drawn)
-        if progress is not None:
-            progress(min(start + batch_size, len(files)), len(files))
-    return writer.finish()
+            yield source, detections, partial(draw_detections, source.image, detections, session.metadata)
+
+
+def _with_stages(session: Session, files: list[Path]) -> Iterator[Found]:
+    """Each source with its detections and what draws the stages; one image at a time."""
+    for source in read_images(files):
+        if source.image is None:
+            yield source, None, None
+        else:
+            stages = session.stages(source.image)
+            yield source, stages.detections, partial(draw_stages, source.image, stages, session.metadata)
 
 
 class _Writer:
-    """Collects the results of one run."""
+    """Collects the results of one run: records in temporary files until all are there, then as one JSON file."""
 
     def __init__(self, session: Session, output: Path, score_threshold: float, inputs: Iterable[Path]) -> None:
         self._session = session
         self._output = output
         self._score_threshold = score_threshold
-        self._images: list[dict[str, Any]] = []
-        self._detections: list[dict[str, Any]] = []
+        self._images = _Records()
+        self._detections = _Records()
         self._errors: list[tuple[Path, str]] = []
         self._pictures: list[Path] = []
         # Names that a picture must not take: those of earlier pictures and, in the input's own folder, of the inputs.
         self._taken = {path.resolve() for path in inputs}
 
-    def load(self, paths: Sequence[Path]) -> list[tuple[Path, Image.Image]]:
-        """The images of the files that can be read; the others are noted."""
-        loaded = []
-        for path in paths:
-            try:
-                loaded.append((path, load_image(path)))
-            except (ValueError, FileNotFoundError) as error:
-                self._errors.append((path, one_line(error)))
-        return loaded
+    def __enter__(self) -> _Writer:
+        return self
 
-    def add_stages(self, path: Path, image: Image.Image, stages: Stages) -> None:
-        drawn = draw_stages(image, stages, self._session.metadata, self._score_threshold)
-        self.add(path, image, stages.detections.above(self._score_threshold), drawn, "-stages")
+    def __exit__(self, *exception: object) -> None:
+        self._images.close()
+        self._detections.close()
 
-    def add(self, path: Path, image: Image.Image, detections: Detections, drawn: Image.Image, ending: str = "") -> None:
-        picture = self._picture_path(path, ending)
+    def add_error(self, source: SourceImage) -> None:
+        assert source.path is not None
+        assert source.error is not None
+        self._errors.append((source.path, one_line(source.error)))
+
+    def add(
+        self, source: SourceImage, detections: Detections, draw: Callable[[float], Image.Image], ending: str
+    ) -> None:
+        assert source.path is not None
+        assert source.image is not None
+        frame = "" if source.frame is None else f"-{source.frame:06d}"
+        picture = self._picture_path(source.path, frame + ending)
         with atomic_path(picture) as temporary:
-            drawn.save(temporary, "JPEG", quality=90)
-        number = len(self._images) + 1
-        self._images.append(
-            {
-                "id": number,
-                "file_name": str(path),
-                "width": image.width,
-                "height": image.height,
-                "picture": picture.name,
-                "overflow": detections.overflow,
-            }
-        )
-        for record in coco_records(number, detections):
-            name = self._session.metadata.category_name(record["category_id"])
-            self._detections.append({**record, "category_name": name})
+            draw(self._score_threshold).save(temporary, "JPEG", quality=90)
+        number = self._images.count + 1
+        record = {
+            "id": number,
+            "file_name": str(source.path),
+            "width": source.image.width,
+            "height": source.image.height,
+            "picture": picture.name,
+            "overflow": detections.overflow,
+        }
+        self._images.add(record if source.frame is None else record | {"frame": source.frame})
+        for found in coco_records(number, detections.above(self._score_threshold)):
+            name = self._session.metadata.category_name(found["category_id"])
+            self._detections.add({**found, "category_name": name})
 
     def _picture_path(self, path: Path, ending: str) -> Path:
         """A path in the output folder that no other picture of this run has, and no input."""
@@ -149,15 +169,38 @@ class _Writer:
 
     def finish(self) -> DetectionSummary:
         session = self._session
-        content = {
-            "model": {"name": session.name, "backend": session.backend, "precision": session.precision},
-            "score_threshold": self._score_threshold,
-            "images": self._images,
-            "detections": self._detections,
-            "errors": [{"file_name": str(path), "reason": reason} for path, reason in self._errors],
-        }
+        model = {"name": session.name, "backend": session.backend, "precision": session.precision}
+        errors = [{"file_name": str(path), "reason": reason} for path, reason in self._errors]
         json_path = self._output / "detections.json"
-        write_json(json_path, content)
+        with atomic_path(json_path) as temporary, temporary.open("w", encoding="utf-8") as file:
+            file.write(f'{{\n"model": {_json(model)},\n"score_threshold": {_json(self._score_threshold)},\n"images": [')
+            self._images.copy_to(file)
+            file.write('],\n"detections": [')
+            self._detections.copy_to(file)
+            file.write(f'],\n"errors": {_json(errors)}\n}}\n')
         return DetectionSummary(
-            json_path, tuple(self._pictures), len(self._images), len(self._detections), tuple(self._errors)
+            json_path, tuple(self._pictures), self._images.count, self._detections.count, tuple(self._errors)
         )
+
+
+class _Records:
+    """JSON values, one a line, in a temporary file."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 (closed with the writer)
+        self.count = 0
+
+    def add(self, record: dict[str, Any]) -> None:
+        self._file.write(f"{',' if self.count else ''}\n{_json(record)}")
+        self.count += 1
+
+    def copy_to(self, file: TextIO) -> None:
+        self._file.seek(0)
+        shutil.copyfileobj(self._file, file)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)

@@ -14,6 +14,7 @@ from runtime.metadata import ModelMetadata
 from runtime.postprocessing import OUTPUT_NAMES
 from runtime.session import INPUT_NAMES, Session
 
+_REAL = ("boxes", "scores")
 _ELEMENT_TYPES = {"uint8": "tensor(uint8)", "float32": "tensor(float)"}
 
 
@@ -83,7 +84,29 @@ class OnnxRuntimeSession(Session):
     def run(self, tensors: Mapping[str, NDArray]) -> dict[str, NDArray]:
         """Run one batch; see :meth:`runtime.session.Session.run`."""
         feeds = {name: np.ascontiguousarray(tensors[name]) for name in INPUT_NAMES}
-        return dict(zip(OUTPUT_NAMES, self._session.run(list(OUTPUT_NAMES), feeds), strict=True))
+        try:
+            found = self._session.run(list(OUTPUT_NAMES), feeds)
+        except Exception as error:  # as when opening
+            raise ValueError(f"ONNX Runtime cannot run {self.path} (is it damaged?): {one_line(error)}") from None
+        outputs = dict(zip(OUTPUT_NAMES, found, strict=True))
+        self._check_outputs(outputs, len(feeds["images"]))
+        return outputs
+
+    def _check_outputs(self, outputs: Mapping[str, NDArray], batch: int) -> None:
+        """Shapes and types of the outputs: a damaged file may give others."""
+        count = outputs["scores"].shape[1] if outputs["scores"].ndim == 2 else -1
+        expected = {
+            "boxes": (batch, count, 4),
+            "scores": (batch, count),
+            "labels": (batch, count),
+            "overflow": (batch,),
+        }
+        for name, shape in expected.items():
+            if outputs[name].shape != shape or outputs[name].dtype.kind not in ("f" if name in _REAL else "iu"):
+                raise ValueError(
+                    f"{self.path} gives {name} as {outputs[name].dtype} {list(outputs[name].shape)}, which is no result"
+                    " of a detector; export it again with `asag export`"
+                )
 
     def close(self) -> None:
         """Release the model and its memory."""

@@ -269,7 +269,7 @@ def _check_same_task(reference: Session, session: Session) -> None:
 def _backend_of(path: Path, device: str) -> tuple[str, str]:
     """Backend and precision of a file that could not be opened, as far as its name and manifest tell."""
     if path.suffix.lower() == ".engine":
-        from runtime.tensorrt_rtx import read_manifest
+        from runtime.engine_manifest import read_manifest
 
         try:
             manifest = read_manifest(path)

@@ -88,10 +88,12 @@ def postprocess(
     for index, (height, width) in enumerate(image_sizes):
         scores = np.asarray(outputs["scores"][index], np.float32)
         fractions = np.asarray(outputs["boxes"][index], np.float32)
-        finite = np.isfinite(scores) & np.isfinite(fractions).all(axis=1)
+        with np.errstate(over="ignore", invalid="ignore"):  # what is no finite pixel in the end is left out
+            pixels = fractions * np.array([width, height, width, height], np.float32)
+        finite = np.isfinite(scores) & np.isfinite(pixels).all(axis=1)
         kept = np.flatnonzero(finite & (scores > 0) & (scores >= score_threshold))
         kept = kept[np.argsort(-scores[kept], kind="stable")]
-        boxes = fractions[kept] * np.array([width, height, width, height], np.float32)
+        boxes = pixels[kept]
         labels = np.asarray(outputs["labels"][index], np.int64)[kept]
         detections = Detections(boxes, scores[kept], labels, int(outputs["overflow"][index]), (height, width))
         if metadata.nms_iou is not None:

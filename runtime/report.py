@@ -121,7 +121,11 @@ def _section(document: ReportDocument) -> dict[str, Any]:
         "image_count": len(report.image_ids),
         "metadata": report.metadata,
         "rows": [(row_cells(row), row.reason) for row in report.rows],
-        "accuracy": [accuracy_cells(row) for row in report.rows if row.result is not None],
+        "accuracy": [
+            [f"{row.name}, {row.backend} {row.precision}", *accuracy_cells(row)[1:]]
+            for row in report.rows
+            if row.result is not None
+        ],
         "verdicts": _verdicts(report),
         "batches": [check.sentence() for check in report.batch_checks if check.reason or not check.agrees],
         "batches_agree": bool(report.batch_checks) and report.batches_agree,

@@ -5,18 +5,20 @@ from __future__ import annotations
 import abc
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import BackendUnavailableError
+from runtime.image_source import Images, SourceImage, is_short, read_ahead, read_images
 from runtime.metadata import ModelMetadata
 from runtime.postprocessing import Detections, postprocess
-from runtime.preprocessing import ImageLike, as_image, prepare
+from runtime.preprocessing import ImageLike, prepare
 
 if TYPE_CHECKING:
     from runtime.stages import Stages
@@ -86,31 +88,77 @@ class Session(abc.ABC):
         self.close()
 
     def detect(
-        self, images: Iterable[ImageLike], batch_size: int = 1, score_threshold: float = 0.0
+        self,
+        images: Images,
+        batch_size: int = 1,
+        score_threshold: float = 0.0,
+        on_error: Callable[[str, Exception], None] | None = None,
     ) -> list[Detections]:
         """Detections of each image, in order; see :meth:`stream`."""
-        return list(self.stream(images, batch_size, score_threshold))
+        return list(self.stream(images, batch_size, score_threshold, on_error))
 
     def stream(
-        self, images: Iterable[ImageLike], batch_size: int = 1, score_threshold: float = 0.0
+        self,
+        images: Images,
+        batch_size: int = 1,
+        score_threshold: float = 0.0,
+        on_error: Callable[[str, Exception], None] | None = None,
     ) -> Iterator[Detections]:
-        """Detections of each image, in order, reading no more than one batch ahead.
+        """Detections of each image, in order, holding no more than the batch that runs and the one after it.
 
-        An image is a path, a uint8 RGB array [H, W, 3] or a PIL image. Raises what reading an image raises, and
-        ValueError for a batch size that the model does not take.
+        ``images`` is a path or an iterable of paths, uint8 RGB arrays [H, W, 3] and PIL images; a folder stands for its
+        images by name, a video for its frames. The next batch is read on another thread while one runs. An image that
+        cannot be read raises what reading raised; with ``on_error`` it is called with the image's name and the error
+        instead, and the image has no detections. Raises ValueError for a batch size that the model does not take.
         """
-        if isinstance(images, str | os.PathLike) or hasattr(images, "getbbox"):
+        if hasattr(images, "getbbox"):
             raise ValueError("detect takes a list of images; put a single one into a list")
+        ahead = not is_short(images, batch_size)
+        for source, found in self.detect_sources(read_images(images), batch_size, score_threshold, ahead=ahead):
+            if found is not None:
+                yield found
+            elif on_error is None:
+                assert source.error is not None
+                raise source.error
+            else:
+                on_error(source.name, source.error or ValueError("no image"))
+                yield _nothing_found()
+
+    def detect_sources(
+        self,
+        sources: Iterator[SourceImage],
+        batch_size: int = 1,
+        score_threshold: float = 0.0,
+        ahead: bool = True,
+    ) -> Iterator[tuple[SourceImage, Detections | None]]:
+        """Each source image with its detections, or None where it could not be read.
+
+        With ``ahead`` the sources are read on another thread, one batch ahead of the one that runs.
+        """
         if batch_size < 1:
             raise ValueError(f"the batch size must be at least 1, it is {batch_size}")
         if self.max_batch is not None and batch_size > self.max_batch:
             raise ValueError(f"{self.name} takes at most {self.max_batch} images at once, not {batch_size}")
-        remaining = iter(images)
-        while batch := [as_image(image) for image in islice(remaining, batch_size)]:
-            outputs = self.run(prepare(batch, self.metadata))
-            yield from postprocess(
-                outputs, [(image.height, image.width) for image in batch], self.metadata, score_threshold
-            )
+        batches = self._batches(sources, batch_size)
+        for batch, tensors in read_ahead(batches) if ahead else batches:
+            sizes = [(source.image.height, source.image.width) for source in batch if source.image is not None]
+            found = iter(postprocess(self.run(tensors), sizes, self.metadata, score_threshold) if sizes else ())
+            for source in batch:
+                yield source, None if source.image is None else next(found)
+
+    def _batches(
+        self, sources: Iterator[SourceImage], batch_size: int
+    ) -> Iterator[tuple[list[SourceImage], dict[str, NDArray]]]:
+        """Batches with the model's inputs for the images that could be read."""
+        while batch := list(islice(sources, batch_size)):
+            images = [source.image for source in batch if source.image is not None]
+            yield batch, prepare(images, self.metadata) if images else {}
+
+
+def _nothing_found() -> Detections:
+    """The detections of an image that could not be read."""
+    empty = np.zeros(0, np.float32)
+    return Detections(empty.reshape(0, 4), empty, np.zeros(0, np.int64), 0, (0, 0))
 
 
 def open_session(

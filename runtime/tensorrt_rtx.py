@@ -8,48 +8,29 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from runtime.engine_manifest import EngineManifest, Profile, batch_profiles, manifest_path
 from runtime.errors import BackendUnavailableError, one_line
-from runtime.files import atomic_path, write_json
+from runtime.files import atomic_path, write_json, write_text
 from runtime.metadata import ModelMetadata
 
 BACKEND = "tensorrt-rtx"
-MANIFEST_FORMAT = 1
 
 # Compute capabilities of the GPUs that TensorRT-RTX runs on (Turing, Ampere, Ada, Blackwell RTX).
 RTX_COMPUTE_CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (12, 0), (12, 1))
+TARGETS = tuple(f"sm_{major}{minor}" for major, minor in RTX_COMPUTE_CAPABILITIES)
+"""Architectures that an engine can be built for."""
+
+# What the builder covers when no architecture is named.
+DEFAULT_LEAST_CAPABILITY = (8, 0)
 
 ProgressCallback = Callable[[str, float], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineManifest:
-    """What an engine was built from, kept as JSON beside it (``model.engine.json``).
-
-    ``profile`` is the (smallest, preferred, largest) batch; the digests are SHA-256 of the files' bytes.
-    """
-
-    backend: str
-    version: str
-    precision: str
-    profile: tuple[int, int, int]
-    tf32: bool
-    onnx_name: str
-    onnx_sha256: str
-    engine_sha256: str
-    metadata: ModelMetadata
-
-    def to_json(self) -> dict[str, Any]:
-        """The manifest as JSON values; the model's metadata as the properties of its ONNX file."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        values["profile"] = list(self.profile)
-        return {"format": MANIFEST_FORMAT, **values, "metadata": self.metadata.to_properties()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +42,6 @@ class BuildResult:
     engine_bytes: int
     seconds: float
     warnings: tuple[str, ...]
-
-
-def manifest_path(engine_path: str | os.PathLike[str]) -> Path:
-    """Path of the manifest beside an engine."""
-    return Path(f"{os.fspath(engine_path)}.json")
 
 
 def import_tensorrt_rtx() -> Any:
@@ -83,20 +59,26 @@ def import_tensorrt_rtx() -> Any:
 def build_engine(
     onnx_path: str | os.PathLike[str],
     engine_path: str | os.PathLike[str],
-    batch: tuple[int, int, int] = (1, 1, 4),
+    batch: Sequence[int] = (1, 4),
     progress: ProgressCallback | None = None,
+    targets: Sequence[str] = (),
+    log_path: str | os.PathLike[str] | None = None,
 ) -> BuildResult:
     """Build an engine from an exported ONNX file and write it with its manifest.
 
-    ``batch`` is the (smallest, preferred, largest) batch size; height and width are those of the file. ``progress`` is
-    called with the phase's name and the fraction done (0..1). The engine appears at ``engine_path`` whole or not at
-    all, after its manifest.
+    ``batch`` are the batch sizes to tune for, each with an optimization profile of its own (see
+    :func:`runtime.engine_manifest.batch_profiles`); height and width are those of the file. ``targets`` are GPU
+    architectures ("sm_86"); the default runs on compute capability 8.0 and later, and sm_75 (Turing) wants an engine of
+    its own. ``progress`` is called with the phase's name and the fraction done (0..1). All that the builder says goes
+    to ``log_path``, also when it fails. The engine appears at ``engine_path`` whole or not at all, after its manifest.
 
     Raises FileNotFoundError or ValueError for an input that is missing, damaged or not an asag model, ValueError with
     the builder's first error where it refuses the network, and BackendUnavailableError without TensorRT-RTX.
     """
-    if not 1 <= batch[0] <= batch[1] <= batch[2]:
-        raise ValueError(f"batch sizes must rise from at least 1 (smallest, preferred, largest), they are {batch}")
+    profiles = batch_profiles(batch)
+    unknown = [target for target in targets if target not in TARGETS]
+    if unknown:
+        raise ValueError(f"unknown GPU architecture {unknown[0]!r}; TensorRT-RTX builds for {', '.join(TARGETS)}")
     onnx_path, engine_path = Path(onnx_path), Path(engine_path)
     if engine_path.suffix.lower() != ".engine":
         raise ValueError(f"name the engine with the suffix .engine, not {engine_path.name}")
@@ -104,57 +86,49 @@ def build_engine(
     started = time.perf_counter()
     _report(progress, "inlining functions", 0.0)
     content, inlined, metadata, fixed_batch = _inlined_model(onnx_path)
-    if fixed_batch is not None and batch != (fixed_batch,) * 3:
-        raise ValueError(f"{onnx_path} has a fixed batch of {fixed_batch}; export it with a dynamic batch")
-    engine, warnings = _build(tensorrt_rtx, inlined, onnx_path, metadata=metadata, batch=batch, progress=progress)
+    if fixed_batch is not None:
+        if tuple(batch) != (fixed_batch,):
+            raise ValueError(
+                f"{onnx_path} has a fixed batch of {fixed_batch}: build it with --batch {fixed_batch}, or export it"
+                " with a dynamic batch"
+            )
+        profiles = ((fixed_batch,) * 3,)
+    logger = captured_logger(tensorrt_rtx, all_lines=log_path is not None)
+    try:
+        parsed = _parse(tensorrt_rtx, logger, inlined, onnx_path, progress)
+        layers, layer_types = _count_layers(parsed.network)
+        choice = _Choice(metadata.input_size, profiles, tuple(targets))
+        engine = _build(tensorrt_rtx, logger, parsed, onnx_path, choice=choice, progress=progress)
+    finally:
+        if log_path is not None:
+            write_text(log_path, "".join(f"{line}\n" for line in logger.lines))
     manifest = EngineManifest(
         backend=BACKEND,
         version=tensorrt_rtx.__version__,
         precision=metadata.precision,
-        profile=batch,
+        profiles=profiles,
+        targets=tuple(targets),
         tf32=False,
+        op_lowering="inlined",
         onnx_name=onnx_path.name,
         onnx_sha256=hashlib.sha256(content).hexdigest(),
         engine_sha256=hashlib.sha256(engine).hexdigest(),
+        layers=layers,
+        layer_types=layer_types,
         metadata=metadata,
     )
     # The engine replaces an older one last: the digest tells a manifest that no longer, or not yet, fits its engine.
     with atomic_path(engine_path) as temporary:
         temporary.write_bytes(engine)
         write_json(manifest_path(engine_path), manifest.to_json())
-    return BuildResult(engine_path, manifest, len(engine), time.perf_counter() - started, warnings)
-
-
-def read_manifest(engine_path: str | os.PathLike[str]) -> EngineManifest:
-    """Read the manifest beside an engine; ValueError with the remedy when it is missing or damaged."""
-    path = manifest_path(engine_path)
-    remedy = "build the engine again with `asag build`"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{engine_path} has no manifest {path.name} beside it; {remedy}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"cannot read the manifest {path}: {one_line(error)}; {remedy}") from None
-    names = [field.name for field in dataclasses.fields(EngineManifest)]
-    if not isinstance(values, Mapping) or values.get("format") != MANIFEST_FORMAT:
-        raise ValueError(f"{path} is not an engine manifest of this version; {remedy}")
-    if any(name not in values for name in names) or not isinstance(values["metadata"], Mapping):
-        raise ValueError(f"the manifest {path} is incomplete; {remedy}")
-    profile = values["profile"]
-    if not isinstance(profile, list) or len(profile) != 3 or not all(isinstance(size, int) for size in profile):
-        raise ValueError(f"the manifest {path} holds no batch profile; {remedy}")
-    try:
-        metadata = ModelMetadata.from_properties(values["metadata"])
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    given = {name: values[name] for name in names} | {"profile": tuple(profile), "metadata": metadata}
-    return EngineManifest(**given)
+    return BuildResult(engine_path, manifest, len(engine), time.perf_counter() - started, tuple(logger.warnings))
 
 
 def _inlined_model(onnx_path: Path) -> tuple[bytes, bytes, ModelMetadata, int | None]:
     """The file's bytes, the model with its functions inlined, its metadata, and a fixed batch size or None."""
     try:
         import onnx
+        import onnx.checker
         import onnx.inliner
     except ImportError:
         raise BackendUnavailableError("building an engine needs the onnx package: pip install onnx") from None
@@ -170,15 +144,33 @@ def _inlined_model(onnx_path: Path) -> tuple[bytes, bytes, ModelMetadata, int | 
             f"cannot read {onnx_path} as ONNX, export it again with `asag export`: {one_line(error)}"
         ) from None
     try:
+        _check_names(model)
         metadata = ModelMetadata.from_properties({item.key: item.value for item in model.metadata_props})
         fixed_batch = _fixed_batch(model, metadata)
         inlined = onnx.inliner.inline_local_functions(model)
         left = sorted({node.op_type for node in inlined.graph.node if node.domain == "asag"})
         if left:
             raise ValueError(f"operators {', '.join(left)} have no function body in the file; export it again")
+        try:
+            # The builder's parser takes a graph at its word; one that is not sound can end the process.
+            onnx.checker.check_model(inlined, full_check=True)
+        except Exception as error:  # checker and inference have exception classes of their own
+            raise ValueError(f"damaged, export it again with `asag export`: {one_line(error)}") from None
         return content, inlined.SerializeToString(), metadata, fixed_batch
     except ValueError as error:
         raise ValueError(f"{onnx_path}: {one_line(error)}") from None
+
+
+def _check_names(model: Any) -> None:
+    """Raise ValueError for names that are no text: the parser would print them to the terminal's dismay."""
+    nodes = [*model.graph.node, *(node for function in model.functions for node in function.node)]
+    try:
+        for node in nodes:
+            _ = (node.name, node.op_type, node.domain, *node.input, *node.output, *(a.name for a in node.attribute))
+        for value in (*model.graph.input, *model.graph.output, *model.graph.initializer, *model.graph.value_info):
+            _ = value.name
+    except UnicodeDecodeError:
+        raise ValueError("a name in the file is no text, it is damaged; export it again with `asag export`") from None
 
 
 def _fixed_batch(model: Any, metadata: ModelMetadata) -> int | None:
@@ -191,17 +183,25 @@ def _fixed_batch(model: Any, metadata: ModelMetadata) -> int | None:
     return shapes["images"][0].dim_value or None
 
 
-def _build(
-    tensorrt_rtx: Any,
-    model: bytes,
-    onnx_path: Path,
-    *,
-    metadata: ModelMetadata,
-    batch: tuple[int, int, int],
-    progress: ProgressCallback | None,
-) -> tuple[bytes, tuple[str, ...]]:
-    """Parse and build; the serialized engine and the builder's warnings."""
-    logger = captured_logger(tensorrt_rtx)
+@dataclasses.dataclass(frozen=True)
+class _Parsed:
+    """A parsed network with what must outlive it."""
+
+    builder: Any
+    network: Any
+    parser: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class _Choice:
+    """What a build is for: (height, width) of the input in pixels, batches, GPU architectures."""
+
+    input_size: tuple[int, int]
+    profiles: tuple[Profile, ...]
+    targets: tuple[str, ...]
+
+
+def _parse(tensorrt_rtx: Any, logger: Any, model: bytes, onnx_path: Path, progress: ProgressCallback | None) -> _Parsed:
     builder = tensorrt_rtx.Builder(logger)
     network = builder.create_network(1 << int(tensorrt_rtx.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = tensorrt_rtx.OnnxParser(network, logger)
@@ -210,22 +210,55 @@ def _build(
         reasons = [_parser_error(parser.get_error(index)) for index in range(parser.num_errors)]
         reason = (reasons + logger.errors + ["no reason was given"])[0]
         raise ValueError(f"TensorRT-RTX cannot parse {onnx_path}: {reason}")
-    config = builder.create_builder_config()
+    return _Parsed(builder, network, parser)
+
+
+def _count_layers(network: Any) -> tuple[dict[str, int], dict[str, int]]:
+    """Layers by type, and their first outputs by element type, most frequent first."""
+    layers, types = Counter[str](), Counter[str]()
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        layers[layer.type.name.lower()] += 1
+        if layer.num_outputs:
+            types[layer.get_output(0).dtype.name.lower()] += 1
+    return dict(layers.most_common()), dict(types.most_common())
+
+
+def _build(
+    tensorrt_rtx: Any,
+    logger: Any,
+    parsed: _Parsed,
+    onnx_path: Path,
+    *,
+    choice: _Choice,
+    progress: ProgressCallback | None,
+) -> bytes:
+    """The serialized engine."""
+    config = parsed.builder.create_builder_config()
     config.clear_flag(tensorrt_rtx.BuilderFlag.TF32)
-    profile = builder.create_optimization_profile()
-    for name, rest in (("images", (3, *metadata.input_size)), ("sizes", (2,))):
-        profile.set_shape(name, *((size, *rest) for size in batch))
-    config.add_optimization_profile(profile)
+    # What `asag inspect` shows of an engine where a GPU can open it.
+    config.profiling_verbosity = tensorrt_rtx.ProfilingVerbosity.DETAILED
+    for batches in choice.profiles:
+        profile = parsed.builder.create_optimization_profile()
+        for name, rest in (("images", (3, *choice.input_size)), ("sizes", (2,))):
+            profile.set_shape(name, *((size, *rest) for size in batches))
+        config.add_optimization_profile(profile)
+    if choice.targets:
+        config.num_compute_capabilities = len(choice.targets)
+        for index, target in enumerate(choice.targets):
+            config.set_compute_capability(
+                getattr(tensorrt_rtx.ComputeCapability, target.upper().replace("_", "")), index
+            )
     if progress is not None:
         # Kept in a local name: the monitor must outlive the build.
         monitor = _progress_monitor(tensorrt_rtx, progress)
         config.progress_monitor = monitor
-    serialized = builder.build_serialized_network(network, config)
+    serialized = parsed.builder.build_serialized_network(parsed.network, config)
     if serialized is None:
         reason = [*logger.errors, "no reason was given"][0]
         raise ValueError(f"TensorRT-RTX cannot build {onnx_path}: {reason}")
     _report(progress, "built", 1.0)
-    return bytes(serialized), tuple(logger.warnings)
+    return bytes(serialized)
 
 
 def _parser_error(error: Any) -> str:
@@ -238,17 +271,20 @@ def _report(progress: ProgressCallback | None, phase: str, fraction: float) -> N
         progress(phase, fraction)
 
 
-def captured_logger(tensorrt_rtx: Any) -> Any:
-    """A logger that keeps errors and warnings instead of printing them."""
+def captured_logger(tensorrt_rtx: Any, all_lines: bool = False) -> Any:
+    """A logger that keeps errors and warnings instead of printing them, and with ``all_lines`` everything, in order."""
 
     class CapturedLogger(tensorrt_rtx.ILogger):
         def __init__(self) -> None:
             tensorrt_rtx.ILogger.__init__(self)
             self.errors: list[str] = []
             self.warnings: list[str] = []
+            self.lines: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
             text = " ".join(message.split())
+            if all_lines:
+                self.lines.append(f"{severity.name.lower()}: {text}")
             if severity in (tensorrt_rtx.ILogger.Severity.ERROR, tensorrt_rtx.ILogger.Severity.INTERNAL_ERROR):
                 self.errors.append(text)
             elif severity == tensorrt_rtx.ILogger.Severity.WARNING:

@@ -10,109 +10,155 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.engine_manifest import REBUILD, EngineManifest, read_manifest
 from runtime.errors import BackendUnavailableError
 from runtime.postprocessing import OUTPUT_NAMES
 from runtime.session import INPUT_NAMES, Session
 from runtime.tensorrt_rtx import (
     BACKEND,
+    DEFAULT_LEAST_CAPABILITY,
     RTX_COMPUTE_CAPABILITIES,
-    EngineManifest,
     captured_logger,
     import_tensorrt_rtx,
-    read_manifest,
 )
 
 
 class TensorRTRTXSession(Session):
-    """An engine with its buffers, allocated once for the largest batch of its profile.
+    """An engine with its buffers, allocated once for the largest batch it takes, and one execution context per profile.
 
-    Opening checks the file against its manifest before anything else, so that a damaged engine is reported as such
-    also on a machine that could not run it. Raises BackendUnavailableError without an RTX GPU.
+    A batch runs on the profile that was tuned for its size. A context is made when its profile is first used, since
+    each holds memory for its intermediate results. Opening checks the file against its manifest before anything else,
+    so that a damaged engine is reported as such also on a machine that could not run it. Raises BackendUnavailableError
+    without an RTX GPU.
     """
 
     def __init__(self, path: Path, device_index: int = 0) -> None:
-        content = path.read_bytes()
-        manifest = read_manifest(path)
-        _check_engine(path, content, manifest)
+        content, self.manifest = read_engine(path)
         tensorrt_rtx = import_tensorrt_rtx()
-        if manifest.version != tensorrt_rtx.__version__:
+        if self.manifest.version != tensorrt_rtx.__version__:
             raise ValueError(
-                f"{path} was built by TensorRT-RTX {manifest.version}, this machine has {tensorrt_rtx.__version__};"
-                " build the engine again with `asag build`"
+                f"{path} was built by TensorRT-RTX {self.manifest.version}, this machine has"
+                f" {tensorrt_rtx.__version__}; {REBUILD}"
             )
         self._device = _Device(device_index)
+        self._contexts: dict[int, Any] = {}
         try:
+            check_target(path, self.manifest, self._device.name, self._device.capability)
             self._logger = captured_logger(tensorrt_rtx)
             self._runtime = tensorrt_rtx.Runtime(self._logger)
             self._engine: Any = self._runtime.deserialize_cuda_engine(content)
-            self._context: Any = self._engine.create_execution_context() if self._engine is not None else None
-            if self._context is None:
+            if self._engine is None:
                 reason = [*self._logger.errors, "no reason was given"][0]
-                raise ValueError(f"TensorRT-RTX cannot open {path}: {reason}; build it again with `asag build`")
-            self._allocate(tensorrt_rtx, manifest)
+                raise ValueError(f"TensorRT-RTX cannot open {path}: {reason}; {REBUILD}")
+            super().__init__(
+                name=path.name,
+                backend=BACKEND,
+                precision=self.manifest.precision,
+                metadata=self.manifest.metadata,
+                versions={"tensorrt-rtx": tensorrt_rtx.__version__, "GPU": self._device.name},
+                max_batch=self.manifest.largest_batch,
+            )
+            self._allocate(tensorrt_rtx)
         except BaseException:
             self._device.close()
             raise
-        super().__init__(
-            name=path.name,
-            backend=BACKEND,
-            precision=manifest.precision,
-            metadata=manifest.metadata,
-            versions={"tensorrt-rtx": tensorrt_rtx.__version__, "GPU": self._device.name},
-            max_batch=manifest.profile[2],
-        )
-        self._smallest_batch = manifest.profile[0]
 
-    def _allocate(self, tensorrt_rtx: Any, manifest: EngineManifest) -> None:
-        """Device buffers for every input and output at the profile's largest batch."""
+    def _allocate(self, tensorrt_rtx: Any) -> None:
+        """Device buffers for every input and output at the largest batch; every context uses them."""
         self._types: dict[str, np.dtype] = {}
         self._buffers: dict[str, int] = {}
-        largest = {name: self._engine.get_tensor_profile_shape(name, 0)[2] for name in INPUT_NAMES}
-        for name, shape in largest.items():
-            self._context.set_input_shape(name, shape)
+        last = len(self.manifest.profiles) - 1
+        context = self._new_context(last)
+        for name in INPUT_NAMES:
+            context.set_input_shape(name, self._engine.get_tensor_profile_shape(name, last)[2])
         for name in (*INPUT_NAMES, *OUTPUT_NAMES):
             dtype = np.dtype(tensorrt_rtx.nptype(self._engine.get_tensor_dtype(name)))
-            shape = tuple(self._context.get_tensor_shape(name))
-            if min(shape) < 0:
-                raise ValueError(f"{manifest.onnx_name}: the shape {shape} of {name} depends on the data")
+            shape = tuple(context.get_tensor_shape(name))
+            if min(shape, default=0) < 0:
+                raise ValueError(f"{self.manifest.onnx_name}: the shape {shape} of {name} depends on the data")
             self._types[name] = dtype
             self._buffers[name] = self._device.allocate(int(np.prod(shape)) * dtype.itemsize)
-            self._context.set_tensor_address(name, self._buffers[name])
+            context.set_tensor_address(name, self._buffers[name])
+        self._contexts[last] = context
+
+    def _new_context(self, profile: int) -> Any:
+        context = self._engine.create_execution_context()
+        if context is None or not context.set_optimization_profile_async(profile, self._device.stream):
+            reason = [*self._logger.errors, "no reason was given"][0]
+            raise ValueError(f"TensorRT-RTX cannot run {self.name} for batches of this size: {reason}; {REBUILD}")
+        self._device.synchronize()
+        return context
+
+    def _context_for(self, batch: int) -> Any:
+        profile = self.manifest.profile_for(batch)
+        if profile not in self._contexts:
+            context = self._new_context(profile)
+            for name, pointer in self._buffers.items():
+                context.set_tensor_address(name, pointer)
+            self._contexts[profile] = context
+        return self._contexts[profile]
 
     def run(self, tensors: Mapping[str, NDArray]) -> dict[str, NDArray]:
-        """Run one batch; see :meth:`runtime.session.Session.run`."""
-        batch = len(tensors["images"])
-        if batch < self._smallest_batch or (self.max_batch is not None and batch > self.max_batch):
-            raise ValueError(f"{self.name} takes {self._smallest_batch} to {self.max_batch} images, not {batch}")
+        """Run one batch on the profile for its size; see :meth:`runtime.session.Session.run`."""
         self._device.activate()
+        context = self._context_for(len(tensors["images"]))
         # The host arrays must live until the stream is synchronized: the copies are asynchronous.
         inputs = {name: np.ascontiguousarray(tensors[name], self._types[name]) for name in INPUT_NAMES}
         for name, array in inputs.items():
-            self._context.set_input_shape(name, array.shape)
+            context.set_input_shape(name, array.shape)
             self._device.copy_in(self._buffers[name], array)
-        if not self._context.execute_async_v3(self._device.stream):
+        if not context.execute_async_v3(self._device.stream):
             reason = [*self._logger.errors, "no reason was given"][-1]
             raise RuntimeError(f"TensorRT-RTX could not run {self.name}: {reason}")
-        outputs = {
-            name: np.empty(tuple(self._context.get_tensor_shape(name)), self._types[name]) for name in OUTPUT_NAMES
-        }
+        outputs = {name: np.empty(tuple(context.get_tensor_shape(name)), self._types[name]) for name in OUTPUT_NAMES}
         for name, array in outputs.items():
             self._device.copy_out(array, self._buffers[name])
         self._device.synchronize()
         return outputs
 
+    def layer_information(self) -> list[Any]:
+        """What TensorRT-RTX says of each layer of the engine: names, or objects with types and tactics."""
+        import json
+
+        from tensorrt_rtx_bindings import LayerInformationFormat
+
+        self._device.activate()
+        inspector = self._engine.create_engine_inspector()
+        layers = json.loads(inspector.get_engine_information(LayerInformationFormat.JSON)).get("Layers", [])
+        return list(layers)
+
+    def device_memory(self) -> list[int]:
+        """Bytes of intermediate results that a context of each profile holds on the GPU."""
+        return [
+            int(self._engine.get_device_memory_size_for_profile_v2(number))
+            for number in range(len(self.manifest.profiles))
+        ]
+
     def close(self) -> None:
         """Release the model and its memory."""
-        self._context = self._engine = self._runtime = None
+        self._contexts.clear()
+        self._engine = self._runtime = None
         self._device.close()
 
 
-def _check_engine(path: Path, content: bytes, manifest: EngineManifest) -> None:
-    remedy = "build the engine again with `asag build`"
+def read_engine(path: Path) -> tuple[bytes, EngineManifest]:
+    """An engine's bytes and manifest; ValueError when they do not belong together or are of another backend."""
+    manifest = read_manifest(path)
     if manifest.backend != BACKEND:
-        raise ValueError(f"{path} is an engine of {manifest.backend}, which this version cannot run; {remedy}")
+        raise ValueError(f"{path} is an engine of {manifest.backend}, which this version cannot run; {REBUILD}")
+    content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != manifest.engine_sha256:
-        raise ValueError(f"{path} is damaged or is not the engine that its manifest describes; {remedy}")
+        raise ValueError(f"{path} is damaged or is not the engine that its manifest describes; {REBUILD}")
+    return content, manifest
+
+
+def check_target(path: Path, manifest: EngineManifest, gpu: str, capability: tuple[int, int]) -> None:
+    """Raise ValueError, with how to build for it, where the engine is not for this GPU's compute capability."""
+    target = f"sm_{capability[0]}{capability[1]}"
+    if target in manifest.targets or (not manifest.targets and capability >= DEFAULT_LEAST_CAPABILITY):
+        return
+    built_for = ", ".join(manifest.targets) or "sm_80 and later"
+    raise ValueError(f"{path} was built for {built_for}, and {gpu} is {target}; {REBUILD} --target {target}")
 
 
 class _Device:
@@ -137,7 +183,7 @@ class _Device:
             raise BackendUnavailableError(f"there is no GPU {index}; this machine has {count}")
         properties = self._check(runtime.cudaGetDeviceProperties(index))
         self.name = bytes(properties.name).split(b"\0")[0].decode()
-        capability = (properties.major, properties.minor)
+        self.capability = capability = (int(properties.major), int(properties.minor))
         if capability not in RTX_COMPUTE_CAPABILITIES:
             known = ", ".join(f"{major}.{minor}" for major, minor in RTX_COMPUTE_CAPABILITIES)
             raise BackendUnavailableError(

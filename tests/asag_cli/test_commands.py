@@ -175,15 +175,15 @@ def test_bench(asag: Command, workspace: Workspace, tmp_path: Path) -> None:
 def engine(asag: Command, workspace: Workspace) -> Path:
     pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed")
     path = workspace.folder / "model.engine"
-    done = asag("build", workspace.model, "-o", path, "--batch", "1:2:3")
+    done = asag("build", workspace.model, "-o", path, "--batch", "1:3")
     assert (done.code, done.error) == (0, "")
-    assert "batch 1 to 3 (tuned for 2)" in " ".join(done.output.split())
+    assert "batch 1 to 3 (tuned for 1, 3)" in " ".join(done.output.split())
     return path
 
 
 def test_build(engine: Path, workspace: Workspace) -> None:
     manifest = json.loads(Path(f"{engine}.json").read_text())
-    assert manifest["profile"] == [1, 2, 3]
+    assert manifest["profiles"] == [[1, 1, 1], [2, 3, 3]]
     assert manifest["onnx_name"] == workspace.model.name
     assert ModelMetadata.from_properties(manifest["metadata"]).preset == "asag-a-tiny"
 

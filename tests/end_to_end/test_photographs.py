@@ -86,7 +86,7 @@ def test_evaluate(models: tuple[Path, Path], coco_tiny: Path, tmp_path: Path) ->
 def test_engine_builds_for_dynamic_batch(models: tuple[Path, Path], tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed")
     engine = tmp_path / "r50.engine"
-    assert run("build", models[1], "-o", engine, "--batch", "1:1:4") == 0
+    assert run("build", models[1], "-o", engine, "--batch", "1:4") == 0
     manifest = json.loads(Path(f"{engine}.json").read_text())
     assert engine.stat().st_size > 100e6
-    assert manifest["profile"] == [1, 1, 4]
+    assert manifest["profiles"] == [[1, 1, 1], [2, 4, 4]]

@@ -4,12 +4,16 @@ import dataclasses
 import io
 import json
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from runtime.benchmark import benchmark_table, measure
+from runtime.benchmark import benchmark_table, measure, measure_throughput
+from runtime.energy import EnergyMeter
+from runtime.parity import Unavailable
+from runtime.peak_memory import peak_memory_mib
 from tests.runtime.toy_detector import ToySession
 
 
@@ -69,3 +73,49 @@ def test_wrong_options(options: dict[str, int], message: str) -> None:
         measure([ToySession(max_batch=4)], IMAGES, **options)
     with pytest.raises(ValueError, match="at least one model"):
         measure([], IMAGES)
+
+
+def test_throughput_of_every_size_that_a_model_takes() -> None:
+    sessions = [wait(0.01), ToySession(max_batch=2)]
+    rows = measure_throughput(sessions, IMAGES, (1, 4), rounds=4, warmup=0)
+    assert [(row.name, row.batch_size) for row in rows] == [("wait-0.01", 1), ("toy", 1), ("wait-0.01", 4), ("toy", 4)]
+    first, _, batched, refused = rows
+    assert (refused.images_per_second, refused.reason) == (None, "it takes at most 2 images at once")
+    assert first.images_per_second is not None
+    assert batched.images_per_second is not None
+    assert first.low is not None
+    assert first.high is not None
+    assert first.low <= first.images_per_second <= first.high < 101
+    assert batched.images_per_second > 2 * first.images_per_second, "it waits once for a batch"
+    report = measure(sessions, IMAGES, rounds=2, warmup=0)
+    missing = Unavailable("m.engine", "tensorrt-rtx", "fp16", "no driver")
+    report = dataclasses.replace(report, throughput=rows, unavailable=(missing,), peak_memory_mib=(123.4, None))
+    console = Console(file=io.StringIO(), width=100)
+    console.print(benchmark_table(report))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    for expected in ("not taken", "no driver", "123 MiB", "Images per second"):
+        assert expected in text
+    json.dumps(report.to_json(), allow_nan=False)
+
+
+def test_memory_is_that_of_the_model_alone(toy_onnx: Path) -> None:
+    ballast = np.ones(100_000_000)  # 763 MiB that the measured process does not have
+    peak = peak_memory_mib(toy_onnx, threads=1)
+    assert ballast[-1] == 1
+    assert peak is not None
+    assert 20 < peak < 600
+    assert peak_memory_mib(toy_onnx.with_name("none.onnx")) is None
+
+
+@pytest.mark.gpu
+def test_energy_counter_rises() -> None:
+    meter = EnergyMeter.open()
+    if meter is None:
+        pytest.skip("this GPU has no energy counter")
+    before = meter.joules()
+    time.sleep(0.3)
+    assert meter.joules() > before
+
+
+def test_a_session_on_the_cpu_has_no_gpu_energy() -> None:
+    assert all(row.joules_per_image is None for row in measure_throughput([ToySession()], IMAGES, (1,), rounds=1))

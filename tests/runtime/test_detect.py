@@ -43,7 +43,7 @@ def test_writes_json_and_pictures(folder: Path, tmp_path: Path) -> None:
     for path, image in zip(summary.pictures, content["images"], strict=True):
         with Image.open(path) as picture:
             assert picture.size == (image["width"], image["height"])
-    assert seen == [(2, 3), (3, 3)]
+    assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
 def test_records_match_the_session(folder: Path, tmp_path: Path) -> None:

@@ -66,7 +66,9 @@ def test_stream_reads_one_batch_ahead_only() -> None:
 
     stream = ToySession().stream(images(), batch_size=3)  # type: ignore[arg-type]
     next(stream)
-    assert len(read) == 3
+    assert 3 <= len(read) <= 6
+    stream.close()
+    assert len(read) == 6
 
 
 def test_detect_takes_paths_arrays_and_images(tmp_path: Path) -> None:
@@ -84,7 +86,7 @@ def test_wrong_use_of_detect_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 1"):
         session.detect([], batch_size=0)
     with pytest.raises(ValueError, match="list of images"):
-        session.detect("image.png")
+        session.detect(Image.new("RGB", (9, 9)))  # type: ignore[arg-type]
 
 
 def test_fixed_batch_is_known(tmp_path: Path) -> None:

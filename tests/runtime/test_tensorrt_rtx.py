@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from onnx import helper
 
 from runtime import open_session
+from runtime.engine_manifest import batch_profiles, manifest_path, read_manifest
 from runtime.errors import BackendUnavailableError
 from runtime.parity import Unavailable, open_candidate
-from runtime.tensorrt_rtx import BuildResult, build_engine, import_tensorrt_rtx, manifest_path, read_manifest
+from runtime.tensorrt_rtx import BuildResult, build_engine, import_tensorrt_rtx
+from runtime.tensorrt_rtx_session import check_target
 from tests.runtime.toy_detector import ToySession, build_toy_model, toy_metadata
 
 try:
     TENSORRT_RTX = import_tensorrt_rtx()
 except BackendUnavailableError as error:
     pytest.skip(str(error), allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def built_once(tmp_path_factory: pytest.TempPathFactory) -> BuildResult:
+    path = tmp_path_factory.mktemp("engine") / "toy.onnx"
+    onnx.save(build_toy_model(toy_metadata()), path)
+    return build_engine(path, path.with_suffix(".engine"))
 
 
 @pytest.fixture
@@ -32,16 +44,61 @@ def test_build_writes_engine_and_manifest(toy_onnx: Path) -> None:
     reports: list[tuple[str, float]] = []
     engine = toy_onnx.parent / "out" / "toy.engine"
     result = build_engine(
-        toy_onnx, engine, batch=(1, 2, 4), progress=lambda phase, share: reports.append((phase, share))
+        toy_onnx, engine, batch=(1, 2, 5), progress=lambda phase, share: reports.append((phase, share))
     )
     assert engine.stat().st_size == result.engine_bytes > 1000
     assert read_manifest(engine) == result.manifest
-    assert (result.manifest.profile, result.manifest.precision) == ((1, 2, 4), "fp32")
+    assert result.manifest.profiles == ((1, 1, 1), (2, 2, 2), (3, 5, 5))
+    assert (result.manifest.precision, result.manifest.tf32, result.manifest.op_lowering) == ("fp32", False, "inlined")
+    assert result.manifest.onnx_sha256 == hashlib.sha256(toy_onnx.read_bytes()).hexdigest()
+    assert result.manifest.layers["pooling"] == 1
+    assert result.manifest.layer_types["float"] > 3
     assert result.manifest.metadata == toy_metadata()
     assert result.manifest.version == TENSORRT_RTX.__version__
     assert {"inlining functions", "parsing", "built"} <= {phase for phase, _ in reports}
     assert all(0 <= share <= 1 for _, share in reports)
     assert sorted(path.name for path in engine.parent.iterdir()) == ["toy.engine", "toy.engine.json"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [((1,), [(1, 1, 1)]), ((4,), [(1, 4, 4)]), ((1, 4, 16), [(1, 1, 1), (2, 4, 4), (5, 16, 16)])],
+)
+def test_one_profile_per_batch_size(sizes: tuple[int, ...], expected: list[tuple[int, int, int]]) -> None:
+    assert batch_profiles(sizes) == tuple(expected)
+
+
+@pytest.mark.parametrize("sizes", [(), (0, 1), (1, 1, 4), (4, 1)])
+def test_batch_sizes_must_rise(sizes: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="must rise from at least 1"):
+        batch_profiles(sizes)
+
+
+@given(st.lists(st.integers(1, 64), min_size=1, max_size=5, unique=True).map(sorted), st.integers(1, 64))
+def test_a_batch_runs_on_the_profile_of_the_next_size(built_once: BuildResult, sizes: list[int], batch: int) -> None:
+    manifest = dataclasses.replace(built_once.manifest, profiles=batch_profiles(sizes))
+    if batch > sizes[-1]:
+        with pytest.raises(ValueError, match=f"takes 1 to {sizes[-1]} images, not {batch}"):
+            manifest.profile_for(batch)
+    else:
+        assert sizes[manifest.profile_for(batch)] == min(size for size in sizes if size >= batch)
+
+
+def test_targets_and_log(toy_onnx: Path, tmp_path: Path) -> None:
+    log = tmp_path / "build.log"
+    result = build_engine(toy_onnx, tmp_path / "turing.engine", (1,), targets=["sm_75"], log_path=log)
+    assert read_manifest(result.engine_path).targets == ("sm_75",)
+    assert len(log.read_text().splitlines()) > 20
+    assert "warning: " in log.read_text()
+
+
+def test_an_engine_for_another_gpu_says_what_to_build(built: BuildResult) -> None:
+    path, manifest = built.engine_path, built.manifest
+    check_target(path, manifest, "GPU", (8, 6))
+    with pytest.raises(ValueError, match=r"built for sm_80 and later, and RTX 2080 is sm_75; .*--target sm_75"):
+        check_target(path, manifest, "RTX 2080", (7, 5))
+    with pytest.raises(ValueError, match=r"built for sm_86, and RTX 4090 is sm_89; .*--target sm_89"):
+        check_target(path, dataclasses.replace(manifest, targets=("sm_86",)), "RTX 4090", (8, 9))
 
 
 def test_running_says_why_it_cannot_or_runs(built: BuildResult) -> None:
@@ -68,7 +125,13 @@ def test_damaged_engine_is_found_without_a_gpu(built: BuildResult) -> None:
 def test_damaged_manifests_are_refused(built: BuildResult) -> None:
     path = manifest_path(built.engine_path)
     values = json.loads(path.read_text())
-    damaged = ["", "[]", "{", json.dumps(values | {"format": 99}), json.dumps(values | {"profile": [1, "x", 4]})]
+    damaged = [
+        "",
+        "[]",
+        "{",
+        json.dumps(values | {"format": 99}),
+        json.dumps(values | {"profiles": [[1, 1, 1], [3, 4, 4]]}),
+    ]
     damaged += [json.dumps({name: value for name, value in values.items() if name != left_out}) for left_out in values]
     damaged.append(json.dumps(values | {"metadata": {}}))
     for text in damaged:
@@ -99,6 +162,8 @@ def test_inputs_that_cannot_be_built(toy_onnx: Path, tmp_path: Path) -> None:
         build_engine(toy_onnx, tmp_path / "toy.plan")
     with pytest.raises(ValueError, match="batch sizes must rise"):
         build_engine(toy_onnx, engine, batch=(1, 4, 2))
+    with pytest.raises(ValueError, match=r"unknown GPU architecture 'sm_90'.*sm_86"):
+        build_engine(toy_onnx, engine, targets=["sm_90"])
     foreign = tmp_path / "foreign.onnx"
     onnx.save(build_toy_model(None), foreign)
     with pytest.raises(ValueError, match=r"foreign.onnx: not an asag model"):
@@ -109,7 +174,7 @@ def test_inputs_that_cannot_be_built(toy_onnx: Path, tmp_path: Path) -> None:
     onnx.save(build_toy_model(toy_metadata(), batch=2), foreign)
     with pytest.raises(ValueError, match="fixed batch of 2"):
         build_engine(foreign, engine)
-    assert build_engine(foreign, engine, batch=(2, 2, 2)).manifest.profile == (2, 2, 2)
+    assert build_engine(foreign, engine, batch=(2,)).manifest.profiles == ((2, 2, 2),)
 
 
 def test_the_builders_first_error_is_reported(tmp_path: Path) -> None:

@@ -1,0 +1,56 @@
+"""Quantities that must not grow unnoticed: a larger graph or engine is slower on every machine, however fast it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from asag.deploy import DeployedDetector
+from export.model import export_onnx
+from runtime.errors import BackendUnavailableError
+from runtime.tensorrt_rtx import build_engine, import_tensorrt_rtx
+from tests.builders import random_detector, small_config, small_info
+
+# A few nodes above what was measured; lower them when a change makes the graph smaller.
+MOST_NODES = {"adamixer": 590, "sparse_rcnn": 545}
+MOST_NODES_INLINED = {"adamixer": 1420, "sparse_rcnn": 1380}
+MOST_CONVOLUTIONS = 27
+MOST_LOOPS = 2
+MOST_NETWORK_LAYERS = 4600
+
+
+@pytest.fixture(scope="module", params=["adamixer", "sparse_rcnn"])
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    decoder = request.param
+    path = tmp_path_factory.mktemp("guards") / "model.onnx"
+    export_onnx(DeployedDetector(random_detector(small_config(decoder=decoder)), small_info()), path)
+    return decoder, path
+
+
+def test_nodes_of_the_graph(exported: tuple[str, Path]) -> None:
+    import onnx.inliner
+
+    decoder, path = exported
+    model = onnx.load(path)
+    assert len(model.graph.node) <= MOST_NODES[decoder]
+    inlined = onnx.inliner.inline_local_functions(model)
+    assert len(inlined.graph.node) <= MOST_NODES_INLINED[decoder]
+    types = [node.op_type for node in inlined.graph.node]
+    assert types.count("Conv") <= MOST_CONVOLUTIONS
+    assert types.count("Loop") <= MOST_LOOPS, "only the suppression of each probed level is one"
+    # Norms fold into the convolutions; the others have shapes that depend on the data.
+    assert not {"BatchNormalization", "If", "Scan", "NonZero", "NonMaxSuppression"} & set(types)
+
+
+def test_layers_that_the_engine_is_built_from(exported: tuple[str, Path], tmp_path: Path) -> None:
+    decoder, path = exported
+    if decoder != "adamixer":
+        pytest.skip("one engine is enough; a build takes seconds")
+    try:
+        import_tensorrt_rtx()
+    except BackendUnavailableError as error:
+        pytest.skip(str(error))
+    result = build_engine(path, tmp_path / "model.engine")
+    layers = sum(result.manifest.layers.values())  # before fusion; what the builder made of them, only a GPU tells
+    assert 0 < layers <= MOST_NETWORK_LAYERS
