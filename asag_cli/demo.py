@@ -134,8 +134,9 @@ def _compare(
 ) -> DemoResult:
     from runtime.coco_evaluation import open_coco
     from runtime.files import write_json
-    from runtime.parity import compare, open_candidate, parity_table
-    from runtime.report import write_report
+    from runtime.parity import add_stages, compare, open_candidate, parity_table
+    from runtime.report import write_page
+    from runtime.report_document import make_document
     from runtime.session import open_session
 
     _step(5, f"PyTorch against every backend, {VAL_IMAGES} images")
@@ -144,9 +145,12 @@ def _compare(
     with open_session(checkpoint) as reference:
         with progress_bar("comparing") as advance:
             result = compare(reference, opened, dataset, progress=advance)
-        report = write_report(output / "report.html", result, dataset, title="ASAG demo", reference=reference)
+        with progress_bar("stages") as advance:
+            result = add_stages(result, reference, opened, dataset, progress=advance)
+        document = make_document(result, dataset, reference=reference, candidates=opened)
     console.print(parity_table(result))
-    write_json(output / "parity.json", result.to_json())
+    write_json(output / "parity.json", document.to_json())
+    report = write_page(output / "report.html", [document], title="ASAG demo")
     reference_result = result.rows[0].result
     assert reference_result is not None
     return DemoResult(reference_result.ap, report, time.perf_counter() - began)

@@ -18,6 +18,7 @@ from asag_cli.export import export
 from asag_cli.inspect import inspect
 from asag_cli.parity import parity
 from asag_cli.report import report
+from asag_cli.serve import serve_repository
 from asag_cli.train import train
 from asag_cli.zoo import zoo
 
@@ -59,13 +60,14 @@ def asag() -> None:
         asag bench      how fast is each?
         asag report     all of that as one page
         asag inspect    what is in the file?
+        asag serve-repository   model.onnx or model.engine  ->  a Triton model repository
 
     `asag demo` does all of it on a small synthetic dataset. Errors are one line and exit with code 2; set ASAG_DEBUG=1
     to see where one comes from.
     """
 
 
-for command in (train, export, build, detect, evaluate, parity, bench, report, inspect, zoo, data, demo):
+for command in (train, export, build, detect, evaluate, parity, bench, report, inspect, serve_repository, zoo, data, demo):
     asag.add_command(command)
 
 
