@@ -67,7 +67,21 @@ def asag() -> None:
     """
 
 
-for command in (train, export, build, detect, evaluate, parity, bench, report, inspect, serve_repository, zoo, data, demo):
+for command in (
+    train,
+    export,
+    build,
+    detect,
+    evaluate,
+    parity,
+    bench,
+    report,
+    inspect,
+    serve_repository,
+    zoo,
+    data,
+    demo,
+):
     asag.add_command(command)
 
 

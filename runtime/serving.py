@@ -36,8 +36,8 @@ class Raw:
 class ServedModel:
     """What a repository needs to know of a model file.
 
-    ``backend`` is Triton's name of what runs it; ``largest_batch`` the most images at once, 0 for a model whose batch
-    is fixed at one; ``tuned_batches`` the batch sizes that an engine has profiles for.
+    ``backend`` is Triton's name of what runs it; ``largest_batch`` the most images at once; ``tuned_batches`` the
+    batch sizes that an engine has profiles for.
     """
 
     path: Path
@@ -122,7 +122,7 @@ def _served(path: Path, max_batch: int | None) -> ServedModel:
         with open_session(path, threads=1) as session:
             limit = session.max_batch
             found = ServedModel(path, session.metadata, "onnxruntime", limit or LARGEST_DEFAULT_BATCH)
-        if limit is not None and limit > 1:
+        if limit is not None:
             raise ValueError(f"{path} has a fixed batch of {limit}; export it with a dynamic batch")
     else:
         raise ValueError(f"cannot serve {path}: expected .onnx or .engine")
@@ -140,7 +140,7 @@ def configuration(
     metadata, largest = model.metadata, model.largest_batch
     pixels = Raw("TYPE_UINT8" if metadata.input_type == "uint8" else "TYPE_FP32")
     count = metadata.max_detections
-    parameters = {"asag." + key.removeprefix("asag."): value for key, value in metadata.to_properties().items()}
+    parameters = metadata.to_properties()
     if threads is not None and model.backend == "onnxruntime":
         parameters["intra_op_thread_count"] = str(threads)
     batches = sorted({1, largest, *(size for size in model.tuned_batches if size <= largest)})
@@ -170,7 +170,7 @@ def configuration(
     if model.backend == "onnxruntime":
         values["default_model_filename"] = "model.onnx"
     else:
-        values["output"][3].pop("reshape")  # the Python backend gives the shape that is served
+        del values["output"][3]["reshape"]  # the Python backend gives the shape that is served
     return "\n".join(_lines(values)) + "\n"
 
 

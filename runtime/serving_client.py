@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -78,12 +79,8 @@ class TritonSession(Session):
 
 def _import_client(protocol: str) -> Any:
     try:
-        if protocol == "http":
-            import tritonclient.http as library
-        else:
-            import tritonclient.grpc as library
+        return importlib.import_module(f"tritonclient.{protocol}")
     except ImportError:
         raise BackendUnavailableError(
             f"asking a Triton server needs its client: pip install 'tritonclient[{protocol}]'"
         ) from None
-    return library
