@@ -43,7 +43,7 @@ class TargetsType(click.ParamType):
     type=click.Choice(["tensorrt-rtx"]),
     default="tensorrt-rtx",
     show_default=True,
-    help="TensorRT for RTX: its builder needs no GPU; the engine runs on compute capability 7.5, 8.x and 12.x.",
+    help="TensorRT for RTX: its builder needs no GPU; the engine runs on compute capability 8.x and 12.x.",
 )
 @click.option(
     "--batch",
@@ -58,7 +58,7 @@ class TargetsType(click.ParamType):
     "targets",
     type=TargetsType(),
     default=(),
-    help="GPU architectures to build for, such as sm_86,sm_89; sm_80 and later by default. Turing wants sm_75 alone.",
+    help="GPU architectures to build for, such as sm_86,sm_89; sm_80 and later by default.",
 )
 @click.option("--log", type=OUTPUT_FILE, help="File for everything that the builder says.")
 def build(

@@ -29,7 +29,14 @@ CONTINUE_RECIPE = {
 }
 """A few careful steps from trained weights."""
 
-SCRATCH_RECIPE = {"steps": 600, "warmup_steps": 100, "ema_decay": 0.99, "time_limit": 330.0}
+SCRATCH_RECIPE = {
+    "steps": 450,
+    "learning_rate": 1e-3,
+    "backbone_learning_rate": 1e-3,
+    "warmup_steps": 50,
+    "ema_decay": 0.99,
+    "time_limit": 330.0,
+}
 """As much training from nothing as fits the demo's eight minutes."""
 
 

@@ -17,7 +17,7 @@ from asag_cli.console import (
 )
 
 
-@click.command(short_help="Detect objects in images.")
+@click.command(short_help="Detect objects in images and videos.")
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--model", type=EXISTING_FILE, required=True, help="An .onnx, .engine or .safetensors file.")
 @click.option(
@@ -43,10 +43,11 @@ def detect(
     device: str,
     threads: int | None,
 ) -> None:
-    """Detect objects in IMAGES (files or folders).
+    """Detect objects in IMAGES (files, folders of images, videos).
 
-    Writes detections.json (COCO's results format, boxes as x, y, width, height in pixels) and each image with its
-    detections drawn. An image that cannot be read is reported and does not stop the rest; the exit code is then 2.
+    Writes detections.json (COCO's results format, boxes as x, y, width, height in pixels) and each image or frame with
+    its detections drawn. What cannot be read is reported and does not stop the rest; the exit code is then 2. The next
+    batch is read while one runs.
 
     With --stages a picture shows how they came about, side by side (NAME-stages.jpg): the patches that were explored in
     red, the sparse anchors in white, dynamic proposals and final boxes coloured by class.

@@ -22,8 +22,9 @@ from runtime.metadata import ModelMetadata
 
 BACKEND = "tensorrt-rtx"
 
-# Compute capabilities of the GPUs that TensorRT-RTX runs on (Turing, Ampere, Ada, Blackwell RTX).
-RTX_COMPUTE_CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (12, 0), (12, 1))
+# Compute capabilities of the GPUs that TensorRT-RTX runs these models on (Ampere, Ada, Blackwell RTX). It knows Turing
+# (7.5) too, but has no float32 matrix product there, which the anchors' geometry needs in every precision.
+RTX_COMPUTE_CAPABILITIES = ((8, 0), (8, 6), (8, 9), (12, 0), (12, 1))
 TARGETS = tuple(f"sm_{major}{minor}" for major, minor in RTX_COMPUTE_CAPABILITIES)
 """Architectures that an engine can be built for."""
 
@@ -68,9 +69,9 @@ def build_engine(
 
     ``batch`` are the batch sizes to tune for, each with an optimization profile of its own (see
     :func:`runtime.engine_manifest.batch_profiles`); height and width are those of the file. ``targets`` are GPU
-    architectures ("sm_86"); the default runs on compute capability 8.0 and later, and sm_75 (Turing) wants an engine of
-    its own. ``progress`` is called with the phase's name and the fraction done (0..1). All that the builder says goes
-    to ``log_path``, also when it fails. The engine appears at ``engine_path`` whole or not at all, after its manifest.
+    architectures ("sm_86"); the default runs on compute capability 8.0 and later. ``progress`` is called with the
+    phase's name and the fraction done (0..1). All that the builder says goes to ``log_path``, also when it fails. The
+    engine appears at ``engine_path`` whole or not at all, after its manifest.
 
     Raises FileNotFoundError or ValueError for an input that is missing, damaged or not an asag model, ValueError with
     the builder's first error where it refuses the network, and BackendUnavailableError without TensorRT-RTX.
@@ -164,13 +165,13 @@ def _inlined_model(onnx_path: Path) -> tuple[bytes, bytes, ModelMetadata, int | 
 def _check_names(model: Any) -> None:
     """Raise ValueError for names that are no text: the parser would print them to the terminal's dismay."""
     nodes = [*model.graph.node, *(node for function in model.functions for node in function.node)]
-    try:
-        for node in nodes:
-            _ = (node.name, node.op_type, node.domain, *node.input, *node.output, *(a.name for a in node.attribute))
-        for value in (*model.graph.input, *model.graph.output, *model.graph.initializer, *model.graph.value_info):
-            _ = value.name
-    except UnicodeDecodeError:
-        raise ValueError("a name in the file is no text, it is damaged; export it again with `asag export`") from None
+    values = (*model.graph.input, *model.graph.output, *model.graph.initializer, *model.graph.value_info)
+    names = [value.name for value in values]
+    for node in nodes:
+        names += (node.name, node.op_type, node.domain, *node.input, *node.output, *(a.name for a in node.attribute))
+    # The reader gives what is not UTF-8 as bytes.
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError("a name in the file is no text, it is damaged; export it again with `asag export`")
 
 
 def _fixed_batch(model: Any, metadata: ModelMetadata) -> int | None:

@@ -28,6 +28,7 @@ def commands(folder: Path, output: Path) -> dict[str, list[list[object]]]:
     image = folder / "image.png"
     here = folder / "damaged"
     detect = ["detect", image, "-o", output, "--threads", 1, MODEL]
+    serve = ["serve-repository", here / "toy.engine", "-o", output / "repository"]
     return {
         "toy.onnx": [
             [*detect, here / "toy.onnx"],
@@ -36,8 +37,8 @@ def commands(folder: Path, output: Path) -> dict[str, list[list[object]]]:
             ["build", here / "toy.onnx", "-o", output / "new.engine", "--batch", "1"],
             ["serve-repository", here / "toy.onnx", "-o", output / "repository"],
         ],
-        "toy.engine": [[*detect, here / "toy.engine"], ["inspect", here / "toy.engine"]],
-        "toy.engine.json": [[*detect, here / "toy.engine"], ["inspect", here / "toy.engine"]],
+        "toy.engine": [[*detect, here / "toy.engine"], ["inspect", here / "toy.engine"], serve],
+        "toy.engine.json": [[*detect, here / "toy.engine"], ["inspect", here / "toy.engine"], serve],
         "model.safetensors": [[*detect, here / "model.safetensors"], ["inspect", here / "model.safetensors"]],
         "image.png": [["detect", here / "image.png", "-o", output, MODEL, folder / "toy.onnx", "--threads", 1]],
         "image.jpg": [["detect", here / "image.jpg", "-o", output, MODEL, folder / "toy.onnx", "--threads", 1]],
@@ -79,7 +80,8 @@ def fuzz(folder: Path, cases: int, seed: int) -> list[tuple[str, str]]:
     for number in range(cases):
         generator = np.random.default_rng((seed, number))
         name = sorted(table)[number % len(table)]
-        shutil.rmtree(damaged, ignore_errors=True)
+        for place in (damaged, output):
+            shutil.rmtree(place, ignore_errors=True)
         damaged.mkdir()
         if name.startswith("toy.engine"):
             for other in ("toy.engine", "toy.engine.json"):

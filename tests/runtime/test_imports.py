@@ -26,7 +26,20 @@ def test_importing_runtime_imports_no_backend() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["session", "preprocessing", "coco_evaluation", "parity", "benchmark", "report", "detect", "tensorrt_rtx"],
+    [
+        "session",
+        "preprocessing",
+        "coco_evaluation",
+        "parity",
+        "benchmark",
+        "report",
+        "detect",
+        "tensorrt_rtx",
+        "image_source",
+        "inspection",
+        "serving",
+        "serving_client",
+    ],
 )
 def test_modules_do_not_import_torch(module: str) -> None:
     code = f"import runtime.{module}, sys; print([name for name in {HEAVY} if name in sys.modules])"

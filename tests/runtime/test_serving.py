@@ -1,4 +1,4 @@
-"""Model repositories, the model of the Python backend, and the client; a server answers where its client is installed."""
+"""Model repositories, the model of the Python backend, and the client; with tritonclient also over the protocol."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import importlib
 import json
 import re
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -191,10 +193,10 @@ def grpc_server() -> tuple[Any, int]:
             }
             answer = service.ModelInferResponse(model_name="toy", model_version="1")
             for name, array in ToySession().run(tensors).items():
-                array = array.reshape(-1, 1) if array.ndim == 1 else array
-                array = array.astype({"float64": "float32"}.get(array.dtype.name, array.dtype.name))
-                answer.outputs.add(name=name, datatype=names[array.dtype.name], shape=array.shape)
-                answer.raw_output_contents.append(np.ascontiguousarray(array).tobytes())
+                given = array.astype({"float64": "float32"}.get(array.dtype.name, array.dtype.name))
+                given = given.reshape(-1, 1) if given.ndim == 1 else given
+                answer.outputs.add(name=name, datatype=names[given.dtype.name], shape=given.shape)
+                answer.raw_output_contents.append(given.tobytes())
             return answer
 
     server = grpc.server(ThreadPoolExecutor(2))
@@ -214,13 +216,77 @@ def test_a_served_model_is_a_session() -> None:
                 assert np.allclose(found.scores, expected.scores, atol=1e-6)
                 assert np.array_equal(found.labels, expected.labels)
                 assert np.allclose(found.boxes, expected.boxes, atol=1e-4)
-        with pytest.raises(BackendUnavailableError, match="no model other at .*unknown model"):
+        with pytest.raises(BackendUnavailableError, match=r"no model other at .*unknown model"):
             TritonSession(f"127.0.0.1:{port}", "other", "grpc")
     finally:
         server.stop(None)
 
 
-def test_http_goes_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def http_server() -> ThreadingHTTPServer:
+    """The same over HTTP: JSON first, the tensors' bytes after it."""
+    types = {"UINT8": np.uint8, "FP32": np.float32}
+    names = {"float32": "FP32", "int64": "INT64", "int32": "INT32"}
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: Any) -> None: ...
+
+        def answer(self, content: bytes, header: int | None = None) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            if header is not None:
+                self.send_header("Inference-Header-Content-Length", str(header))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def do_GET(self) -> None:
+            assert self.path == "/v2/models/toy/config"
+            parameters = {key: {"string_value": value} for key, value in toy_metadata().to_properties().items()}
+            self.answer(json.dumps({"max_batch_size": 8, "backend": "onnxruntime", "parameters": parameters}).encode())
+
+        def do_POST(self) -> None:
+            content = self.rfile.read(int(self.headers["Content-Length"]))
+            place = int(self.headers["Inference-Header-Content-Length"])
+            tensors = {}
+            for value in json.loads(content[:place])["inputs"]:
+                size = value["parameters"]["binary_data_size"]
+                array = np.frombuffer(content[place : place + size], types[value["datatype"]])
+                tensors[value["name"]] = array.reshape(value["shape"])
+                place += size
+            outputs, parts = [], []
+            for name, array in ToySession().run(tensors).items():
+                given = array.astype({"float64": "float32"}.get(array.dtype.name, array.dtype.name))
+                given = given.reshape(-1, 1) if given.ndim == 1 else given
+                described = {"name": name, "datatype": names[given.dtype.name], "shape": list(given.shape)}
+                outputs.append(described | {"parameters": {"binary_data_size": given.nbytes}})
+                parts.append(given.tobytes())
+            header = json.dumps({"model_name": "toy", "model_version": "1", "outputs": outputs}).encode()
+            self.answer(header + b"".join(parts), len(header))
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
+def test_the_same_over_http() -> None:
+    pytest.importorskip("tritonclient.http", reason="tritonclient[http] is not installed")
+    server = http_server()
+    try:
+        url = f"127.0.0.1:{server.server_port}"
+        with TritonSession(url, "toy") as session:
+            assert (session.backend, session.max_batch, session.metadata) == ("triton-http", 8, toy_metadata())
+            for found, expected in zip(session.detect(PIXELS, 2), ToySession().detect(PIXELS), strict=True):
+                assert np.allclose(found.scores, expected.scores, atol=1e-6)
+                assert np.array_equal(found.labels, expected.labels)
+                assert np.allclose(found.boxes, expected.boxes, atol=1e-4)
+        with pytest.raises(BackendUnavailableError, match="no model other at"):
+            TritonSession(url, "other")
+    finally:
+        server.shutdown()
+
+
+def test_the_client_librarys_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """The client library's calls, answered in the process; the configuration as the server's JSON has it."""
     parameters = {key: {"string_value": value} for key, value in toy_metadata().to_properties().items()}
 

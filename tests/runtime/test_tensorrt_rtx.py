@@ -86,8 +86,8 @@ def test_a_batch_runs_on_the_profile_of_the_next_size(built_once: BuildResult, s
 
 def test_targets_and_log(toy_onnx: Path, tmp_path: Path) -> None:
     log = tmp_path / "build.log"
-    result = build_engine(toy_onnx, tmp_path / "turing.engine", (1,), targets=["sm_75"], log_path=log)
-    assert read_manifest(result.engine_path).targets == ("sm_75",)
+    result = build_engine(toy_onnx, tmp_path / "ada.engine", (1,), targets=["sm_86", "sm_89"], log_path=log)
+    assert read_manifest(result.engine_path).targets == ("sm_86", "sm_89")
     assert len(log.read_text().splitlines()) > 20
     assert "warning: " in log.read_text()
 
@@ -95,8 +95,6 @@ def test_targets_and_log(toy_onnx: Path, tmp_path: Path) -> None:
 def test_an_engine_for_another_gpu_says_what_to_build(built: BuildResult) -> None:
     path, manifest = built.engine_path, built.manifest
     check_target(path, manifest, "GPU", (8, 6))
-    with pytest.raises(ValueError, match=r"built for sm_80 and later, and RTX 2080 is sm_75; .*--target sm_75"):
-        check_target(path, manifest, "RTX 2080", (7, 5))
     with pytest.raises(ValueError, match=r"built for sm_86, and RTX 4090 is sm_89; .*--target sm_89"):
         check_target(path, dataclasses.replace(manifest, targets=("sm_86",)), "RTX 4090", (8, 9))
 
@@ -199,3 +197,15 @@ def test_an_op_without_a_body_never_reaches_the_parser(tmp_path: Path) -> None:
     onnx.save(model, path)
     with pytest.raises(ValueError, match="operators CellScores have no function body"):
         build_engine(path, tmp_path / "bare.engine")
+
+
+def test_a_graph_that_would_end_the_parsers_process_is_refused(tmp_path: Path) -> None:
+    path, engine = tmp_path / "damaged.onnx", tmp_path / "damaged.engine"
+    model = build_toy_model(toy_metadata())
+    model.graph.node[2].input[0] = "nowhere"
+    onnx.save(model, path)
+    with pytest.raises(ValueError, match=r"damaged\.onnx: damaged, export it again .*nowhere"):
+        build_engine(path, engine)
+    path.write_bytes(build_toy_model(toy_metadata()).SerializeToString().replace(b"CellScores", b"Cell\xffcores"))
+    with pytest.raises(ValueError, match="a name in the file is no text"):
+        build_engine(path, engine)
