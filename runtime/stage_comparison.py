@@ -35,8 +35,8 @@ STAGES = (
 """In the order of computation; levels that a model does not probe are missing in its results."""
 
 TOLERANCES = {**dict.fromkeys(STAGES, 1e-5), **dict.fromkeys(("proposals", "head", "detections"), 1e-4)}
-"""For float32. Queries that compete for an object magnify the rounding of their anchors' coordinates, so the stages that
-compare queries get as much room as detections have in parity."""
+"""For float32. Queries that compete for an object magnify the rounding of their anchors' coordinates, so the stages
+that compare queries get as much room as detections have in parity."""
 
 REDUCED_TOLERANCE = 2e-2
 """For files that compute in less than float32: float16 keeps three digits, and several layers add up."""

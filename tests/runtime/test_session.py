@@ -167,3 +167,25 @@ def test_cuda_without_a_cuda_runtime_is_unavailable(toy_onnx: Path) -> None:
 
 def test_public_names_are_those_of_the_session_module() -> None:
     assert open_session is runtime.session.open_session
+
+
+def test_a_file_that_opens_and_does_not_run_is_one_line(tmp_path: Path) -> None:
+    model = build_toy_model(toy_metadata())
+    (indices,) = [tensor for tensor in model.graph.initializer if tensor.name == "swapped"]
+    indices.CopyFrom(onnx.numpy_helper.from_array(np.array([1, 0, 1, 9]), "swapped"))
+    path = tmp_path / "damaged.onnx"
+    onnx.save(model, path)
+    with open_session(path) as session, pytest.raises(ValueError, match=r"cannot run .*damaged\.onnx") as caught:
+        session.detect([noise(40, 60)])
+    assert "\n" not in str(caught.value)
+
+
+def test_outputs_of_a_wrong_shape_are_refused(tmp_path: Path) -> None:
+    model = build_toy_model(toy_metadata())
+    (node,) = [node for node in model.graph.node if node.op_type == "ReduceSum"]
+    node.attribute[0].i = 1
+    model.graph.output[3].type.tensor_type.ClearField("shape")
+    path = tmp_path / "damaged.onnx"
+    onnx.save(model, path)
+    with open_session(path) as session, pytest.raises(ValueError, match=r"gives overflow as int32 \[1, 1\]"):
+        session.detect([noise(40, 60)])
