@@ -66,6 +66,9 @@ class DeployedDetector(nn.Module):
             detector.heads = heads
         if fold_norms:
             fold_batch_norm(self.detector.backbone)
+        # Convolutions are faster on a CPU where a cell's channels lie side by side; results differ by rounding only.
+        for part in (self.detector.backbone, self.detector.neck):
+            part.to(memory_format=torch.channels_last)
         self.register_buffer("mean", torch.tensor(IMAGE_MEAN).reshape(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("scale", 1 / (torch.tensor(IMAGE_STD).reshape(1, 3, 1, 1) * 255), persistent=False)
         self.register_buffer("category_ids", torch.tensor(info.category_ids, dtype=torch.int64), persistent=False)
