@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from asag_cli.console import EXISTING_FILE, OUTPUT_FILE, console, device_option, progress_bar, threads_option
+from asag_cli.console import EXISTING_FILE, HELP, OUTPUT_FILE, console, device_option, progress_bar, threads_option
 
 if TYPE_CHECKING:
     from runtime.parity import Unavailable
@@ -55,7 +55,7 @@ class SizesType(click.ParamType):
         return tuple(dict.fromkeys(map(int, parts)))
 
 
-@click.command(short_help="Latency of models, measured in turn.")
+@click.command(context_settings=HELP, short_help="Latency of models, measured in turn.")
 @click.argument("models", nargs=-1, required=True, type=EXISTING_FILE)
 @click.option("--images", required=True, type=click.Path(path_type=Path), help="An image or a folder of them.")
 @click.option(

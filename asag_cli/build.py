@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from asag_cli.console import EXISTING_FILE, OUTPUT_FILE, console
+from asag_cli.console import EXISTING_FILE, HELP, OUTPUT_FILE, console
 
 
 class BatchType(click.ParamType):
@@ -35,7 +35,7 @@ class TargetsType(click.ParamType):
         return value if isinstance(value, tuple) else tuple(part.strip() for part in str(value).split(","))
 
 
-@click.command(short_help="Build a TensorRT engine from an exported file.")
+@click.command(context_settings=HELP, short_help="Build a TensorRT engine from an exported file.")
 @click.argument("model", type=EXISTING_FILE)
 @click.option("-o", "--output", type=OUTPUT_FILE, required=True, help="The .engine file to write.")
 @click.option(

@@ -13,6 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 console = Console()
 
+HELP = {"help_option_names": ["-h", "--help"]}
+"""Settings of every command, so that each has the same help options however it is called."""
+
 ProgressCallback = Callable[[int, int], None]
 
 

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import click
 
-from asag_cli.console import EXISTING_FILE, FOLDER, console, progress_bar
+from asag_cli.console import EXISTING_FILE, FOLDER, HELP, console, progress_bar
 
 
-@click.group(short_help="Make datasets.")
+@click.group(context_settings=HELP, short_help="Make datasets.")
 def data() -> None:
     """Make datasets in COCO's layout."""
 
 
-@data.command(short_help="Coloured shapes on textured backgrounds.")
+@data.command(context_settings=HELP, short_help="Coloured shapes on textured backgrounds.")
 @click.argument("output", type=FOLDER)
 @click.option("--train-images", type=click.IntRange(1), default=1600, show_default=True, help="Images to train on.")
 @click.option("--val-images", type=click.IntRange(1), default=100, show_default=True, help="Images to evaluate on.")
@@ -38,7 +38,7 @@ def synthetic(output: Path, train_images: int, val_images: int, image_size: int,
     console.print(f"dataset: {output}")
 
 
-@data.command(short_help="CrowdHuman's annotations to COCO's layout.")
+@data.command(context_settings=HELP, short_help="CrowdHuman's annotations to COCO's layout.")
 @click.argument("annotations", type=EXISTING_FILE, nargs=-1, required=True, metavar="ODGT...")
 @click.option("-o", "--output", type=FOLDER, required=True, help="Folder of the dataset to write.")
 @click.option("--images", type=FOLDER, help="Folder of the images.  [default: Images/ beside the annotations]")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from asag_cli.console import EXISTING_FILE, FOLDER, console, progress_bar
+from asag_cli.console import EXISTING_FILE, FOLDER, HELP, console, progress_bar
 
 if TYPE_CHECKING:
     from runtime.parity import Unavailable
@@ -53,7 +53,7 @@ class DemoResult:
     seconds: float
 
 
-@click.command(short_help="All of it on a synthetic dataset, in minutes.")
+@click.command(context_settings=HELP, short_help="All of it on a synthetic dataset, in minutes.")
 @click.option(
     "-o", "--output", type=FOLDER, default=Path("demo-output"), show_default=True, help="Folder for everything."
 )

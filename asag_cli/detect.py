@@ -9,6 +9,7 @@ import click
 from asag_cli.console import (
     EXISTING_FILE,
     FOLDER,
+    HELP,
     console,
     device_option,
     progress_bar,
@@ -17,7 +18,7 @@ from asag_cli.console import (
 )
 
 
-@click.command(short_help="Detect objects in images and videos.")
+@click.command(context_settings=HELP, short_help="Detect objects in images and videos.")
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--model", type=EXISTING_FILE, required=True, help="An .onnx, .engine or .safetensors file.")
 @click.option(

@@ -9,6 +9,7 @@ import click
 from asag_cli.console import (
     EXISTING_FILE,
     FOLDER,
+    HELP,
     OUTPUT_FILE,
     SizeType,
     console,
@@ -19,7 +20,7 @@ from asag_cli.console import (
 )
 
 
-@click.command(short_help="COCO average precision of a model.")
+@click.command(context_settings=HELP, short_help="COCO average precision of a model.")
 @click.argument("model", type=EXISTING_FILE)
 @click.option("--data", type=FOLDER, required=True, help="Dataset in COCO's layout, of the model's classes.")
 @click.option(

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import click
 
-from asag_cli.console import EXISTING_FILE, OUTPUT_FILE, IntegersType, SizeType, console, variant_options
+from asag_cli.console import EXISTING_FILE, HELP, OUTPUT_FILE, IntegersType, SizeType, console, variant_options
 
 
-@click.command(short_help="Write a checkpoint as one ONNX file.")
+@click.command(context_settings=HELP, short_help="Write a checkpoint as one ONNX file.")
 @click.argument("checkpoint", type=EXISTING_FILE)
 @click.option("-o", "--output", type=OUTPUT_FILE, required=True, help="The .onnx file to write.")
 @click.option(

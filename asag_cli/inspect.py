@@ -8,10 +8,10 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from asag_cli.console import EXISTING_FILE, OUTPUT_FILE, console
+from asag_cli.console import EXISTING_FILE, HELP, OUTPUT_FILE, console
 
 
-@click.command(short_help="Show what a model file holds.")
+@click.command(context_settings=HELP, short_help="Show what a model file holds.")
 @click.argument("model", type=EXISTING_FILE)
 @click.option("--json", "json_path", type=OUTPUT_FILE, help="File for the tables as JSON.")
 def inspect(model: Path, json_path: Path | None) -> None:

@@ -10,6 +10,7 @@ import click
 
 from asag_cli.bench import bench
 from asag_cli.build import build
+from asag_cli.console import HELP
 from asag_cli.data import data
 from asag_cli.demo import demo
 from asag_cli.detect import detect
@@ -43,7 +44,7 @@ class OrderedGroup(click.Group):
         return list(self.commands)
 
 
-@click.group(cls=OrderedGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=OrderedGroup, context_settings={**HELP, "max_content_width": 100})
 @click.version_option(package_name="asag")
 def asag() -> None:
     """Train the sparse detector ASAG, export it to ONNX, build engines, and prove that accuracy survived.

@@ -6,10 +6,19 @@ from pathlib import Path
 
 import click
 
-from asag_cli.console import EXISTING_FILE, FOLDER, OUTPUT_FILE, console, device_option, progress_bar, threads_option
+from asag_cli.console import (
+    EXISTING_FILE,
+    FOLDER,
+    HELP,
+    OUTPUT_FILE,
+    console,
+    device_option,
+    progress_bar,
+    threads_option,
+)
 
 
-@click.command(short_help="Does a model give the detections of its reference?")
+@click.command(context_settings=HELP, short_help="Does a model give the detections of its reference?")
 @click.argument("reference", type=EXISTING_FILE)
 @click.argument("candidates", nargs=-1, required=True, type=EXISTING_FILE)
 @click.option("--data", type=FOLDER, required=True, help="Dataset in COCO's layout, of the models' classes.")

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from asag_cli.console import OUTPUT_FILE, console
+from asag_cli.console import HELP, OUTPUT_FILE, console
 
 if TYPE_CHECKING:
     from runtime.charts import Level
 
 
-@click.command(short_help="One HTML page of parity runs and benchmarks.")
+@click.command(context_settings=HELP, short_help="One HTML page of parity runs and benchmarks.")
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=OUTPUT_FILE, help="The page; report.html beside the first run by default.")
 @click.option("--title", default="Parity report", show_default=True, help="Its heading.")

@@ -6,10 +6,14 @@ from pathlib import Path
 
 import click
 
-from asag_cli.console import EXISTING_FILE, FOLDER, console
+from asag_cli.console import EXISTING_FILE, FOLDER, HELP, console
 
 
-@click.command("serve-repository", short_help="Write a model repository for Triton Inference Server.")
+@click.command(
+    "serve-repository",
+    context_settings=HELP,
+    short_help="Write a model repository for Triton Inference Server.",
+)
 @click.argument("model", type=EXISTING_FILE)
 @click.option("-o", "--output", type=FOLDER, required=True, help="The repository: a folder with a folder per model.")
 @click.option("--name", help="Name that the model is served under; its preset by default.")

@@ -8,12 +8,12 @@ from typing import Any
 
 import click
 
-from asag_cli.console import EXISTING_FILE, FOLDER, console
+from asag_cli.console import EXISTING_FILE, FOLDER, HELP, console
 
 DEFAULT_PRESET = "asag-a-r50-1x-100"
 
 
-@click.command(short_help="Train a detector on a dataset in COCO's format.")
+@click.command(context_settings=HELP, short_help="Train a detector on a dataset in COCO's format.")
 @click.option("--preset", help=f"Which detector; `asag zoo` lists them.  [default: {DEFAULT_PRESET}]")
 @click.option(
     "--data",

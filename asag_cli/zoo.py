@@ -6,10 +6,10 @@ from pathlib import Path
 
 import click
 
-from asag_cli.console import EXISTING_FILE, OUTPUT_FILE, console
+from asag_cli.console import EXISTING_FILE, HELP, OUTPUT_FILE, console
 
 
-@click.group(invoke_without_command=True, short_help="The presets and their published accuracy.")
+@click.group(context_settings=HELP, invoke_without_command=True, short_help="The presets and their published accuracy.")
 @click.pass_context
 def zoo(context: click.Context) -> None:
     """List the presets: what they are made of and what the paper reports for them.
@@ -38,7 +38,7 @@ def zoo(context: click.Context) -> None:
     console.print(table)
 
 
-@zoo.command(short_help="Turn a published checkpoint into ours.")
+@zoo.command(context_settings=HELP, short_help="Turn a published checkpoint into ours.")
 @click.argument("published", type=EXISTING_FILE)
 @click.option("-o", "--output", type=OUTPUT_FILE, required=True, help="The .safetensors file to write.")
 @click.option(
