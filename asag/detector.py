@@ -57,10 +57,6 @@ class Detector(nn.Module):
         pyramid = self.neck({f"P{level}": feature for level, feature in enumerate(maps, start=2)})
         return [feature.to(torch.promote_types(feature.dtype, torch.float32)) for feature in pyramid.values()]
 
-    def propose(self, features: list[Tensor], anchors: Tensor, allowed: Tensor, sizes: Tensor) -> Proposals:
-        """Anchors [B, N, 4] (`cxcywh`, pixels) -> dynamic proposals; allowed: [B, 1, N or 1, N] bool."""
-        return self.proposals(features, anchors, allowed, sizes)
-
     def run_head(
         self, name: str, features: list[Tensor], proposals: Proposals, allowed: Tensor, sizes: Tensor
     ) -> HeadOutput:
@@ -79,7 +75,7 @@ class Detector(nn.Module):
         features = self.features(images)
         anchors = self.anchor_generator(features, sizes, capacity)
         allowed = attention_allowed(anchors.valid)
-        proposals = self.propose(features, anchors.boxes, allowed, sizes)
+        proposals = self.proposals(features, anchors.boxes, allowed, sizes)
         return self.run_head(self.config.head, features, proposals, allowed, sizes), anchors
 
     @torch.no_grad()
@@ -97,7 +93,7 @@ class Detector(nn.Module):
         features = self.features(images)
         anchors = self.anchor_generator(features, sizes, capacity)
         allowed = attention_allowed(anchors.valid)
-        proposals = self.propose(features, anchors.boxes, allowed, sizes)
+        proposals = self.proposals(features, anchors.boxes, allowed, sizes)
         found = {"p6_anchors": anchors.fixed.p6, "p5_anchors": anchors.fixed.p5}
         for level, probed in anchors.probed.items():
             name = level.lower()

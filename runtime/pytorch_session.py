@@ -81,7 +81,7 @@ class PyTorchSession(Session):
             features = detector.features(images)
             anchors = detector.anchor_generator(features, sizes, self._deployed.patch_capacity)
             allowed = anchors.valid[:, None, None, :]
-            proposals = detector.propose(features, anchors.boxes, allowed, sizes)
+            proposals = detector.proposals(features, anchors.boxes, allowed, sizes)
             head = detector.config.head
             output = detector.run_head(head, features, proposals, allowed, sizes)
             found = dict(zip(("p2", "p3", "p4", "p5"), features, strict=True))

@@ -80,7 +80,7 @@ def training_outputs(
         boxes = torch.cat((noised.boxes * content_scale(sizes), boxes), dim=1)
         allowed = ~denoising_attention_mask(noised.group, valid).unsqueeze(1)
         outputs["denoising_queries"] = noised.boxes.shape[1]
-    proposals = detector.propose(features, boxes, allowed, sizes)
+    proposals = detector.proposals(features, boxes, allowed, sizes)
     outputs |= {"proposal_logits": proposals.logits, "proposal_boxes": proposals.boxes}
     for name in HEADS:
         head = detector.run_head(name, features, proposals, allowed, sizes)

@@ -46,7 +46,7 @@ def test_proposals_refine_their_anchors() -> None:
     """Specification section 4: `xy += d_xy * 2^z`, `(z, r) += (d_z, d_r)`, over the content's own size."""
     detector = random_detector()
     features, allowed = pyramid(detector.config.size.channels), torch.ones(2, 1, 1, 3, dtype=torch.bool)
-    found = detector.propose(features, anchors(), allowed, SIZES)
+    found = detector.proposals(features, anchors(), allowed, SIZES)
     branches = detector.proposals.branches
     deltas = branches.box_deltas(branches.box_branch(found.queries))
     x, y, z, r = encode_xyzr(anchors()).unbind(-1)
