@@ -168,7 +168,7 @@ def _open_backend(
         if backend.startswith("onnxruntime"):
             kind = device if backend.endswith("cuda") and device != "cpu" else backend.rpartition("-")[2]
             return open_candidate(model, device=kind, threads=threads), model
-        from runtime.tensorrt_rtx import build_engine
+        from runtime.engine_build import build_engine
 
         engine = model.with_suffix(".engine")
         with console.status("building"):

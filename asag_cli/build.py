@@ -70,7 +70,7 @@ def build(
     file (`asag export --precision`); TF32 is off. Beside the engine a manifest (OUTPUT.json) records the digest of the
     ONNX file, versions, precision, batch profiles and the network's layers; `asag inspect` shows it.
     """
-    from runtime.tensorrt_rtx import build_engine
+    from runtime.engine_build import build_engine
 
     with console.status("building") as status:
         result = build_engine(

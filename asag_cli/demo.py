@@ -121,9 +121,9 @@ def _export(checkpoint: Path, path: Path, precision: str) -> Path:
 
 def _build(model: Path, path: Path) -> Path | Unavailable:
     """The engine, or the row that says why there is none."""
+    from runtime.engine_build import build_engine
     from runtime.errors import BackendUnavailableError, one_line
     from runtime.parity import Unavailable
-    from runtime.tensorrt_rtx import build_engine
 
     _step(4, f"building a TensorRT-RTX engine from {model.name} (needs no GPU)")
     try:

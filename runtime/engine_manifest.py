@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
@@ -11,11 +12,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from runtime.engine_backend import BACKENDS
 from runtime.errors import one_line
 from runtime.metadata import ModelMetadata
 
 MANIFEST_FORMAT = 2
 REBUILD = "build the engine again: asag build MODEL.onnx -o MODEL.engine"
+
+DEFAULT_LEAST_CAPABILITY = (8, 0)
+"""What TensorRT-RTX covers when no architecture is named."""
 
 Profile = tuple[int, int, int]
 
@@ -117,6 +122,26 @@ def read_manifest(engine_path: str | os.PathLike[str]) -> EngineManifest:
     given = {name: values[name] for name in names}
     profiles = tuple(tuple(profile) for profile in values["profiles"])
     return EngineManifest(**given | {"profiles": profiles, "targets": tuple(values["targets"]), "metadata": metadata})
+
+
+def read_engine(path: Path) -> tuple[bytes, EngineManifest]:
+    """An engine's bytes and manifest; ValueError when they do not belong together or of an unknown backend."""
+    manifest = read_manifest(path)
+    if manifest.backend not in BACKENDS:
+        raise ValueError(f"{path} is an engine of {manifest.backend}, which this version cannot run; {REBUILD}")
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != manifest.engine_sha256:
+        raise ValueError(f"{path} is damaged or is not the engine that its manifest describes; {REBUILD}")
+    return content, manifest
+
+
+def check_target(path: Path, manifest: EngineManifest, gpu: str, capability: tuple[int, int]) -> None:
+    """Raise ValueError, with how to build for it, where the engine is not for this GPU's compute capability."""
+    target = f"sm_{capability[0]}{capability[1]}"
+    if target in manifest.targets or (not manifest.targets and capability >= DEFAULT_LEAST_CAPABILITY):
+        return
+    built_for = ", ".join(manifest.targets) or "sm_80 and later"
+    raise ValueError(f"{path} was built for {built_for}, and {gpu} is {target}; {REBUILD} --target {target}")
 
 
 def _is_text(value: Any) -> bool:

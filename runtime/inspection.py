@@ -182,7 +182,8 @@ def _tensor_bytes(tensor: Any) -> int:
 
 
 def _inspect_engine(path: Path) -> Inspection:
-    from runtime.tensorrt_rtx_session import TensorRTRTXSession, read_engine
+    from runtime.engine_manifest import read_engine
+    from runtime.engine_session import EngineSession
 
     content, manifest = read_engine(path)
     facts = {
@@ -199,7 +200,7 @@ def _inspect_engine(path: Path) -> Inspection:
     sections.append(_counts("layers before fusion", "layer", manifest.layers))
     sections.append(_counts("element types before fusion", "type", manifest.layer_types))
     try:
-        with contextlib.closing(TensorRTRTXSession(path)) as session:
+        with contextlib.closing(EngineSession(path)) as session:
             sections.append(_engine_memory(session.device_memory()))
             sections.extend(_engine_layers(session.layer_information()))
     except (BackendUnavailableError, ValueError) as error:

@@ -106,7 +106,7 @@ def write_repository(
 def _served(path: Path, max_batch: int | None) -> ServedModel:
     """Read the model file as far as its description goes."""
     if path.suffix.lower() == ".engine":
-        from runtime.tensorrt_rtx_session import read_engine
+        from runtime.engine_manifest import read_engine
 
         if not path.exists():
             raise FileNotFoundError(f"model not found: {path}")

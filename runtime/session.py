@@ -257,14 +257,14 @@ def _open_pytorch(path: Path, options: _Options) -> Session:
     return open_pytorch(path, options.device_kind, options.device_index, options.threads, options.variant)
 
 
-def _open_tensorrt_rtx(path: Path, options: _Options) -> Session:
-    from runtime.tensorrt_rtx_session import TensorRTRTXSession
+def _open_engine(path: Path, options: _Options) -> Session:
+    from runtime.engine_session import EngineSession
 
-    return TensorRTRTXSession(path, options.device_index)
+    return EngineSession(path, options.device_index)
 
 
 _OPENERS: dict[str, Callable[[Path, _Options], Session]] = {
     ".onnx": _open_onnxruntime,
     ".safetensors": _open_pytorch,
-    ".engine": _open_tensorrt_rtx,
+    ".engine": _open_engine,
 }

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from asag.checkpoint import save_detector
+from runtime.engine_build import build_engine
 from runtime.errors import BackendUnavailableError
-from runtime.tensorrt_rtx import build_engine
 from tests.asag_cli.damage import DAMAGES, damage_json
 from tests.asag_cli.fuzz_commands import complaint
 from tests.builders import random_detector, small_config, small_info

@@ -16,10 +16,10 @@ from asag.presets import PRESETS
 from export.model import export_onnx
 from runtime import open_session
 from runtime.agreement import compare_detections
+from runtime.engine_build import build_engine
 from runtime.errors import BackendUnavailableError
 from runtime.metadata import ModelMetadata
 from runtime.pytorch_session import PyTorchSession
-from runtime.tensorrt_rtx import build_engine
 from tests.builders import random_detector, random_picture
 
 INPUT_SIZE = (256, 320)

@@ -8,8 +8,9 @@ import pytest
 
 from asag.deploy import DeployedDetector
 from export.model import export_onnx
+from runtime.engine_backend import TENSORRT_RTX
+from runtime.engine_build import build_engine
 from runtime.errors import BackendUnavailableError
-from runtime.tensorrt_rtx import build_engine, import_tensorrt_rtx
 from tests.builders import random_detector, small_config, small_info
 
 # A few nodes above what was measured; lower them when a change makes the graph smaller.
@@ -48,7 +49,7 @@ def test_layers_that_the_engine_is_built_from(exported: tuple[str, Path], tmp_pa
     if decoder != "adamixer":
         pytest.skip("one engine is enough; a build takes seconds")
     try:
-        import_tensorrt_rtx()
+        TENSORRT_RTX.load()
     except BackendUnavailableError as error:
         pytest.skip(str(error))
     result = build_engine(path, tmp_path / "model.engine")

@@ -34,7 +34,7 @@ def test_importing_runtime_imports_no_backend() -> None:
         "benchmark",
         "report",
         "detect",
-        "tensorrt_rtx",
+        "engine_build",
         "image_source",
         "inspection",
         "serving",

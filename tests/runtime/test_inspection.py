@@ -9,9 +9,9 @@ import onnx
 import pytest
 import safetensors.numpy
 
+from runtime.engine_build import build_engine
 from runtime.errors import BackendUnavailableError
 from runtime.inspection import Inspection, _engine_layers, inspect_file
-from runtime.tensorrt_rtx import build_engine
 from tests.runtime.toy_detector import build_toy_model
 
 

@@ -19,12 +19,12 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from runtime.engine_build import build_engine
 from runtime.errors import BackendUnavailableError
 from runtime.metadata import ModelMetadata
 from runtime.preprocessing import prepare, to_rgb
 from runtime.serving import ServedModel, configuration, write_repository
 from runtime.serving_client import TritonSession
-from runtime.tensorrt_rtx import build_engine
 from tests.runtime.toy_detector import ToySession, build_toy_model, toy_metadata
 
 PIXELS = [np.random.default_rng(number).integers(0, 256, (40 + number, 60, 3), np.uint8) for number in range(5)]

@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 from onnx import helper
 
 from runtime import open_session
-from runtime.engine_manifest import batch_profiles, manifest_path, read_manifest
+from runtime.engine_backend import TENSORRT_RTX
+from runtime.engine_build import BuildResult, build_engine
+from runtime.engine_manifest import batch_profiles, check_target, manifest_path, read_manifest
 from runtime.errors import BackendUnavailableError
 from runtime.parity import Unavailable, open_candidate
-from runtime.tensorrt_rtx import BuildResult, build_engine, import_tensorrt_rtx
-from runtime.tensorrt_rtx_session import check_target
 from tests.runtime.toy_detector import ToySession, build_toy_model, toy_metadata
 
 try:
-    TENSORRT_RTX = import_tensorrt_rtx()
+    TENSORRT_RTX = TENSORRT_RTX.load()
 except BackendUnavailableError as error:
     pytest.skip(str(error), allow_module_level=True)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,20 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.engine_manifest import REBUILD, EngineManifest, read_manifest
+from runtime.engine_backend import TENSORRT_RTX, captured_logger
+from runtime.engine_manifest import REBUILD, check_target, read_engine
 from runtime.errors import BackendUnavailableError
 from runtime.postprocessing import OUTPUT_NAMES
 from runtime.session import INPUT_NAMES, Session
-from runtime.tensorrt_rtx import (
-    BACKEND,
-    DEFAULT_LEAST_CAPABILITY,
-    RTX_COMPUTE_CAPABILITIES,
-    captured_logger,
-    import_tensorrt_rtx,
-)
 
 
-class TensorRTRTXSession(Session):
+class EngineSession(Session):
     """An engine with its buffers, allocated once for the largest batch it takes, and one execution context per profile.
 
     A batch runs on the profile that was tuned for its size. A context is made when its profile is first used, since
@@ -34,7 +27,7 @@ class TensorRTRTXSession(Session):
 
     def __init__(self, path: Path, device_index: int = 0) -> None:
         content, self.manifest = read_engine(path)
-        tensorrt_rtx = import_tensorrt_rtx()
+        tensorrt_rtx = TENSORRT_RTX.load()
         if self.manifest.version != tensorrt_rtx.__version__:
             raise ValueError(
                 f"{path} was built by TensorRT-RTX {self.manifest.version}, this machine has"
@@ -52,7 +45,7 @@ class TensorRTRTXSession(Session):
                 raise ValueError(f"TensorRT-RTX cannot open {path}: {reason}; {REBUILD}")
             super().__init__(
                 name=path.name,
-                backend=BACKEND,
+                backend=TENSORRT_RTX.name,
                 precision=self.manifest.precision,
                 metadata=self.manifest.metadata,
                 versions={"tensorrt-rtx": tensorrt_rtx.__version__, "GPU": self._device.name},
@@ -141,26 +134,6 @@ class TensorRTRTXSession(Session):
         self._device.close()
 
 
-def read_engine(path: Path) -> tuple[bytes, EngineManifest]:
-    """An engine's bytes and manifest; ValueError when they do not belong together or are of another backend."""
-    manifest = read_manifest(path)
-    if manifest.backend != BACKEND:
-        raise ValueError(f"{path} is an engine of {manifest.backend}, which this version cannot run; {REBUILD}")
-    content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != manifest.engine_sha256:
-        raise ValueError(f"{path} is damaged or is not the engine that its manifest describes; {REBUILD}")
-    return content, manifest
-
-
-def check_target(path: Path, manifest: EngineManifest, gpu: str, capability: tuple[int, int]) -> None:
-    """Raise ValueError, with how to build for it, where the engine is not for this GPU's compute capability."""
-    target = f"sm_{capability[0]}{capability[1]}"
-    if target in manifest.targets or (not manifest.targets and capability >= DEFAULT_LEAST_CAPABILITY):
-        return
-    built_for = ", ".join(manifest.targets) or "sm_80 and later"
-    raise ValueError(f"{path} was built for {built_for}, and {gpu} is {target}; {REBUILD} --target {target}")
-
-
 class _Device:
     """A CUDA device with one stream and the memory allocated on it, through cuda-bindings."""
 
@@ -184,8 +157,8 @@ class _Device:
         properties = self._check(runtime.cudaGetDeviceProperties(index))
         self.name = bytes(properties.name).split(b"\0")[0].decode()
         self.capability = capability = (int(properties.major), int(properties.minor))
-        if capability not in RTX_COMPUTE_CAPABILITIES:
-            known = ", ".join(f"{major}.{minor}" for major, minor in RTX_COMPUTE_CAPABILITIES)
+        if capability not in TENSORRT_RTX.capabilities:
+            known = ", ".join(f"{major}.{minor}" for major, minor in TENSORRT_RTX.capabilities)
             raise BackendUnavailableError(
                 f"TensorRT-RTX engines do not run on {self.name} (compute capability {capability[0]}.{capability[1]});"
                 f" they run on {known}"

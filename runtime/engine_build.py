@@ -15,21 +15,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from runtime.engine_backend import TENSORRT_RTX, captured_logger
 from runtime.engine_manifest import EngineManifest, Profile, batch_profiles, manifest_path
 from runtime.errors import BackendUnavailableError, one_line
 from runtime.files import atomic_path, write_json, write_text
 from runtime.metadata import ModelMetadata
-
-BACKEND = "tensorrt-rtx"
-
-# Compute capabilities of the GPUs that TensorRT-RTX runs these models on (Ampere, Ada, Blackwell RTX). It knows Turing
-# (7.5) too, but has no float32 matrix product there, which the anchors' geometry needs in every precision.
-RTX_COMPUTE_CAPABILITIES = ((8, 0), (8, 6), (8, 9), (12, 0), (12, 1))
-TARGETS = tuple(f"sm_{major}{minor}" for major, minor in RTX_COMPUTE_CAPABILITIES)
-"""Architectures that an engine can be built for."""
-
-# What the builder covers when no architecture is named.
-DEFAULT_LEAST_CAPABILITY = (8, 0)
 
 ProgressCallback = Callable[[str, float], None]
 
@@ -43,18 +33,6 @@ class BuildResult:
     engine_bytes: int
     seconds: float
     warnings: tuple[str, ...]
-
-
-def import_tensorrt_rtx() -> Any:
-    """The TensorRT-RTX module; BackendUnavailableError with the way to install it when it is not there."""
-    try:
-        import tensorrt_rtx_bindings
-    except (ImportError, OSError) as error:
-        raise BackendUnavailableError(
-            "TensorRT-RTX is not installed: pip install tensorrt-rtx-cu13-libs tensorrt-rtx-cu13-bindings"
-            f" ({one_line(error, 120)})"
-        ) from None
-    return tensorrt_rtx_bindings
 
 
 def build_engine(
@@ -77,13 +55,15 @@ def build_engine(
     the builder's first error where it refuses the network, and BackendUnavailableError without TensorRT-RTX.
     """
     profiles = batch_profiles(batch)
-    unknown = [target for target in targets if target not in TARGETS]
+    unknown = [target for target in targets if target not in TENSORRT_RTX.targets]
     if unknown:
-        raise ValueError(f"unknown GPU architecture {unknown[0]!r}; TensorRT-RTX builds for {', '.join(TARGETS)}")
+        raise ValueError(
+            f"unknown GPU architecture {unknown[0]!r}; TensorRT-RTX builds for {', '.join(TENSORRT_RTX.targets)}"
+        )
     onnx_path, engine_path = Path(onnx_path), Path(engine_path)
     if engine_path.suffix.lower() != ".engine":
         raise ValueError(f"name the engine with the suffix .engine, not {engine_path.name}")
-    tensorrt_rtx = import_tensorrt_rtx()
+    tensorrt_rtx = TENSORRT_RTX.load()
     started = time.perf_counter()
     _report(progress, "inlining functions", 0.0)
     content, inlined, metadata, fixed_batch = _inlined_model(onnx_path)
@@ -104,13 +84,13 @@ def build_engine(
         if log_path is not None:
             write_text(log_path, "".join(f"{line}\n" for line in logger.lines))
     manifest = EngineManifest(
-        backend=BACKEND,
+        backend=TENSORRT_RTX.name,
         version=tensorrt_rtx.__version__,
         precision=metadata.precision,
         profiles=profiles,
         targets=tuple(targets),
         tf32=False,
-        op_lowering="inlined",
+        op_lowering=TENSORRT_RTX.op_lowering,
         onnx_name=onnx_path.name,
         onnx_sha256=hashlib.sha256(content).hexdigest(),
         engine_sha256=hashlib.sha256(engine).hexdigest(),
@@ -270,28 +250,6 @@ def _parser_error(error: Any) -> str:
 def _report(progress: ProgressCallback | None, phase: str, fraction: float) -> None:
     if progress is not None:
         progress(phase, fraction)
-
-
-def captured_logger(tensorrt_rtx: Any, all_lines: bool = False) -> Any:
-    """A logger that keeps errors and warnings instead of printing them, and with ``all_lines`` everything, in order."""
-
-    class CapturedLogger(tensorrt_rtx.ILogger):
-        def __init__(self) -> None:
-            tensorrt_rtx.ILogger.__init__(self)
-            self.errors: list[str] = []
-            self.warnings: list[str] = []
-            self.lines: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            text = " ".join(message.split())
-            if all_lines:
-                self.lines.append(f"{severity.name.lower()}: {text}")
-            if severity in (tensorrt_rtx.ILogger.Severity.ERROR, tensorrt_rtx.ILogger.Severity.INTERNAL_ERROR):
-                self.errors.append(text)
-            elif severity == tensorrt_rtx.ILogger.Severity.WARNING:
-                self.warnings.append(text)
-
-    return CapturedLogger()
 
 
 def _progress_monitor(tensorrt_rtx: Any, progress: ProgressCallback) -> Any:

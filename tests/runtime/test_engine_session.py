@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from runtime import tensorrt_rtx_session
+from runtime import engine_session
+from runtime.engine_backend import EngineBackend
 from runtime.engine_manifest import EngineManifest, batch_profiles, manifest_path
+from runtime.engine_session import EngineSession
 from runtime.files import write_json
-from runtime.tensorrt_rtx_session import TensorRTRTXSession
 from tests.runtime.toy_detector import ToySession, toy_metadata
 
 VERSION = "1.7"
@@ -109,7 +110,7 @@ class StandInEngine:
 
 
 @pytest.fixture
-def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[TensorRTRTXSession, StandInEngine]:
+def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[EngineSession, StandInEngine]:
     path = tmp_path / "toy.engine"
     path.write_bytes(b"engine")
     manifest = EngineManifest(
@@ -134,10 +135,10 @@ def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[TensorRTRTX
         nptype=lambda dtype: dtype,
         Runtime=lambda logger: SimpleNamespace(deserialize_cuda_engine=lambda content: engine),
     )
-    monkeypatch.setattr(tensorrt_rtx_session, "import_tensorrt_rtx", lambda: module)
-    monkeypatch.setattr(tensorrt_rtx_session, "captured_logger", lambda _: SimpleNamespace(errors=[]))
-    monkeypatch.setattr(tensorrt_rtx_session, "_Device", StandInDevice)
-    session = TensorRTRTXSession(path)
+    monkeypatch.setattr(EngineBackend, "load", lambda self: module)
+    monkeypatch.setattr(engine_session, "captured_logger", lambda _: SimpleNamespace(errors=[]))
+    monkeypatch.setattr(engine_session, "_Device", StandInDevice)
+    session = EngineSession(path)
     engine.session = session
     return session, engine
 
@@ -147,7 +148,7 @@ def batch_of(count: int) -> Mapping[str, NDArray]:
     return {"images": pixels, "sizes": np.full((count, 2), (64, 96), np.float32)}
 
 
-def test_each_batch_runs_on_the_profile_for_its_size(opened: tuple[TensorRTRTXSession, StandInEngine]) -> None:
+def test_each_batch_runs_on_the_profile_for_its_size(opened: tuple[EngineSession, StandInEngine]) -> None:
     session, engine = opened
     assert session.max_batch == 6
     for count in (1, 3, 1, 6, 4, 5, 2):
@@ -157,7 +158,7 @@ def test_each_batch_runs_on_the_profile_for_its_size(opened: tuple[TensorRTRTXSe
     assert engine.runs == [(0, 1), (1, 3), (0, 1), (2, 6), (1, 4), (2, 5), (1, 2)]
 
 
-def test_contexts_and_buffers_are_made_once(opened: tuple[TensorRTRTXSession, StandInEngine]) -> None:
+def test_contexts_and_buffers_are_made_once(opened: tuple[EngineSession, StandInEngine]) -> None:
     session, engine = opened
     for count in (1, 2, 6, 1, 2, 6):
         session.run(batch_of(count))
@@ -166,6 +167,6 @@ def test_contexts_and_buffers_are_made_once(opened: tuple[TensorRTRTXSession, St
     assert len({tuple(sorted(context.addresses.items())) for context in engine.contexts}) == 1
 
 
-def test_too_many_images_are_refused(opened: tuple[TensorRTRTXSession, StandInEngine]) -> None:
+def test_too_many_images_are_refused(opened: tuple[EngineSession, StandInEngine]) -> None:
     with pytest.raises(ValueError, match="takes 1 to 6 images, not 7"):
         opened[0].run(batch_of(7))
