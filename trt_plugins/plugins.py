@@ -9,6 +9,9 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Union
 
+import numpy as np
+from numpy.typing import NDArray
+
 from trt_plugins.compile import FIRST_WITH_TENSOR_CORES, compile_plan
 from trt_plugins.launch import DeviceArray, current_capability, launch
 from trt_plugins.plan import OPERATIONS, Operation, Plan, make_plan
@@ -25,6 +28,10 @@ _TYPE_NAMES = {
     "int64": ("INT64", "INT64"),
 }
 """In `tensorrt.DataType`, and in an autotune combination."""
+
+_ATTRIBUTE_KINDS = {int: NDArray[np.int64], float: NDArray[np.float64]}
+"""A scalar of an ONNX node arrives as an array of one element, which the bindings of TensorRT 10 hand to `int` or `float`;
+NumPy 2.4 and later refuse that. Declared as the array that it is, it arrives in every release."""
 
 _CHANNELS_LAST_FORMATS = {"float32": "HWC", "float16": "HWC8", "bfloat16": "HWC8"}
 _CHANNELS_OF_HWC8 = 8  # channels are padded to a multiple; the kernels know no padding
@@ -67,11 +74,13 @@ def _register(trt: Any, trtp: Any, operation: Operation, capability: int | None)
     first_attribute = len(inputs)
 
     def attributes_of(arguments: Sequence[Any]) -> dict[str, Any]:
-        return dict(zip(attributes, arguments[first_attribute : first_attribute + len(attributes)], strict=True))
+        values = arguments[first_attribute : first_attribute + len(attributes)]
+        return {name: np.asarray(value).item() for name, value in zip(attributes, values, strict=True)}
 
     def describe(*tensors: Any, **values: Any) -> tuple[Any, ...]:
         element = _element_of(trt, operation, tensors)
-        shapes = operation.output_shapes([tuple(tensor.shape_expr) for tensor in tensors], values)
+        numbers = attributes_of([*tensors, *values.values()])
+        shapes = operation.output_shapes([tuple(tensor.shape_expr) for tensor in tensors], numbers)
         return tuple(
             trtp.from_shape_expr(tuple(shape), _data_type(trt, tensor.resolve(element)))
             for tensor, shape in zip(operation.outputs, shapes, strict=True)
@@ -102,7 +111,8 @@ def _register(trt: Any, trtp: Any, operation: Operation, capability: int | None)
     text = Union[str, bytes]  # noqa: UP007
     embedded = tuple[text, text, trtp.KernelLaunchParams, trtp.SymIntExprs]
     tensor_kinds = dict.fromkeys(inputs, trtp.TensorDesc)
-    trtp.register(plugin)(_with_signature(describe, {**tensor_kinds, **dict(operation.attributes)}, result))
+    attribute_kinds = {name: _ATTRIBUTE_KINDS[kind] for name, kind in operation.attributes}
+    trtp.register(plugin)(_with_signature(describe, {**tensor_kinds, **attribute_kinds}, result))
     trtp.autotune(plugin)(_with_signature(combinations, dict.fromkeys((*inputs, "outputs"))))
     trtp.aot_impl(plugin)(_with_signature(embed, dict.fromkeys((*inputs, *attributes, "outputs", "tactic")), embedded))
     trtp.impl(plugin)(_with_signature(execute, dict.fromkeys((*inputs, *attributes, "outputs", "stream"))))
