@@ -29,9 +29,9 @@ _TYPE_NAMES = {
 }
 """In `tensorrt.DataType`, and in an autotune combination."""
 
+# A scalar of an ONNX node arrives as an array of one element, which the bindings of TensorRT 10 hand to `int` or
+# `float`; NumPy 2.4 and later refuse that. Declared as the array that it is, it arrives in every release.
 _ATTRIBUTE_KINDS = {int: NDArray[np.int64], float: NDArray[np.float64]}
-"""A scalar of an ONNX node arrives as an array of one element, which the bindings of TensorRT 10 hand to `int` or `float`;
-NumPy 2.4 and later refuse that. Declared as the array that it is, it arrives in every release."""
 
 _CHANNELS_LAST_FORMATS = {"float32": "HWC", "float16": "HWC8", "bfloat16": "HWC8"}
 _CHANNELS_OF_HWC8 = 8  # channels are padded to a multiple; the kernels know no padding
