@@ -17,6 +17,7 @@ from asag.checkpoint import CheckpointInfo
 from asag.config import IMAGE_MEAN, IMAGE_STD
 from asag.detector import Detector
 from asag.geometry import cxcywh_to_xyxy
+from asag.normalization import ImageNormalization
 
 INPUT_TYPES = ("uint8", "float32")
 
@@ -31,8 +32,6 @@ class DeployedDetector(nn.Module):
     Raises ValueError on a size or type that cannot be.
     """
 
-    mean: Tensor
-    scale: Tensor
     category_ids: Tensor
 
     def __init__(
@@ -69,8 +68,7 @@ class DeployedDetector(nn.Module):
         # Convolutions are faster on a CPU where a cell's channels lie side by side; results differ by rounding only.
         for part in (self.detector.backbone, self.detector.neck):
             part.to(memory_format=torch.channels_last)
-        self.register_buffer("mean", torch.tensor(IMAGE_MEAN).reshape(1, 3, 1, 1) * 255, persistent=False)
-        self.register_buffer("scale", 1 / (torch.tensor(IMAGE_STD).reshape(1, 3, 1, 1) * 255), persistent=False)
+        self.normalize = ImageNormalization()
         self.register_buffer("category_ids", torch.tensor(info.category_ids, dtype=torch.int64), persistent=False)
 
     def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -109,13 +107,6 @@ class DeployedDetector(nn.Module):
         head = self.detector.config.head
         boxes, scores, labels = self.decode(found[f"{head}_logits"], found[f"{head}_boxes"], found["valid"])
         return found | {"boxes": boxes, "scores": scores, "labels": labels}
-
-    def normalize(self, images: Tensor, sizes: Tensor) -> Tensor:
-        """Normalize uint8 RGB and set the padding to zero, as the detector expects it."""
-        height, width = images.shape[-2:]
-        rows = torch.arange(height, device=images.device).reshape(1, 1, -1, 1) < sizes[:, 0].reshape(-1, 1, 1, 1)
-        columns = torch.arange(width, device=images.device).reshape(1, 1, 1, -1) < sizes[:, 1].reshape(-1, 1, 1, 1)
-        return torch.where(rows & columns, (images.float() - self.mean) * self.scale, 0.0)
 
     def describe(self) -> dict[str, Any]:
         """The model's metadata as plain values, by the field names of `runtime.ModelMetadata`."""

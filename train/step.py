@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from asag.config import IMAGE_MEAN, IMAGE_STD
+from asag.normalization import ImageNormalization
 from train.checkpointing import TrainingState
 from train.config import TrainConfig
 from train.criterion import BatchTotals, DetectionCriterion, count_totals
@@ -21,7 +21,7 @@ from train.forward import TrainingForward, count_patches
 from train.processes import Processes
 from train.randomness import Place, image_generators
 from train.timing import PartTimer
-from train.transforms import Batch, normalize_images
+from train.transforms import Batch
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -71,6 +71,7 @@ class StepMaker:
         device: torch.device,
     ) -> None:
         self._state, self._criterion, self._config, self._device = state, criterion, config, device
+        self._normalize = ImageNormalization().to(device)
         self._precision = feature_precision(config, device)
         self.timer = PartTimer(enabled=device.type == "cpu")
         criterion.timer = self.timer
@@ -155,7 +156,7 @@ class StepMaker:
         images = piece.batch.images.to(self._device, non_blocking=True)
         sizes = piece.batch.sizes.to(self._device, non_blocking=True)
         targets = [{name: value.to(self._device) for name, value in target.items()} for target in piece.batch.targets]
-        images = normalize_images(images, sizes, IMAGE_MEAN, IMAGE_STD)
+        images = self._normalize(images, sizes)
         if self._channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         return images, sizes, targets

@@ -1,4 +1,4 @@
-"""Augmentation, batches and normalization of training images."""
+"""Augmentation and batches of training images."""
 
 from __future__ import annotations
 
@@ -118,17 +118,3 @@ def collate(samples: Sequence[Sample]) -> Batch:
         images[index, :, : sizes[index][0], : sizes[index][1]] = sample.pixels
     targets = [Target(boxes=sample.boxes, labels=sample.labels) for sample in samples]
     return Batch(images, torch.tensor(sizes, dtype=torch.float32), targets)
-
-
-def normalize_images(images: Tensor, sizes: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """uint8 [B, 3, H, W] to float32: scaled to 0..1, minus `mean`, divided by `std`, and zero outside the content.
-
-    `sizes` [B, 2] are the contents' (height, width) in pixels. Runs on the images' device.
-    """
-    shape = (1, 3, 1, 1)
-    scaled = images.float().div_(255)
-    scaled.sub_(scaled.new_tensor(mean).view(shape)).div_(scaled.new_tensor(std).view(shape))
-    rows = torch.arange(images.shape[2], device=images.device)
-    columns = torch.arange(images.shape[3], device=images.device)
-    content = (rows < sizes[:, 0, None])[:, :, None] & (columns < sizes[:, 1, None])[:, None, :]
-    return scaled.mul_(content[:, None])

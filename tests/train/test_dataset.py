@@ -9,13 +9,13 @@ from PIL import ExifTags, Image
 from torch.utils.data import DataLoader
 from torchvision.ops import box_convert
 
+from asag.config import IMAGE_MEAN, IMAGE_STD
+from asag.normalization import ImageNormalization
 from runtime.metadata import ModelMetadata
 from runtime.preprocessing import prepare, resize, resized_size
 from train.dataset import DetectionDataset, open_training_split
 from train.loading import StepSampler, make_loader, steps_per_epoch
-from train.transforms import RandomCrop, Sample, TrainingTransform, collate, normalize_images
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from train.transforms import RandomCrop, Sample, TrainingTransform, collate
 
 
 def write_dataset(root, images, annotations, categories=({"id": 2, "name": "cat"}, {"id": 7, "name": "dog"})):
@@ -48,8 +48,8 @@ def metadata(input_type):
         input_type=input_type,
         shorter_side=96,
         longer_side=128,
-        mean=MEAN,
-        std=STD,
+        mean=IMAGE_MEAN,
+        std=IMAGE_STD,
         category_ids=(1,),
         category_names=("thing",),
         nms_iou=None,
@@ -201,7 +201,7 @@ def test_training_and_inference_see_the_same_pixels(height, width):
         if input_type == "uint8":
             assert torch.equal(found, batch.images)
         else:
-            torch.testing.assert_close(found, normalize_images(batch.images, batch.sizes, MEAN, STD))
+            torch.testing.assert_close(found, ImageNormalization()(batch.images, batch.sizes))
 
 
 @given(sizes=st.lists(st.tuples(st.integers(1, 90), st.integers(1, 90)), min_size=1, max_size=4))
@@ -218,10 +218,10 @@ def test_batches_pad_to_multiples_of_32_with_normalized_zeros(sizes):
     assert width - max(w for _, w in sizes) < 32
     assert batch.sizes.tolist() == [list(map(float, size)) for size in sizes]
     assert [int(target["labels"]) for target in batch.targets] == list(range(len(sizes)))
-    normalized = normalize_images(batch.images, batch.sizes, MEAN, STD)
+    normalized = ImageNormalization()(batch.images, batch.sizes)
     for index, (h, w) in enumerate(sizes):
         content = normalized[index, :, :h, :w]
-        expected = (200 / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
+        expected = (200 / 255 - torch.tensor(IMAGE_MEAN)) / torch.tensor(IMAGE_STD)
         torch.testing.assert_close(content, expected[:, None, None].expand_as(content))
         assert normalized[index, :, h:].count_nonzero() == normalized[index, :, :, w:].count_nonzero() == 0
 
