@@ -121,6 +121,9 @@ class TrainConfig:
     """A checkpoint of this toolkit to start from."""
     backbone_weights: Path | None = None
     """A backbone's weights (torchvision's or CrossCL's names) to start from."""
+    learn_norms: bool | None = None
+    """Train the whole backbone and let its norms learn their statistics, as a start from random weights needs; None
+    as the preset has it: `asag-a-tiny` does, the published detectors keep those of ImageNet."""
 
     resume: bool = False
     """Continue the run in `output` from its last checkpoint."""

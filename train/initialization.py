@@ -34,7 +34,11 @@ def starting_detector(config: TrainConfig, dataset: DetectionDataset) -> tuple[D
     section 2). Raises what reading the named files raises, and ValueError when they do not fit.
     """
     preset = find_preset(config.preset)
-    detector = build_detector(dataclasses.replace(preset.config, num_classes=len(dataset.category_ids)))
+    learn_norms = preset.config.train_batch_statistics if config.learn_norms is None else config.learn_norms
+    chosen = dataclasses.replace(
+        preset.config, num_classes=len(dataset.category_ids), train_batch_statistics=learn_norms
+    )
+    detector = build_detector(chosen)
     info = CheckpointInfo(
         preset=config.preset,
         category_ids=dataset.category_ids,
@@ -52,7 +56,7 @@ def starting_detector(config: TrainConfig, dataset: DetectionDataset) -> tuple[D
         if config.backbone_weights is None and config.initial_weights is None and not config.resume:
             logger.warning(
                 "the backbone of %s starts from random weights and its norms stay as they are: name its weights"
-                " for a detector that is to be used",
+                " (--backbone-weights), or let them learn (--set learn_norms=true)",
                 config.preset,
             )
         detector.backbone.freeze_first_stages()
