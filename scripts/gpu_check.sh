@@ -35,11 +35,18 @@ if command -v compute-sanitizer >/dev/null; then
 fi
 step pytorch "$python" scripts/gpu_latency.py "$checkpoint" --json "$output/pytorch.json"
 step libnvinfer find / -xdev -name 'libnvinfer*' -not -path '/proc/*'
+step data "$python" -m asag_cli.main data synthetic "$output/data" --train-images 1 --val-images 100
 step export "$python" -m asag_cli.main export "$checkpoint" -o "$output/model.onnx"
 step rtx-build "$python" -m asag_cli.main build "$output/model.onnx" -o "$output/model.engine"
-step data "$python" -m asag_cli.main data synthetic "$output/data" --train-images 1 --val-images 100
+step trt-build "$python" -m asag_cli.main build "$output/model.onnx" -o "$output/tensorrt.engine" --backend tensorrt \
+    --batch 1:4 --timing-cache "$output/timings" --log "$output/trt-build-messages.log"
+step trt-inspect "$python" -m asag_cli.main inspect "$output/tensorrt.engine" --json "$output/tensorrt-layers.json"
+step trt-build-int8 "$python" -m asag_cli.main build "$output/model.onnx" -o "$output/tensorrt-int8.engine" \
+    --backend tensorrt --batch 1 --precision int8 --calibration "$output/data/val2017" --timing-cache "$output/timings"
 step parity "$python" -m asag_cli.main parity "$checkpoint" "$output/model.onnx" "$output/model.engine" \
     --data "$output/data" --device cuda --json "$output/parity.json" --report "$output/parity.html"
+step trt-parity "$python" -m asag_cli.main parity "$checkpoint" "$output/tensorrt.engine" "$output/tensorrt-int8.engine" \
+    --data "$output/data" --device cuda --json "$output/trt-parity.json" --report "$output/trt-parity.html"
 step bench "$python" -m asag_cli.main bench "$checkpoint" "$output/model.onnx" --images "$output/data/val2017" \
     --device cuda --json "$output/bench.json"
 step profile "$python" -m train.profile --batch-size 16 --steps 10 --json "$output/profile.json"
