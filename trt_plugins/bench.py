@@ -225,20 +225,22 @@ def _torchvision(inputs: list[Any]) -> Callable[[], Any]:
     return lambda: align(maps, list(corners), shape)
 
 
-def op_model(name: str, shapes: Sequence[Sequence[int]], attributes: Mapping[str, Any]) -> bytes:
-    """A serialized ONNX model of one op's node with its body, float32."""
+def op_model(
+    name: str, shapes: Sequence[Sequence[int]], attributes: Mapping[str, Any], element: str = "float32"
+) -> bytes:
+    """A serialized ONNX model of one op's node with its body; `element` ("float32" or "float16") is the maps' type."""
     from onnx import TensorProto, helper
 
     from export.functions import HELPER_FUNCTIONS, OP_FUNCTIONS
     from export.functions.domain import DOMAIN, DOMAIN_VERSION, OPSET_VERSION
 
     operation = OPERATIONS[name]
-    types = {"float32": TensorProto.FLOAT, "bool": TensorProto.BOOL}
+    types = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bool": TensorProto.BOOL}
     types |= {"int32": TensorProto.INT32, "int64": TensorProto.INT64}
 
     def describe_values(tensors: Sequence[Tensor], sizes: Sequence[Sequence[int]]) -> list[Any]:
         return [
-            helper.make_tensor_value_info(tensor.name, types[tensor.resolve("float32")], size)
+            helper.make_tensor_value_info(tensor.name, types[tensor.resolve(element)], size)
             for tensor, size in zip(tensors, sizes, strict=True)
         ]
 

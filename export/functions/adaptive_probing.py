@@ -70,5 +70,5 @@ def AdaptiveProbing(anchors, valid, feature, sizes, stride: int, capacity: int):
     row = (image * map_height + op.Min(cell_y, map_height - 1)) * map_width + op.Min(cell_x, map_width - 1)
     rows = op.Flatten(op.Transpose(feature, perm=[0, 2, 3, 1]), axis=3)
     cells = op.Gather(rows, row, axis=0)
-    patches = op.Where(op.Unsqueeze(inside, last), cells, 0.0)
+    patches = op.Where(op.Unsqueeze(inside, last), cells, op.CastLike(0.0, feature))
     return patches, corners, taken, candidate, overflow

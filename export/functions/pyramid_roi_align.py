@@ -55,9 +55,10 @@ def PyramidRoIAlign(p2, p3, p4, p5, boxes):  # noqa: N802
     row = origin + y * op.Unsqueeze(width, [2, 3, 4, 5]) + x
     bins = op.Concat(batch_queries, [49, 16], axis=0)
     rows = op.Reshape(cells, op.Concat([-1], channels, axis=0))
-    taps = op.Gather(rows, op.Reshape(row, bins), axis=0)
+    # Maps may be of half precision: sums are float32, the result has the maps' type.
+    taps = op.Cast(op.Gather(rows, op.Reshape(row, bins), axis=0), to=TensorProto.FLOAT)
     weight = op.Unsqueeze(op.Reshape(weight_y * weight_x, bins), [3])
     pooled = op.Squeeze(op.MatMul(weight, taps), [3])
     result = op.Transpose(pooled, perm=[0, 1, 3, 2])
-    rois = op.Reshape(result, op.Concat(batch_queries, channels, [7, 7], axis=0))
+    rois = op.CastLike(op.Reshape(result, op.Concat(batch_queries, channels, [7, 7], axis=0)), p2)
     return rois

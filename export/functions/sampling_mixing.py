@@ -47,13 +47,15 @@ def SamplingMixing(p2, p3, p4, p5, points, parameters, mixed_points: int):  # no
     row = (image * cell_count + first + index_y + index_x) * groups + group
     taps = op.Concat(places, [16], axis=0)
     rows = op.Reshape(cells, op.Concat([-1], per_group, axis=0))
-    gathered = op.Gather(rows, op.Reshape(row, taps), axis=0)
+    # Maps and parameters may be of half precision: products and norms are float32, the result has the maps' type.
+    gathered = op.Cast(op.Gather(rows, op.Reshape(row, taps), axis=0), to=TensorProto.FLOAT)
     weight = op.Unsqueeze(op.Reshape(op.Unsqueeze(weight_y, [6]) * op.Unsqueeze(weight_x, [5]), taps), [4])
     samples = op.Squeeze(op.MatMul(weight, gathered), [4])
 
     mixed_count = op.Reshape(op.Constant(value_int=mixed_points), op.Constant(value_ints=[1]))
     channel_size = per_group * per_group
-    by_group = op.Reshape(parameters, op.Concat(batch_queries, groups, [-1], axis=0))
+    matrices = op.Cast(parameters, to=TensorProto.FLOAT)
+    by_group = op.Reshape(matrices, op.Concat(batch_queries, groups, [-1], axis=0))
     channel_part = op.Slice(by_group, [0], channel_size, [3])
     point_part = op.Slice(by_group, channel_size, op.Shape(by_group, start=3, end=4), [3])
     group_shape = op.Concat(batch_queries, groups, axis=0)
@@ -65,5 +67,5 @@ def SamplingMixing(p2, p3, p4, p5, points, parameters, mixed_points: int):  # no
     outer = op.Expand(1.0, op.Concat(mixed_count, per_group, axis=0))
     mixed = op.Gelu(op.LayerNormalization(op.MatMul(samples, channel_matrix), inner, axis=-2, epsilon=1e-5))
     mixed = op.Gelu(op.LayerNormalization(op.MatMul(point_matrix, mixed), outer, axis=-2, epsilon=1e-5))
-    flat = op.Reshape(mixed, op.Concat(batch_queries, [-1], axis=0))
+    flat = op.CastLike(op.Reshape(mixed, op.Concat(batch_queries, [-1], axis=0)), p2)
     return flat

@@ -17,11 +17,16 @@ from asag.ops import (
     sampling_mixing_definition,
 )
 from trt_plugins.bench import op_model
+from trt_plugins.plan import OPERATIONS
 
 
-def run_body(name: str, inputs: list[Array], attributes: dict[str, Any] | None = None) -> list[Array]:
-    """The op as the only node of a model."""
-    model = op_model(name, [array.shape for array in inputs], attributes or {})
+def run_body(
+    name: str, inputs: list[Array], attributes: dict[str, Any] | None = None, element: str = "float32"
+) -> list[Array]:
+    """The op as the only node of a model; what is of the maps' type is rounded to `element` first."""
+    kinds = [tensor.resolve(element) for tensor in OPERATIONS[name].inputs]
+    inputs = [array.astype(kind) for array, kind in zip(inputs, kinds, strict=True)]
+    model = op_model(name, [array.shape for array in inputs], attributes or {}, element)
     onnx.checker.check_model(onnx.ModelProto.FromString(model))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
@@ -69,3 +74,26 @@ def test_sampling_mixing(finest: tuple[int, int]) -> None:
     expected = sampling_mixing_definition(*tensors(*inputs), 32).numpy()
     actual = run_body("SamplingMixing", inputs, {"mixed_points": 32})[0]
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_maps_of_half_precision() -> None:
+    """The bodies take float16 maps and parameters, compute in float32 and give float16, as the kernels do."""
+    probing = probing_inputs(4, count=120)
+    patches = run_body("AdaptiveProbing", probing, {"stride": 16, "capacity": 5}, "float16")[0]
+    expected = adaptive_probing_definition(*tensors(*probing), 16, 5).patches.numpy()
+    assert patches.dtype == np.float16
+    np.testing.assert_array_equal(patches, expected.astype(np.float16))
+
+    random = np.random.default_rng(2)
+    aligning = [*pyramid(random, 2, 8, (40, 56)), roi_boxes(random, 2, 20, 200)]
+    mixing = mixing_inputs(2, 2, 3, (4, 16, 16, 32), (16, 24))
+    for name, inputs, attributes, definition in (
+        ("PyramidRoIAlign", aligning, {}, pyramid_roi_align_definition),
+        ("SamplingMixing", mixing, {"mixed_points": 32}, sampling_mixing_definition),
+    ):
+        actual = run_body(name, inputs, attributes, "float16")[0]
+        kinds = [tensor.resolve("float16") for tensor in OPERATIONS[name].inputs]
+        rounded = [array.astype(kind).astype(np.float32) for array, kind in zip(inputs, kinds, strict=True)]
+        expected = definition(*tensors(*rounded), *attributes.values()).numpy()  # type: ignore[operator]
+        assert actual.dtype == np.float16
+        np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-3, err_msg=name)
