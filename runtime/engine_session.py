@@ -1,206 +1,176 @@
-"""Running a TensorRT-RTX engine on an RTX GPU."""
+"""Running a TensorRT or TensorRT-RTX engine on an NVIDIA GPU."""
 
 from __future__ import annotations
 
+import json
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from runtime.engine_backend import TENSORRT_RTX, captured_logger
-from runtime.engine_manifest import REBUILD, check_target, read_engine
+from runtime.device_memory import DEFAULT_STREAM, CudaDevice, DeviceArray, check_array, stream_handle
+from runtime.engine_backend import BACKENDS, EngineBackend, captured_logger
+from runtime.engine_execution import ExecutionSlot, LoadedEngine
+from runtime.engine_manifest import REBUILD, EngineManifest, check_target, read_engine
 from runtime.errors import BackendUnavailableError
 from runtime.postprocessing import OUTPUT_NAMES
-from runtime.session import INPUT_NAMES, Session
+from runtime.session import INPUT_NAMES, Pending, Session
 
 
 class EngineSession(Session):
-    """An engine with its buffers, allocated once for the largest batch it takes, and one execution context per profile.
+    """An engine on a GPU, working on up to ``contexts`` batches at once, each with stream, buffers and contexts.
 
-    A batch runs on the profile that was tuned for its size. A context is made when its profile is first used, since
-    each holds memory for its intermediate results. Opening checks the file against its manifest before anything else,
-    so that a damaged engine is reported as such also on a machine that could not run it. Raises BackendUnavailableError
-    without an RTX GPU.
+    All memory of the session is allocated when it opens, for the largest batch; execution contexts and CUDA graphs are
+    made when a batch size first and second runs. After that a batch costs no allocation on the GPU and no wait but the
+    one for its own results. More threads than ``contexts`` wait for one another. Opening checks the file against its
+    manifest before anything else, so that a damaged engine is reported as such also on a machine that could not run it.
+
+    Raises BackendUnavailableError without the runtime that built the engine or a GPU that it supports, and ValueError
+    for an engine that is damaged, of another version or for another GPU.
     """
 
-    def __init__(self, path: Path, device_index: int = 0) -> None:
+    def __init__(self, path: Path, device_index: int = 0, contexts: int = 2) -> None:
         content, self.manifest = read_engine(path)
-        tensorrt_rtx = TENSORRT_RTX.load()
-        if self.manifest.version != tensorrt_rtx.__version__:
-            raise ValueError(
-                f"{path} was built by TensorRT-RTX {self.manifest.version}, this machine has"
-                f" {tensorrt_rtx.__version__}; {REBUILD}"
-            )
-        self._device = _Device(device_index)
-        self._contexts: dict[int, Any] = {}
+        backend = BACKENDS[self.manifest.backend]
+        module = backend.load()
+        _check_version(path, self.manifest, backend, module)
+        self._device = CudaDevice(device_index)
+        self._engine: LoadedEngine | None = None
+        self._slots: list[ExecutionSlot] = []
+        self._choosing = threading.Lock()
         try:
+            _check_support(backend, self._device)
             check_target(path, self.manifest, self._device.name, self._device.capability)
-            self._logger = captured_logger(tensorrt_rtx)
-            self._runtime = tensorrt_rtx.Runtime(self._logger)
-            self._engine: Any = self._runtime.deserialize_cuda_engine(content)
-            if self._engine is None:
-                reason = [*self._logger.errors, "no reason was given"][0]
-                raise ValueError(f"TensorRT-RTX cannot open {path}: {reason}; {REBUILD}")
             super().__init__(
                 name=path.name,
-                backend=TENSORRT_RTX.name,
+                backend=backend.name,
                 precision=self.manifest.precision,
                 metadata=self.manifest.metadata,
-                versions={"tensorrt-rtx": tensorrt_rtx.__version__, "GPU": self._device.name},
+                versions={backend.name: module.__version__, "GPU": self._device.name},
                 max_batch=self.manifest.largest_batch,
             )
-            self._allocate(tensorrt_rtx)
+            self.batches_in_flight = min(contexts, 2)  # enough to overlap; the rest is for other threads
+            self._engine = self._load(path, content, backend, module)
+            for _ in range(contexts):
+                self._slots.append(ExecutionSlot(self._engine, self._device))
         except BaseException:
-            self._device.close()
+            self.close()
             raise
 
-    def _allocate(self, tensorrt_rtx: Any) -> None:
-        """Device buffers for every input and output at the largest batch; every context uses them."""
-        self._types: dict[str, np.dtype] = {}
-        self._buffers: dict[str, int] = {}
-        last = len(self.manifest.profiles) - 1
-        context = self._new_context(last)
-        for name in INPUT_NAMES:
-            context.set_input_shape(name, self._engine.get_tensor_profile_shape(name, last)[2])
-        for name in (*INPUT_NAMES, *OUTPUT_NAMES):
-            dtype = np.dtype(tensorrt_rtx.nptype(self._engine.get_tensor_dtype(name)))
-            shape = tuple(context.get_tensor_shape(name))
-            if min(shape, default=0) < 0:
-                raise ValueError(f"{self.manifest.onnx_name}: the shape {shape} of {name} depends on the data")
-            self._types[name] = dtype
-            self._buffers[name] = self._device.allocate(int(np.prod(shape)) * dtype.itemsize)
-            context.set_tensor_address(name, self._buffers[name])
-        self._contexts[last] = context
+    def _load(self, path: Path, content: bytes, backend: EngineBackend, module: Any) -> LoadedEngine:
+        logger = captured_logger(module)
+        # The runtime must outlive the engine.
+        self._runtime = module.Runtime(logger)
+        engine = self._runtime.deserialize_cuda_engine(content)
+        if engine is None:
+            reason = [*logger.errors, "no reason was given"][0]
+            raise ValueError(f"{backend.title} cannot open {path}: {reason}; {REBUILD}")
+        return LoadedEngine(module, engine, self.manifest, logger)
 
-    def _new_context(self, profile: int) -> Any:
-        context = self._engine.create_execution_context()
-        if context is None or not context.set_optimization_profile_async(profile, self._device.stream):
-            reason = [*self._logger.errors, "no reason was given"][0]
-            raise ValueError(f"TensorRT-RTX cannot run {self.name} for batches of this size: {reason}; {REBUILD}")
-        self._device.synchronize()
-        return context
+    @property
+    def graph_failure(self) -> str | None:
+        """Why batches are enqueued kernel by kernel, not as CUDA graphs; None where nothing kept them from graphs."""
+        return self._opened.graph_failure
 
-    def _context_for(self, batch: int) -> Any:
-        profile = self.manifest.profile_for(batch)
-        if profile not in self._contexts:
-            context = self._new_context(profile)
-            for name, pointer in self._buffers.items():
-                context.set_tensor_address(name, pointer)
-            self._contexts[profile] = context
-        return self._contexts[profile]
+    @property
+    def _opened(self) -> LoadedEngine:
+        if self._engine is None:
+            raise ValueError(f"{self.name} is closed; open it again")
+        return self._engine
+
+    def _slot(self) -> ExecutionSlot:
+        """Of the slots with nothing to fetch the one used last, which has its graphs; else the one started first."""
+        with self._choosing:
+            slot = next((slot for slot in self._slots if slot.is_free), self._slots[-1])
+            self._slots.remove(slot)
+            self._slots.insert(0, slot)
+            return slot
 
     def run(self, tensors: Mapping[str, NDArray]) -> dict[str, NDArray]:
         """Run one batch on the profile for its size; see :meth:`runtime.session.Session.run`."""
+        return self.submit(tensors).result()
+
+    def submit(self, tensors: Mapping[str, NDArray]) -> Pending:
+        """Start one batch and return before it is done; see :meth:`runtime.session.Session.submit`."""
+        self._check_inputs(tensors)
+        return self._slot().start(tensors)
+
+    def run_on_device(
+        self, tensors: Mapping[str, Any], outputs: Mapping[str, Any] | None = None, stream: Any = 0
+    ) -> dict[str, DeviceArray]:
+        """Run one batch between arrays on the GPU; see :meth:`runtime.session.Session.run_on_device`.
+
+        Returns before the batch is done: use the results on ``stream``, or wait for it.
+        """
+        inputs = {name: DeviceArray.of(name, tensors[name]) for name in INPUT_NAMES}
+        batch = self._check_inputs(inputs)
+        handle = stream_handle(stream)
+        results = self._outputs_on_device(batch, outputs, handle or DEFAULT_STREAM)
+        after = {handle, *(array.stream for array in inputs.values() if array.stream is not None)}
+        self._slot().start_on_device(inputs, results, after, handle)
+        return results
+
+    def _outputs_on_device(self, batch: int, given: Mapping[str, Any] | None, stream: int) -> dict[str, DeviceArray]:
+        """Arrays for the results: the caller's own, or memory that belongs to the arrays."""
         self._device.activate()
-        context = self._context_for(len(tensors["images"]))
-        # The host arrays must live until the stream is synchronized: the copies are asynchronous.
-        inputs = {name: np.ascontiguousarray(tensors[name], self._types[name]) for name in INPUT_NAMES}
-        for name, array in inputs.items():
-            context.set_input_shape(name, array.shape)
-            self._device.copy_in(self._buffers[name], array)
-        if not context.execute_async_v3(self._device.stream):
-            reason = [*self._logger.errors, "no reason was given"][-1]
-            raise RuntimeError(f"TensorRT-RTX could not run {self.name}: {reason}")
-        outputs = {name: np.empty(tuple(context.get_tensor_shape(name)), self._types[name]) for name in OUTPUT_NAMES}
-        for name, array in outputs.items():
-            self._device.copy_out(array, self._buffers[name])
-        self._device.synchronize()
-        return outputs
+        results = {}
+        for name in OUTPUT_NAMES:
+            shape, dtype = self._opened.tensors[name]
+            if given is None:
+                results[name] = self._device.allocate_array((batch, *shape), dtype, stream)
+            else:
+                array = DeviceArray.of(name, given[name])
+                check_array(name, array, (batch, *shape), dtype)
+                results[name] = DeviceArray(array.pointer, array.shape, dtype, stream, array.owner)
+        return results
+
+    def _check_inputs(self, tensors: Mapping[str, Any]) -> int:
+        """The batch size; ValueError unless shapes and types are those of the engine and a profile takes the batch."""
+        specifications = self._opened.tensors
+        batch = int(tensors["images"].shape[0])
+        self.manifest.profile_for(batch)
+        for name in INPUT_NAMES:
+            shape, dtype = specifications[name]
+            check_array(name, tensors[name], (batch, *shape), dtype)
+        return batch
 
     def layer_information(self) -> list[Any]:
-        """What TensorRT-RTX says of each layer of the engine: names, or objects with types and tactics."""
-        import json
-
-        from tensorrt_rtx_bindings import LayerInformationFormat
-
+        """What the runtime says of each layer of the engine: names, or objects with types and tactics."""
         self._device.activate()
-        inspector = self._engine.create_engine_inspector()
-        layers = json.loads(inspector.get_engine_information(LayerInformationFormat.JSON)).get("Layers", [])
-        return list(layers)
+        module = BACKENDS[self.manifest.backend].load()
+        inspector = self._opened.engine.create_engine_inspector()
+        information = inspector.get_engine_information(module.LayerInformationFormat.JSON)
+        return list(json.loads(information).get("Layers", []))
 
     def device_memory(self) -> list[int]:
-        """Bytes of intermediate results that a context of each profile holds on the GPU."""
-        return [
-            int(self._engine.get_device_memory_size_for_profile_v2(number))
-            for number in range(len(self.manifest.profiles))
-        ]
+        """Bytes that each profile needs for intermediate results; every slot holds the largest of them."""
+        return list(self._opened.memory_of_profiles)
 
     def close(self) -> None:
-        """Release the model and its memory."""
-        self._contexts.clear()
-        self._engine = self._runtime = None
-        self._device.close()
-
-
-class _Device:
-    """A CUDA device with one stream and the memory allocated on it, through cuda-bindings."""
-
-    def __init__(self, index: int) -> None:
+        """Wait for what runs, and release the model and its memory. Results that were handed out stay valid."""
         try:
-            from cuda.bindings import driver, runtime
-        except ImportError:
-            raise BackendUnavailableError("running an engine needs cuda-bindings: pip install cuda-bindings") from None
-        self._runtime = runtime
-        self._index = index
-        self._allocations: list[int] = []
-        try:
-            (status,) = driver.cuInit(0)
-        except RuntimeError:  # cuda-bindings could not load the driver's library at all
-            raise BackendUnavailableError("no NVIDIA driver on this machine; an engine runs on an RTX GPU") from None
-        if status != driver.CUresult.CUDA_SUCCESS:
-            raise BackendUnavailableError(f"no usable NVIDIA GPU ({status.name}); an engine needs an RTX GPU")
-        count = self._check(runtime.cudaGetDeviceCount())
-        if index >= count:
-            raise BackendUnavailableError(f"there is no GPU {index}; this machine has {count}")
-        properties = self._check(runtime.cudaGetDeviceProperties(index))
-        self.name = bytes(properties.name).split(b"\0")[0].decode()
-        self.capability = capability = (int(properties.major), int(properties.minor))
-        if capability not in TENSORRT_RTX.capabilities:
-            known = ", ".join(f"{major}.{minor}" for major, minor in TENSORRT_RTX.capabilities)
-            raise BackendUnavailableError(
-                f"TensorRT-RTX engines do not run on {self.name} (compute capability {capability[0]}.{capability[1]});"
-                f" they run on {known}"
-            )
-        self.activate()
-        self.stream = int(self._check(runtime.cudaStreamCreate()))
+            for slot in self._slots:
+                slot.close()
+        finally:
+            self._slots.clear()
+            self._engine = self._runtime = None
+            self._device.close()
 
-    def _check(self, result: tuple[Any, ...]) -> Any:
-        status, *values = result
-        if status != self._runtime.cudaError_t.cudaSuccess:
-            raise RuntimeError(f"CUDA call failed: {status.name}")
-        return values[0] if values else None
 
-    def activate(self) -> None:
-        """Make this the calling thread's device."""
-        self._check(self._runtime.cudaSetDevice(self._index))
+def _check_version(path: Path, manifest: EngineManifest, backend: EngineBackend, module: Any) -> None:
+    if manifest.version != module.__version__:
+        raise ValueError(
+            f"{path} was built by {backend.title} {manifest.version}, this machine has {module.__version__}; {REBUILD}"
+        )
 
-    def allocate(self, size: int) -> int:
-        """Device memory of ``size`` bytes, freed by :meth:`close`."""
-        pointer = int(self._check(self._runtime.cudaMalloc(size)))
-        self._allocations.append(pointer)
-        return pointer
 
-    def copy_in(self, pointer: int, array: NDArray) -> None:
-        """Copy a contiguous host array to the device on the stream."""
-        kind = self._runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
-        self._check(self._runtime.cudaMemcpyAsync(pointer, array.ctypes.data, array.nbytes, kind, self.stream))
-
-    def copy_out(self, array: NDArray, pointer: int) -> None:
-        """Copy from the device into a contiguous host array on the stream."""
-        kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        self._check(self._runtime.cudaMemcpyAsync(array.ctypes.data, pointer, array.nbytes, kind, self.stream))
-
-    def synchronize(self) -> None:
-        """Wait until the stream has finished."""
-        self._check(self._runtime.cudaStreamSynchronize(self.stream))
-
-    def close(self) -> None:
-        """Free the memory and the stream."""
-        for pointer in self._allocations:
-            self._runtime.cudaFree(pointer)
-        self._allocations.clear()
-        if getattr(self, "stream", None) is not None:
-            self._runtime.cudaStreamDestroy(self.stream)
-            del self.stream
+def _check_support(backend: EngineBackend, device: CudaDevice) -> None:
+    if device.capability not in backend.capabilities:
+        major, minor = device.capability
+        known = ", ".join(f"{major}.{minor}" for major, minor in backend.capabilities)
+        raise BackendUnavailableError(
+            f"{backend.title} engines do not run on {device.name} (compute capability {major}.{minor}); they run on"
+            f" {known}"
+        )

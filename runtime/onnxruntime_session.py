@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.device_memory import CudaDevice, DeviceArray, check_array, stream_handle
 from runtime.errors import BackendUnavailableError, one_line
 from runtime.metadata import ModelMetadata
 from runtime.postprocessing import OUTPUT_NAMES
@@ -16,12 +19,19 @@ from runtime.session import INPUT_NAMES, Session
 
 _REAL = ("boxes", "scores")
 _ELEMENT_TYPES = {"uint8": "tensor(uint8)", "float32": "tensor(float)"}
+# The file's precision in its metadata, which the runtime does not show of a file that it cannot open.
+_BFLOAT16 = re.compile(rb'asag\.precision\x12\x06"bf16"')
+_NUMPY_TYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(int32)": "int32"}
+_PROVIDERS = {"cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 
 
 class OnnxRuntimeSession(Session):
-    """ONNX Runtime on the CPU or a CUDA GPU; model-local functions of domain ``asag`` are inlined by the runtime.
+    """ONNX Runtime on the CPU, or on a GPU through its CUDA or TensorRT provider.
 
-    ``path`` is the file.
+    ``kind`` is "cpu", "cuda" or "tensorrt". Model-local functions of domain ``asag`` are inlined by the runtime before
+    it shares the operators out, so that the TensorRT provider sees standard operators and needs no plugins; operators
+    that it does not take run on CUDA. ``path`` is the file. Raises BackendUnavailableError where the provider is
+    missing or does not start; another is never taken in its place.
     """
 
     def __init__(self, path: Path, kind: str = "cpu", device_index: int = 0, threads: int | None = None) -> None:
@@ -43,11 +53,18 @@ class OnnxRuntimeSession(Session):
                 str(path), options, providers=providers, enable_fallback=0
             )
         except Exception as error:  # the runtime has a family of exception classes without a common public base
+            if _BFLOAT16.search(path.read_bytes()):
+                raise BackendUnavailableError(
+                    f"{path} is bf16, in which this ONNX Runtime has no convolution: build an engine of it with"
+                    " `asag build`, or export it with another --precision"
+                ) from None
             remedy = "export it again with `asag export`" if kind == "cpu" else "try it with the device cpu"
             raise ValueError(f"ONNX Runtime cannot open {path}, {remedy}: {one_line(error)}") from None
-        if kind == "cuda" and "CUDAExecutionProvider" not in self._session.get_providers():
+        if kind != "cpu" and _PROVIDERS[kind] not in self._session.get_providers():
+            libraries = "NVIDIA driver and CUDA" if kind == "cuda" else "NVIDIA driver, CUDA and TensorRT"
             raise BackendUnavailableError(
-                "ONNX Runtime could not start on CUDA; check the NVIDIA driver and CUDA libraries"
+                f"ONNX Runtime could not start its {_PROVIDERS[kind]}; check the {libraries} libraries, as ONNX"
+                f" Runtime {onnxruntime.__version__} wants them"
             )
         try:
             metadata = ModelMetadata.from_properties(self._session.get_modelmeta().custom_metadata_map)
@@ -55,6 +72,9 @@ class OnnxRuntimeSession(Session):
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         self.path = path
+        # Where memory lies that is not the host's, in ONNX Runtime's terms.
+        self._memory = ("cpu" if kind == "cpu" else "cuda", device_index)
+        self._device: CudaDevice | None = None
         super().__init__(
             name=path.name,
             backend=f"onnxruntime-{kind}",
@@ -92,6 +112,64 @@ class OnnxRuntimeSession(Session):
         self._check_outputs(outputs, len(feeds["images"]))
         return outputs
 
+    def run_on_device(
+        self, tensors: Mapping[str, Any], outputs: Mapping[str, Any] | None = None, stream: Any = 0
+    ) -> dict[str, DeviceArray]:
+        """Run one batch between arrays on the GPU; see :meth:`runtime.session.Session.run_on_device`.
+
+        ONNX Runtime works on streams of its own: this waits for ``stream`` first, and returns when the results are
+        there. Needs cuda-bindings.
+        """
+        if self._memory[0] == "cpu":
+            return super().run_on_device(tensors, outputs, stream)
+        inputs = {name: DeviceArray.of(name, tensors[name]) for name in INPUT_NAMES}
+        self._wait_for({stream_handle(stream), *(a.stream for a in inputs.values() if a.stream is not None)})
+        return self._run_bound(inputs, outputs)
+
+    def _wait_for(self, streams: Iterable[int]) -> None:
+        if self._device is None:
+            self._device = CudaDevice(self._memory[1])
+        self._device.activate()
+        for stream in streams:
+            self._device.synchronize(stream)
+
+    def _run_bound(
+        self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, Any] | None
+    ) -> dict[str, DeviceArray]:
+        """Run with inputs and outputs where they lie."""
+        binding = self._session.io_binding()
+        batch = inputs["images"].shape[0]
+        input_type = np.dtype(self.metadata.input_type)
+        check_array("images", inputs["images"], (batch, 3, *self.metadata.input_size), input_type)
+        check_array("sizes", inputs["sizes"], (batch, 2), np.dtype(np.float32))
+        for name, array in inputs.items():
+            binding.bind_input(name, *self._memory, array.dtype, array.shape, array.pointer)
+        given = {} if outputs is None else {name: DeviceArray.of(name, outputs[name]) for name in OUTPUT_NAMES}
+        for name in OUTPUT_NAMES:
+            if name in given:
+                self._check_output(name, given[name], batch)
+                binding.bind_output(name, *self._memory, given[name].dtype, given[name].shape, given[name].pointer)
+            else:
+                binding.bind_output(name, *self._memory)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # as when opening
+            raise ValueError(f"ONNX Runtime cannot run {self.path} (is it damaged?): {one_line(error)}") from None
+        if given:
+            return given
+        values = dict(zip(OUTPUT_NAMES, binding.get_outputs(), strict=True))
+        return {
+            name: DeviceArray(
+                value.data_ptr(), tuple(value.shape()), np.dtype(_NUMPY_TYPES[value.data_type()]), owner=value
+            )
+            for name, value in values.items()
+        }
+
+    def _check_output(self, name: str, array: DeviceArray, batch: int) -> None:
+        """Raise ValueError unless the model can write its output into the array."""
+        declared = next(value for value in self._session.get_outputs() if value.name == name)
+        check_array(name, array, (batch, *declared.shape[1:]), np.dtype(_NUMPY_TYPES[declared.type]))
+
     def _check_outputs(self, outputs: Mapping[str, NDArray], batch: int) -> None:
         """Shapes and types of the outputs: a damaged file may give others."""
         count = outputs["scores"].shape[1] if outputs["scores"].ndim == 2 else -1
@@ -116,7 +194,14 @@ class OnnxRuntimeSession(Session):
 def _providers(onnxruntime: Any, kind: str, device_index: int) -> list[Any]:
     if kind == "cpu":
         return ["CPUExecutionProvider"]
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        raise BackendUnavailableError("this ONNX Runtime has no CUDA: pip install onnxruntime-gpu in its place")
-    cuda = ("CUDAExecutionProvider", {"device_id": device_index, "use_tf32": 0})
-    return [cuda, "CPUExecutionProvider"]
+    if _PROVIDERS[kind] not in onnxruntime.get_available_providers():
+        name = "CUDA" if kind == "cuda" else "TensorRT"
+        raise BackendUnavailableError(f"this ONNX Runtime has no {name}: pip install onnxruntime-gpu in its place")
+    cuda = (_PROVIDERS["cuda"], {"device_id": device_index, "use_tf32": 0})
+    if kind == "cuda":
+        return [cuda, "CPUExecutionProvider"]
+    # The provider has no option for TF32; TensorRT reads this when it first builds.
+    os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
+    # Precision is decided in the file. Without a cache, engines are built when the session first meets a shape.
+    options = {"device_id": device_index, "trt_fp16_enable": False, "trt_engine_cache_enable": False}
+    return [(_PROVIDERS["tensorrt"], options), cuda, "CPUExecutionProvider"]

@@ -22,7 +22,9 @@ class TritonPythonModel:
         folder = Path(args["model_repository"]) / args["model_version"]
         path = next(path for path in sorted(folder.glob("model.*")) if path.suffix in (".engine", ".onnx"))
         on_gpu = args["model_instance_kind"] == "GPU"
-        self._session = open_session(path, f"cuda:{args['model_instance_device_id']}" if on_gpu else "cpu")
+        device = f"cuda:{args['model_instance_device_id']}" if on_gpu else "cpu"
+        # The server runs one batch of an instance at a time; several instances run beside each other.
+        self._session = open_session(path, device, contexts=1)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Run the requests that the server has put together as one batch, and give each its part."""

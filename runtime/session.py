@@ -5,11 +5,12 @@ from __future__ import annotations
 import abc
 import dataclasses
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,21 +22,41 @@ from runtime.postprocessing import Detections, postprocess
 from runtime.preprocessing import ImageLike, prepare
 
 if TYPE_CHECKING:
+    from runtime.device_memory import DeviceArray
     from runtime.stages import Stages
 
-__all__ = ["BackendUnavailableError", "Session", "check_device", "open_session"]
+__all__ = ["BackendUnavailableError", "Pending", "Session", "check_device", "open_session"]
 
 INPUT_NAMES = ("images", "sizes")
+
+
+class Pending(abc.ABC):
+    """A batch that was handed to a session, see :meth:`Session.submit`."""
+
+    @abc.abstractmethod
+    def result(self) -> dict[str, NDArray]:
+        """What :meth:`Session.run` returns; waits until it is there, and raises what running the batch raised."""
+
+
+class _Finished(Pending):
+    def __init__(self, outputs: dict[str, NDArray]) -> None:
+        self._outputs = outputs
+
+    def result(self) -> dict[str, NDArray]:
+        return self._outputs
 
 
 class Session(abc.ABC):
     """A model ready to run. Backends add only :meth:`run`; images go in and detections come out the same way.
 
     ``name`` is the file's name, ``backend`` and ``precision`` what a table shows, ``max_batch`` the largest batch the
-    model takes (None: any). A session serves one thread at a time. ``shows_stages``: whether :meth:`stages` works.
+    model takes (None: any). Several threads may use one session at a time; :meth:`close` comes when all are done.
+    ``shows_stages``: whether :meth:`stages` works. ``batches_in_flight``: how many submitted batches a backend works on
+    at once.
     """
 
     shows_stages = False
+    batches_in_flight = 1
 
     def __init__(
         self,
@@ -60,8 +81,28 @@ class Session(abc.ABC):
 
         Takes ``images`` [B, 3, H, W] (the metadata's type and size) and ``sizes`` [B, 2] float32 (height, width in
         pixels of the content). Returns ``boxes`` [B, N, 4] ``xyxy`` fractions of the content, ``scores`` [B, N],
-        ``labels`` [B, N] category ids, ``overflow`` [B].
+        ``labels`` [B, N] category ids, ``overflow`` [B]. The arrays are the caller's own: no later run changes them.
         """
+
+    def submit(self, tensors: Mapping[str, NDArray]) -> Pending:
+        """Start a batch, which takes what :meth:`run` does, and return before it is done where the backend can.
+
+        The tensors may be changed afterwards. Where nothing runs beside the caller, the batch runs at once.
+        """
+        return _Finished(self.run(tensors))
+
+    def run_on_device(
+        self, tensors: Mapping[str, Any], outputs: Mapping[str, Any] | None = None, stream: Any = 0
+    ) -> dict[str, DeviceArray]:
+        """Run one batch that lies on the GPU already, and leave the results there; nothing is copied.
+
+        ``tensors`` are what :meth:`run` takes, as objects with ``__cuda_array_interface__`` (PyTorch, CuPy, pycuda).
+        ``outputs`` are arrays of the same kind to write into, all four; without them memory is allocated, which belongs
+        to the arrays that are returned. The inputs are read after what is on ``stream`` (a handle, or a stream of those
+        libraries; 0 is the default stream), and what follows on it sees the results. Keep the inputs unchanged until
+        then. Raises ValueError for arrays that do not fit, or where the model does not run on a GPU.
+        """
+        raise ValueError(f"{self.name} runs in {self.backend}, which takes no arrays on a GPU; use run instead")
 
     def stages(self, image: ImageLike) -> Stages:
         """What the method did on one image (see :class:`runtime.stages.Stages`), from the same run as its detections.
@@ -104,10 +145,10 @@ class Session(abc.ABC):
         score_threshold: float = 0.0,
         on_error: Callable[[str, Exception], None] | None = None,
     ) -> Iterator[Detections]:
-        """Detections of each image, in order, holding no more than the batch that runs and the one after it.
+        """Detections of each image, in order, holding no more than the batches that run and the one after them.
 
         ``images`` is a path or an iterable of paths, uint8 RGB arrays [H, W, 3] and PIL images; a folder stands for its
-        images by name, a video for its frames. The next batch is read on another thread while one runs. An image that
+        images by name, a video for its frames. The next batch is read on another thread while others run. An image that
         cannot be read raises what reading raised; with ``on_error`` it is called with the image's name and the error
         instead, and the image has no detections. Raises ValueError for a batch size that the model does not take.
         """
@@ -133,18 +174,30 @@ class Session(abc.ABC):
     ) -> Iterator[tuple[SourceImage, Detections | None]]:
         """Each source image with its detections, or None where it could not be read.
 
-        With ``ahead`` the sources are read on another thread, one batch ahead of the one that runs.
+        With ``ahead`` the sources are read on another thread, one batch ahead. Up to ``batches_in_flight`` batches run
+        before the results of the first are waited for.
         """
         if batch_size < 1:
             raise ValueError(f"the batch size must be at least 1, it is {batch_size}")
         if self.max_batch is not None and batch_size > self.max_batch:
             raise ValueError(f"{self.name} takes at most {self.max_batch} images at once, not {batch_size}")
         batches = self._batches(sources, batch_size)
+        running: deque[tuple[list[SourceImage], Pending | None]] = deque()
         for batch, tensors in read_ahead(batches) if ahead else batches:
-            sizes = [(source.image.height, source.image.width) for source in batch if source.image is not None]
-            found = iter(postprocess(self.run(tensors), sizes, self.metadata, score_threshold) if sizes else ())
-            for source in batch:
-                yield source, None if source.image is None else next(found)
+            running.append((batch, self.submit(tensors) if tensors else None))
+            if len(running) == self.batches_in_flight:
+                yield from self._detections(*running.popleft(), score_threshold)
+        while running:
+            yield from self._detections(*running.popleft(), score_threshold)
+
+    def _detections(
+        self, batch: list[SourceImage], pending: Pending | None, score_threshold: float
+    ) -> Iterator[tuple[SourceImage, Detections | None]]:
+        """A batch's images with what was found in those that could be read."""
+        sizes = [(source.image.height, source.image.width) for source in batch if source.image is not None]
+        found = iter(postprocess(pending.result(), sizes, self.metadata, score_threshold) if pending else ())
+        for source in batch:
+            yield source, None if source.image is None else next(found)
 
     def _batches(
         self, sources: Iterator[SourceImage], batch_size: int
@@ -170,14 +223,17 @@ def open_session(
     head: str | None = None,
     levels: str | None = None,
     patch_capacity: tuple[int, int] | None = None,
+    contexts: int = 2,
 ) -> Session:
     """Open a model file with the backend that its suffix names.
 
-    ``.onnx``: ONNX Runtime; ``.safetensors``: PyTorch; ``.engine``: TensorRT-RTX. ``device`` is ``cpu``, ``cuda`` or
-    ``cuda:<index>`` (an engine always runs on a GPU). ``precision`` must be the file's own where that is fixed.
-    ``threads`` bounds the CPU threads. The rest is fixed in an exported file and therefore for PyTorch models only:
-    ``input_size`` (height, width in pixels), ``head``, ``levels`` and ``patch_capacity`` (places for patches on P4 and
-    P3); the default of each is what an export would take.
+    ``.onnx``: ONNX Runtime; ``.safetensors``: PyTorch; ``.engine``: TensorRT or TensorRT-RTX, as its manifest says.
+    ``device`` is ``cpu``, ``cuda``, ``cuda:<index>``, or for ``.onnx`` files ``tensorrt`` or ``tensorrt:<index>``, ONNX
+    Runtime's TensorRT provider (an engine always runs on a GPU). ``precision`` must be the file's own where that is
+    fixed. ``threads`` bounds the CPU threads. ``contexts`` is how many batches an engine works on at once, each with
+    GPU memory of its own; other backends need no such number. The rest is fixed in an exported file and therefore for
+    PyTorch models only: ``input_size`` (height, width in pixels), ``head``, ``levels`` and ``patch_capacity`` (places
+    for patches on P4 and P3); the default of each is what an export would take.
 
     Raises FileNotFoundError for a missing file, ValueError for one that is damaged, unknown or not an asag model, and
     BackendUnavailableError where the backend cannot run on this machine.
@@ -186,6 +242,8 @@ def open_session(
     kind, device_index = check_device(device)
     if threads is not None and threads < 1:
         raise ValueError(f"the number of threads must be at least 1, it is {threads}")
+    if contexts < 1:
+        raise ValueError(f"the number of contexts must be at least 1, it is {contexts}")
     opener = _OPENERS.get(path.suffix.lower())
     if opener is None:
         raise ValueError(f"unknown kind of model {path}: expected {', '.join(_OPENERS)}")
@@ -193,12 +251,14 @@ def open_session(
         raise FileNotFoundError(f"model not found: {path}")
     if not path.is_file():
         raise ValueError(f"{path} is not a file; name a model file")
+    if kind == "tensorrt" and path.suffix.lower() != ".onnx":
+        raise ValueError(f"{path} does not run on the device tensorrt, which is for .onnx files; use cuda")
     chosen = Variant(input_size, head, levels, patch_capacity)
     if chosen.names and path.suffix.lower() != ".safetensors":
         raise ValueError(
             f"{path} has its {chosen.names[0]} fixed in the file; export the checkpoint again with your choice"
         )
-    session = opener(path, _Options(kind, device_index, threads, chosen))
+    session = opener(path, _Options(kind, device_index, threads, contexts, chosen))
     if precision is not None and session.precision != precision:
         session.close()
         raise ValueError(f"{path} is {session.precision}, not {precision}; export or build it with that precision")
@@ -206,10 +266,14 @@ def open_session(
 
 
 def check_device(device: str) -> tuple[str, int]:
-    """Split ``cpu``, ``cuda`` or ``cuda:<index>`` into kind and index; ValueError for anything else."""
+    """Split ``cpu``, ``cuda`` or ``tensorrt``, the last two with or without ``:<index>``, into kind and index.
+
+    Raises ValueError for anything else.
+    """
     kind, _, index = device.partition(":")
-    if kind not in ("cpu", "cuda") or (index and (kind == "cpu" or not index.isdecimal())) or device.endswith(":"):
-        raise ValueError(f"unknown device {device!r}: use cpu, cuda or cuda:<index>")
+    known = kind in ("cpu", "cuda", "tensorrt")
+    if not known or (index and (kind == "cpu" or not index.isdecimal())) or device.endswith(":"):
+        raise ValueError(f"unknown device {device!r}: use cpu, cuda, cuda:<index>, tensorrt or tensorrt:<index>")
     return kind, int(index or 0)
 
 
@@ -242,6 +306,7 @@ class _Options:
     device_kind: str
     device_index: int
     threads: int | None
+    contexts: int
     variant: Variant
 
 
@@ -260,7 +325,7 @@ def _open_pytorch(path: Path, options: _Options) -> Session:
 def _open_engine(path: Path, options: _Options) -> Session:
     from runtime.engine_session import EngineSession
 
-    return EngineSession(path, options.device_index)
+    return EngineSession(path, options.device_index, options.contexts)
 
 
 _OPENERS: dict[str, Callable[[Path, _Options], Session]] = {

@@ -1,18 +1,22 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from PIL import Image
 
 import runtime.session
 from runtime import open_session
 from runtime.errors import BackendUnavailableError
-from runtime.session import check_device
+from runtime.session import Pending, check_device
 from tests.runtime.toy_detector import HEIGHT, WIDTH, ToySession, build_toy_model, toy_metadata
 
 
@@ -149,20 +153,109 @@ def test_options_that_do_not_fit(toy_onnx: Path) -> None:
     assert open_session(toy_onnx, precision="fp32").precision == "fp32"
 
 
-@pytest.mark.parametrize("device", ["gpu", "cpu:0", "cuda:", "cuda:x", "", "cuda:-1"])
+@pytest.mark.parametrize("device", ["gpu", "cpu:0", "cuda:", "cuda:x", "", "cuda:-1", "tensorrt:", "tensorrt-rtx"])
 def test_unknown_devices(device: str) -> None:
     with pytest.raises(ValueError, match="unknown device"):
         check_device(device)
     assert check_device("cuda:1") == ("cuda", 1)
+    assert check_device("tensorrt:2") == ("tensorrt", 2)
 
 
-def test_cuda_without_a_cuda_runtime_is_unavailable(toy_onnx: Path) -> None:
+@pytest.mark.parametrize(("device", "provider"), [("cuda", "CUDA"), ("tensorrt", "Tensorrt")])
+def test_a_provider_that_is_missing_is_not_replaced(device: str, provider: str, toy_onnx: Path) -> None:
     import onnxruntime
 
-    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-        pytest.skip("this ONNX Runtime has CUDA")
-    with pytest.raises(BackendUnavailableError, match="has no CUDA"):
-        open_session(toy_onnx, device="cuda")
+    if f"{provider}ExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip(f"this ONNX Runtime has {provider}")
+    with pytest.raises(BackendUnavailableError, match=rf"(?i)this ONNX Runtime has no {provider}: pip install"):
+        open_session(toy_onnx, device=device)
+
+
+@pytest.mark.parametrize("device", ["cuda:1", "tensorrt:1"])
+def test_a_provider_that_does_not_start_is_not_replaced(
+    device: str, toy_onnx: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime is told what a machine with the provider's library but no GPU tells it, and goes on with the CPU."""
+    import onnxruntime
+
+    asked: list[Any] = []
+    names = {"cuda:1": "CUDAExecutionProvider", "tensorrt:1": "TensorrtExecutionProvider"}
+    genuine = onnxruntime.InferenceSession
+
+    def on_the_cpu(path: str, options: Any, providers: list[Any], **others: Any) -> Any:
+        asked.extend(providers)
+        return genuine(path, options, providers=["CPUExecutionProvider"], **others)
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [*names.values(), "CPUExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", on_the_cpu)
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    with pytest.raises(BackendUnavailableError, match=f"could not start its {names[device]}; check the NVIDIA driver"):
+        open_session(toy_onnx, device=device)
+    chosen = dict(provider for provider in asked if isinstance(provider, tuple))
+    assert next(iter(chosen)) == names[device]
+    assert chosen["CUDAExecutionProvider"] == {"device_id": 1, "use_tf32": 0}
+    if device == "tensorrt:1":
+        assert not chosen[names[device]]["trt_fp16_enable"]
+        assert not chosen[names[device]]["trt_engine_cache_enable"]
+
+
+def test_the_tensorrt_device_is_for_exported_files(tmp_path: Path) -> None:
+    for name in ("model.safetensors", "model.engine"):
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(ValueError, match=r"does not run on the device tensorrt, which is for \.onnx files"):
+            open_session(tmp_path / name, device="tensorrt")
+
+
+def test_threads_share_a_session(toy_onnx: Path) -> None:
+    images = [noise(30 + number, 50, number) for number in range(12)]
+    with open_session(toy_onnx, threads=1) as session:
+        expected = [session.detect(images[start:], batch_size=3) for start in range(4)]
+        with ThreadPoolExecutor(4) as pool:
+            for _ in range(5):
+                found = pool.map(lambda start: session.detect(images[start:], batch_size=3), range(4))
+                for ours, theirs in zip(found, expected, strict=True):
+                    assert len(ours) == len(theirs)
+                    assert all(np.array_equal(a.scores, b.scores) for a, b in zip(ours, theirs, strict=True))
+                    assert all(np.array_equal(a.boxes, b.boxes) for a, b in zip(ours, theirs, strict=True))
+
+
+class SlowSession(ToySession):
+    """Works on three batches at once, each of which takes until its result is asked for."""
+
+    batches_in_flight = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting = 0
+        self.most_waiting = 0
+
+    def submit(self, tensors: Mapping[str, NDArray]) -> Pending:
+        session = self
+        session.waiting += 1
+        session.most_waiting = max(session.most_waiting, session.waiting)
+
+        class Waiting(Pending):
+            def result(self) -> dict[str, NDArray]:
+                session.waiting -= 1
+                return session.run(tensors)
+
+        return Waiting()
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 5, 7, 12])
+def test_batches_in_flight_keep_their_order(count: int, tmp_path: Path) -> None:
+    images: list[Any] = [noise(30 + number, 50, number) for number in range(count)]
+    for bad in (0, 3, 4):
+        images[bad : bad + 1] = [tmp_path / "missing.png"] if bad < count else []
+    session, failed = SlowSession(), []
+    found = session.detect(images, batch_size=2, on_error=lambda name, error: failed.append(name))
+    expected = ToySession().detect(images, batch_size=2, on_error=lambda name, error: None)
+    assert [each.scores.tolist() for each in found] == [each.scores.tolist() for each in expected]
+    assert len(failed) == sum(bad < count for bad in (0, 3, 4))
+    assert session.waiting == 0
+    assert session.most_waiting <= 3
+    if count == 12:
+        assert session.most_waiting == 3
 
 
 def test_public_names_are_those_of_the_session_module() -> None:
