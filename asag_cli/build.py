@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from asag_cli.console import EXISTING_FILE, HELP, OUTPUT_FILE, console
+from asag_cli.console import EXISTING_FILE, FOLDER, HELP, OUTPUT_FILE, console
+
+if TYPE_CHECKING:
+    from runtime.engine_manifest import EngineManifest
 
 
 class BatchType(click.ParamType):
@@ -40,10 +45,16 @@ class TargetsType(click.ParamType):
 @click.option("-o", "--output", type=OUTPUT_FILE, required=True, help="The .engine file to write.")
 @click.option(
     "--backend",
-    type=click.Choice(["tensorrt-rtx"]),
+    type=click.Choice(["tensorrt", "tensorrt-rtx"]),
     default="tensorrt-rtx",
     show_default=True,
-    help="TensorRT for RTX: its builder needs no GPU; the engine runs on compute capability 8.x and 12.x.",
+    help="tensorrt builds on a GPU, for this GPU, with kernels of its own for the `asag` ops. tensorrt-rtx (TensorRT"
+    " for RTX) builds on any machine, for GPUs of compute capability 8.0, 8.6, 8.9 and 12.x.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16", "bf16", "int8"]),
+    help="Precision of the engine; that of MODEL by default. MODEL must be in fp32 to become another.",
 )
 @click.option(
     "--batch",
@@ -58,34 +69,111 @@ class TargetsType(click.ParamType):
     "targets",
     type=TargetsType(),
     default=(),
-    help="GPU architectures to build for, such as sm_86,sm_89; sm_80 and later by default.",
+    help="GPU architectures to build for, such as sm_86,sm_89; sm_80 and later by default. tensorrt knows only the GPU"
+    " at hand, and refuses another.",
+)
+@click.option(
+    "--ops",
+    type=click.Choice(["plugins", "inlined"]),
+    help="What becomes of the `asag` ops: kernels inside the engine (tensorrt's default), or standard operators (the"
+    " only way of tensorrt-rtx).",
+)
+@click.option("--workspace", type=click.IntRange(1), metavar="MIB", help="Limit of a layer's scratch memory, in MiB.")
+@click.option("--tf32", is_flag=True, help="Let float32 products be rounded to TF32; off unless asked for.")
+@click.option(
+    "--timing-cache",
+    type=OUTPUT_FILE,
+    help="File of kernel timings, read where it exists and written after the build; tensorrt only.",
+)
+@click.option("--calibration", type=FOLDER, help="For int8: images like those the model will see.")
+@click.option("--data", type=FOLDER, help="For int8: dataset in COCO's layout to measure AP on.")
+@click.option(
+    "--max-ap-drop",
+    type=click.FloatRange(0, 1),
+    help="For int8: AP that it may cost on --data; the layers that cost most go back to fp16 until it holds.",
 )
 @click.option("--log", type=OUTPUT_FILE, help="File for everything that the builder says.")
 def build(
-    model: Path, output: Path, backend: str, batch: tuple[int, ...], targets: tuple[str, ...], log: Path | None
+    model: Path,
+    output: Path,
+    backend: str,
+    precision: str | None,
+    batch: tuple[int, ...],
+    targets: tuple[str, ...],
+    ops: str | None,
+    workspace: int | None,
+    tf32: bool,
+    timing_cache: Path | None,
+    calibration: Path | None,
+    data: Path | None,
+    max_ap_drop: float | None,
+    log: Path | None,
 ) -> None:
     """Build an engine from MODEL (.onnx).
 
-    Works on a machine without a GPU. The bodies of the `asag` ops are inlined first. Precision is decided in the ONNX
-    file (`asag export --precision`); TF32 is off. Beside the engine a manifest (OUTPUT.json) records the digest of the
-    ONNX file, versions, precision, batch profiles and the network's layers; `asag inspect` shows it.
+    An engine keeps the types of its file. With --precision, MODEL is converted first, as `asag export --precision` and
+    `asag quantize` would; boxes, thresholds, norms and softmax stay float32. Beside the engine a manifest (OUTPUT.json)
+    records the digest of MODEL, versions, precision, batch profiles, GPU architectures and layers before and after
+    fusion; `asag inspect` shows it. The engine appears whole or not at all.
     """
-    from runtime.engine_build import build_engine
+    from runtime.engine_backend import BACKENDS
+    from runtime.engine_build import BuildOptions, build_engine, check_build
 
-    with console.status("building") as status:
-        result = build_engine(
-            model,
-            output,
-            batch,
-            progress=lambda phase, done: status.update(f"building: {phase} {done:.0%}"),
-            targets=targets,
-            log_path=log,
-        )
+    options = BuildOptions(BACKENDS[backend], batch, targets, ops, workspace, tf32, timing_cache)
+    int8 = {"calibration": calibration, "data": data, "max_ap_drop": max_ap_drop}
+    given = [name.replace("_", "-") for name, value in int8.items() if value is not None]
+    if given and precision != "int8":
+        raise click.UsageError(f"--{given[0]} is for --precision int8")
+    check_build(output, options)
+    with tempfile.TemporaryDirectory(prefix="asag-build-") as folder:
+        prepared = model
+        if precision is not None:
+            prepared = _in_precision(model, precision, Path(folder) / model.name, int8)
+        with console.status("building") as status:
+            result = build_engine(
+                prepared,
+                output,
+                options,
+                progress=lambda phase, done: status.update(f"building: {phase} {done:.0%}"),
+                log_path=log,
+                source=model,
+            )
     manifest = result.manifest
     console.print(
         f"{result.engine_path}: {result.engine_bytes / 1e6:.1f} MB, {manifest.backend} {manifest.version},"
-        f" {manifest.precision}, batch {manifest.smallest_batch} to {manifest.largest_batch}"
-        f" (tuned for {', '.join(str(preferred) for _, preferred, _ in manifest.profiles)}),"
-        f" {sum(manifest.layers.values())} layers before fusion, built in {result.seconds:.1f} s",
+        f" {manifest.precision}{', TF32' if manifest.tf32 else ''}, batch {manifest.smallest_batch} to"
+        f" {manifest.largest_batch} (tuned for {', '.join(str(preferred) for _, preferred, _ in manifest.profiles)}),"
+        f" {_what_became(manifest)}, built in {result.seconds:.1f} s",
         highlight=False,
     )
+
+
+def _in_precision(model: Path, precision: str, output: Path, int8: Mapping[str, Any]) -> Path:
+    """The model in the precision: the file itself where it is, else `output`, which is then written."""
+    from asag_cli.quantize import quantize
+    from export.conversion import convert_file, needs_conversion
+
+    if not needs_conversion(model, precision):
+        return model
+    if precision == "int8":
+        if int8["calibration"] is None:
+            raise click.UsageError(
+                "--precision int8 needs --calibration FOLDER, with images like those the model will see"
+            )
+        click.get_current_context().invoke(quantize, model=model, output=output, **int8)
+    else:
+        with console.status(f"converting to {precision}"):
+            convert_file(model, output, precision)
+    return output
+
+
+def _what_became(manifest: EngineManifest) -> str:
+    """The `asag` ops and the layers, in words."""
+    plugins = ", ".join(f"{count} {name}" for name, count in manifest.plugins.items())
+    ops = f"plugins {plugins}" if plugins else "asag ops inlined"
+    layers = f"{sum(manifest.layers.values())} layers"
+    if manifest.engine_layers is not None:
+        profiles = len(manifest.profiles)
+        layers += f" fused to {sum(manifest.engine_layers.kernels.values())}"
+        layers += f" in {profiles} profiles" if profiles > 1 else ""
+    return f"{ops}, {layers}"

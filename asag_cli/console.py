@@ -9,7 +9,16 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 console = Console()
 
@@ -35,6 +44,21 @@ def progress_bar(description: str) -> Iterator[ProgressCallback]:
 
         def advance(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total)
+
+        yield advance
+
+
+@contextlib.contextmanager
+def phase_bars() -> Iterator[Callable[[str, float], None]]:
+    """A bar for each phase of a job; yields the callback that moves them, called with (phase, fraction done)."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def advance(phase: str, fraction: float) -> None:
+            if phase not in tasks:
+                tasks[phase] = progress.add_task(phase, total=1.0)
+            progress.update(tasks[phase], completed=fraction)
 
         yield advance
 
@@ -77,7 +101,9 @@ OUTPUT_FILE = click.Path(path_type=Path, dir_okay=False)
 
 def device_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """`--device`, for commands that run a model."""
-    return click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:INDEX.")(command)
+    return click.option(
+        "--device", default="cpu", show_default=True, help="cpu, cuda, cuda:INDEX; for .onnx files tensorrt."
+    )(command)
 
 
 def threads_option(command: Callable[..., Any]) -> Callable[..., Any]:

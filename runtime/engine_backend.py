@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 from runtime.errors import BackendUnavailableError, one_line
@@ -71,20 +72,22 @@ BACKENDS = {backend.name: backend for backend in (TENSORRT, TENSORRT_RTX)}
 """By the name that manifests and the command use."""
 
 
-def captured_logger(module: Any, all_lines: bool = False) -> Any:
-    """A logger that keeps errors and warnings instead of printing them, and with ``all_lines`` everything, in order."""
+def captured_logger(module: Any, listener: Callable[[str, str], None] | None = None) -> Any:
+    """A logger that keeps errors and warnings instead of printing them.
+
+    ``listener`` is called with the severity ("error", "verbose", ...) and text of every message, in order.
+    """
 
     class CapturedLogger(module.ILogger):
         def __init__(self) -> None:
             module.ILogger.__init__(self)
             self.errors: list[str] = []
             self.warnings: list[str] = []
-            self.lines: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
+            if listener is not None:
+                listener(severity.name.lower(), message)
             text = " ".join(message.split())
-            if all_lines:
-                self.lines.append(f"{severity.name.lower()}: {text}")
             if severity in (module.ILogger.Severity.ERROR, module.ILogger.Severity.INTERNAL_ERROR):
                 self.errors.append(text)
             elif severity == module.ILogger.Severity.WARNING:

@@ -1,7 +1,7 @@
-"""Building TensorRT-RTX engines from exported ONNX files; the builder needs no GPU.
+"""Building engines from exported ONNX files, with TensorRT for the GPU at hand or with TensorRT for RTX without one.
 
-TensorRT-RTX has no custom plugins, so the model-local functions of domain ``asag`` are inlined into standard operators
-first. The engine is strongly typed: every tensor keeps the type that the ONNX file gives it.
+Engines are strongly typed: every tensor keeps the type that the ONNX file gives it. TensorRT embeds the kernels of the
+`asag` ops as plugins; TensorRT for RTX has none, so there the ops' bodies of standard operators are inlined.
 """
 
 from __future__ import annotations
@@ -10,18 +10,63 @@ import dataclasses
 import hashlib
 import os
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from runtime.engine_backend import TENSORRT_RTX, captured_logger
+from runtime.engine_backend import TENSORRT_RTX, EngineBackend, captured_logger
+from runtime.engine_layers import BuildMessages
 from runtime.engine_manifest import EngineManifest, Profile, batch_profiles, manifest_path
+from runtime.engine_network import Network, SourceModel, parse_network, read_source, with_plugins
 from runtime.errors import BackendUnavailableError, one_line
-from runtime.files import atomic_path, write_json, write_text
-from runtime.metadata import ModelMetadata
+from runtime.files import atomic_path, write_bytes, write_json, write_text
 
 ProgressCallback = Callable[[str, float], None]
+
+OP_LOWERINGS = ("plugins", "inlined")
+"""What may become of the `asag` ops: kernels inside the engine, or standard operators."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildOptions:
+    """How an engine is built.
+
+    ``batch`` are the batch sizes to tune for, rising, each with an optimization profile of its own (see
+    :func:`runtime.engine_manifest.batch_profiles`). ``targets`` are GPU architectures ("sm_86"): for TensorRT-RTX any
+    that it knows, by default compute capability 8.0 and later; TensorRT builds for the GPU at hand, and a target only
+    asserts that it is this one. ``op_lowering`` is one of OP_LOWERINGS, by default the backend's own. ``workspace_mib``
+    limits what a layer may use as scratch memory, in MiB. ``tf32`` lets float32 products be rounded to TF32.
+    ``timing_cache`` is a file of kernel timings that is read where it exists and written after the build.
+    """
+
+    backend: EngineBackend = TENSORRT_RTX
+    batch: tuple[int, ...] = (1, 4)
+    targets: tuple[str, ...] = ()
+    op_lowering: str | None = None
+    workspace_mib: int | None = None
+    tf32: bool = False
+    timing_cache: Path | None = None
+
+    def __post_init__(self) -> None:
+        batch_profiles(self.batch)
+        backend = self.backend
+        unknown = [target for target in self.targets if target not in backend.targets]
+        if unknown:
+            known = ", ".join(backend.targets)
+            raise ValueError(f"unknown GPU architecture {unknown[0]!r}; {backend.title} builds for {known}")
+        if self.op_lowering is not None and self.op_lowering not in OP_LOWERINGS:
+            raise ValueError(f"unknown op lowering {self.op_lowering!r}; choose one of {', '.join(OP_LOWERINGS)}")
+        if self.lowering == "plugins" and backend.op_lowering != "plugins":
+            raise ValueError(f"{backend.title} has no plugins; its ops are inlined, or build with the backend tensorrt")
+        if self.timing_cache is not None and backend.portable:
+            raise ValueError(
+                f"{backend.title} keeps no timing cache: it chooses kernels on the GPU when an engine first runs"
+            )
+
+    @property
+    def lowering(self) -> str:
+        """What becomes of the ops."""
+        return self.op_lowering or self.backend.op_lowering
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,226 +83,175 @@ class BuildResult:
 def build_engine(
     onnx_path: str | os.PathLike[str],
     engine_path: str | os.PathLike[str],
-    batch: Sequence[int] = (1, 4),
+    options: BuildOptions | None = None,
     progress: ProgressCallback | None = None,
-    targets: Sequence[str] = (),
     log_path: str | os.PathLike[str] | None = None,
+    source: str | os.PathLike[str] | None = None,
 ) -> BuildResult:
     """Build an engine from an exported ONNX file and write it with its manifest.
 
-    ``batch`` are the batch sizes to tune for, each with an optimization profile of its own (see
-    :func:`runtime.engine_manifest.batch_profiles`); height and width are those of the file. ``targets`` are GPU
-    architectures ("sm_86"); the default runs on compute capability 8.0 and later. ``progress`` is called with the
-    phase's name and the fraction done (0..1). All that the builder says goes to ``log_path``, also when it fails. The
-    engine appears at ``engine_path`` whole or not at all, after its manifest.
+    Height and width are those of the file. ``progress`` is called with the phase's name and the fraction done (0..1).
+    All that the builder says goes to ``log_path``, also when it fails. ``source`` is the user's file where
+    ``onnx_path`` is a converted copy of it; the manifest then names it and its digest. The engine appears at
+    ``engine_path`` whole or not at all, after its manifest.
 
     Raises FileNotFoundError or ValueError for an input that is missing, damaged or not an asag model, ValueError with
-    the builder's first error where it refuses the network, and BackendUnavailableError without TensorRT-RTX.
+    the builder's first error where it refuses the network, and BackendUnavailableError where the backend is not
+    installed or lacks the GPU that it builds for.
     """
-    profiles = batch_profiles(batch)
-    unknown = [target for target in targets if target not in TENSORRT_RTX.targets]
-    if unknown:
-        raise ValueError(
-            f"unknown GPU architecture {unknown[0]!r}; TensorRT-RTX builds for {', '.join(TENSORRT_RTX.targets)}"
-        )
+    options = options or BuildOptions()
+    backend = options.backend
     onnx_path, engine_path = Path(onnx_path), Path(engine_path)
-    if engine_path.suffix.lower() != ".engine":
-        raise ValueError(f"name the engine with the suffix .engine, not {engine_path.name}")
-    tensorrt_rtx = TENSORRT_RTX.load()
+    targets = check_build(engine_path, options)
+    module = backend.load()
     started = time.perf_counter()
-    _report(progress, "inlining functions", 0.0)
-    content, inlined, metadata, fixed_batch = _inlined_model(onnx_path)
-    if fixed_batch is not None:
-        if tuple(batch) != (fixed_batch,):
-            raise ValueError(
-                f"{onnx_path} has a fixed batch of {fixed_batch}: build it with --batch {fixed_batch}, or export it"
-                " with a dynamic batch"
-            )
-        profiles = ((fixed_batch,) * 3,)
-    logger = captured_logger(tensorrt_rtx, all_lines=log_path is not None)
+    report = progress or (lambda phase, fraction: None)
+    report("reading", 0.0)
+    named = onnx_path if source is None else Path(source)
+    model = dataclasses.replace(read_source(onnx_path), path=named)
+    content = model.content if source is None else named.read_bytes()
+    profiles = _profiles(model, options.batch)
+    lowered, plugins = (model.inlined, {}) if options.lowering == "inlined" else with_plugins(model)
+    if plugins:
+        _register_plugins(targets[0])
+    messages = BuildMessages(keep_all=log_path is not None)
+    logger = captured_logger(module, messages)
     try:
-        parsed = _parse(tensorrt_rtx, logger, inlined, onnx_path, progress)
-        layers, layer_types = _count_layers(parsed.network)
-        choice = _Choice(metadata.input_size, profiles, tuple(targets))
-        engine = _build(tensorrt_rtx, logger, parsed, onnx_path, choice=choice, progress=progress)
+        report("parsing", 0.0)
+        network = parse_network(backend, module, logger, lowered.SerializeToString(), named)
+        layers, layer_types = network.count_layers()
+        engine = _serialize(module, logger, network, model, profiles, options, report)
     finally:
         if log_path is not None:
-            write_text(log_path, "".join(f"{line}\n" for line in logger.lines))
+            write_text(log_path, "".join(f"{line}\n" for line in messages.lines))
     manifest = EngineManifest(
-        backend=TENSORRT_RTX.name,
-        version=tensorrt_rtx.__version__,
-        precision=metadata.precision,
+        backend=backend.name,
+        version=module.__version__,
+        precision=model.metadata.precision,
         profiles=profiles,
-        targets=tuple(targets),
-        tf32=False,
-        op_lowering=TENSORRT_RTX.op_lowering,
-        onnx_name=onnx_path.name,
+        targets=targets,
+        tf32=options.tf32,
+        op_lowering=options.lowering,
+        onnx_name=named.name,
         onnx_sha256=hashlib.sha256(content).hexdigest(),
         engine_sha256=hashlib.sha256(engine).hexdigest(),
         layers=layers,
         layer_types=layer_types,
-        metadata=metadata,
+        metadata=model.metadata,
+        plugins=plugins,
+        engine_layers=messages.engine_layers(model.operators()),
     )
     # The engine replaces an older one last: the digest tells a manifest that no longer, or not yet, fits its engine.
-    with atomic_path(engine_path) as temporary:
+    with atomic_path(engine_path, ".partial") as temporary:
         temporary.write_bytes(engine)
         write_json(manifest_path(engine_path), manifest.to_json())
     return BuildResult(engine_path, manifest, len(engine), time.perf_counter() - started, tuple(logger.warnings))
 
 
-def _inlined_model(onnx_path: Path) -> tuple[bytes, bytes, ModelMetadata, int | None]:
-    """The file's bytes, the model with its functions inlined, its metadata, and a fixed batch size or None."""
-    try:
-        import onnx
-        import onnx.checker
-        import onnx.inliner
-    except ImportError:
-        raise BackendUnavailableError("building an engine needs the onnx package: pip install onnx") from None
+def check_build(engine_path: Path, options: BuildOptions) -> tuple[str, ...]:
+    """The GPU architectures that the engine will be for; empty for a backend's default.
 
-    if not onnx_path.exists():
-        raise FileNotFoundError(f"model not found: {onnx_path}")
-    try:
-        content = onnx_path.read_bytes()
-        model = onnx.load_model_from_string(content)
-        onnx.load_external_data_for_model(model, str(onnx_path.parent))
-    except Exception as error:  # protobuf and onnx raise classes of their own
+    Raises what :func:`build_engine` raises, as far as it can be known without the model.
+    """
+    if engine_path.suffix.lower() != ".engine":
+        raise ValueError(f"name the engine with the suffix .engine, not {engine_path.name}")
+    options.backend.load()
+    return options.targets if options.backend.portable else (_gpu_at_hand(options.backend, options.targets),)
+
+
+def _profiles(model: SourceModel, batch: tuple[int, ...]) -> tuple[Profile, ...]:
+    fixed = model.fixed_batch
+    if fixed is None:
+        return batch_profiles(batch)
+    if batch != (fixed,):
         raise ValueError(
-            f"cannot read {onnx_path} as ONNX, export it again with `asag export`: {one_line(error)}"
-        ) from None
+            f"{model.path} has a fixed batch of {fixed}: build it with --batch {fixed}, or export it with a dynamic"
+            " batch"
+        )
+    return ((fixed, fixed, fixed),)
+
+
+def _gpu_at_hand(backend: EngineBackend, wanted: tuple[str, ...]) -> str:
+    """The architecture of the current GPU; ValueError where another one is wanted."""
+    from trt_plugins.launch import current_capability
+
     try:
-        _check_names(model)
-        metadata = ModelMetadata.from_properties({item.key: item.value for item in model.metadata_props})
-        fixed_batch = _fixed_batch(model, metadata)
-        inlined = onnx.inliner.inline_local_functions(model)
-        left = sorted({node.op_type for node in inlined.graph.node if node.domain == "asag"})
-        if left:
-            raise ValueError(f"operators {', '.join(left)} have no function body in the file; export it again")
-        try:
-            # The builder's parser takes a graph at its word; one that is not sound can end the process.
-            onnx.checker.check_model(inlined, full_check=True)
-        except Exception as error:  # checker and inference have exception classes of their own
-            raise ValueError(f"damaged, export it again with `asag export`: {one_line(error)}") from None
-        return content, inlined.SerializeToString(), metadata, fixed_batch
+        target = f"sm_{current_capability()}"
     except ValueError as error:
-        raise ValueError(f"{onnx_path}: {one_line(error)}") from None
+        reason = one_line(error, 120)
+        raise BackendUnavailableError(
+            f"{backend.title} builds on the GPU that the engine is for, and none is at hand: {reason}"
+        ) from None
+    if wanted and wanted != (target,):
+        raise ValueError(
+            f"{backend.title} builds for the GPU at hand, {target}; build for {', '.join(wanted)} on such a GPU"
+        )
+    return target
 
 
-def _check_names(model: Any) -> None:
-    """Raise ValueError for names that are no text: the parser would print them to the terminal's dismay."""
-    nodes = [*model.graph.node, *(node for function in model.functions for node in function.node)]
-    values = (*model.graph.input, *model.graph.output, *model.graph.initializer, *model.graph.value_info)
-    names = [value.name for value in values]
-    for node in nodes:
-        names += (node.name, node.op_type, node.domain, *node.input, *node.output, *(a.name for a in node.attribute))
-    # The reader gives what is not UTF-8 as bytes.
-    if not all(isinstance(name, str) for name in names):
-        raise ValueError("a name in the file is no text, it is damaged; export it again with `asag export`")
+def _register_plugins(target: str) -> None:
+    from trt_plugins.plugins import register_plugins
+
+    register_plugins(int(target.removeprefix("sm_")))
 
 
-def _fixed_batch(model: Any, metadata: ModelMetadata) -> int | None:
-    shapes = {value.name: value.type.tensor_type.shape.dim for value in model.graph.input}
-    if set(shapes) != {"images", "sizes"}:
-        raise ValueError(f"not an asag model: its inputs are {sorted(shapes)} instead of images and sizes")
-    found = [dimension.dim_value for dimension in shapes["images"]][1:]
-    if found != [3, *metadata.input_size]:
-        raise ValueError(f"input images is {found} per image, but the metadata say {[3, *metadata.input_size]}")
-    return shapes["images"][0].dim_value or None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Parsed:
-    """A parsed network with what must outlive it."""
-
-    builder: Any
-    network: Any
-    parser: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class _Choice:
-    """What a build is for: (height, width) of the input in pixels, batches, GPU architectures."""
-
-    input_size: tuple[int, int]
-    profiles: tuple[Profile, ...]
-    targets: tuple[str, ...]
-
-
-def _parse(tensorrt_rtx: Any, logger: Any, model: bytes, onnx_path: Path, progress: ProgressCallback | None) -> _Parsed:
-    builder = tensorrt_rtx.Builder(logger)
-    network = builder.create_network(1 << int(tensorrt_rtx.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = tensorrt_rtx.OnnxParser(network, logger)
-    _report(progress, "parsing", 0.0)
-    if not parser.parse(model):
-        reasons = [_parser_error(parser.get_error(index)) for index in range(parser.num_errors)]
-        reason = (reasons + logger.errors + ["no reason was given"])[0]
-        raise ValueError(f"TensorRT-RTX cannot parse {onnx_path}: {reason}")
-    return _Parsed(builder, network, parser)
-
-
-def _count_layers(network: Any) -> tuple[dict[str, int], dict[str, int]]:
-    """Layers by type, and their first outputs by element type, most frequent first."""
-    layers, types = Counter[str](), Counter[str]()
-    for index in range(network.num_layers):
-        layer = network.get_layer(index)
-        layers[layer.type.name.lower()] += 1
-        if layer.num_outputs:
-            types[layer.get_output(0).dtype.name.lower()] += 1
-    return dict(layers.most_common()), dict(types.most_common())
-
-
-def _build(
-    tensorrt_rtx: Any,
+def _serialize(
+    module: Any,
     logger: Any,
-    parsed: _Parsed,
-    onnx_path: Path,
-    *,
-    choice: _Choice,
-    progress: ProgressCallback | None,
+    network: Network,
+    model: SourceModel,
+    profiles: tuple[Profile, ...],
+    options: BuildOptions,
+    progress: ProgressCallback,
 ) -> bytes:
-    """The serialized engine."""
-    config = parsed.builder.create_builder_config()
-    config.clear_flag(tensorrt_rtx.BuilderFlag.TF32)
-    # What `asag inspect` shows of an engine where a GPU can open it.
-    config.profiling_verbosity = tensorrt_rtx.ProfilingVerbosity.DETAILED
-    for batches in choice.profiles:
-        profile = parsed.builder.create_optimization_profile()
-        for name, rest in (("images", (3, *choice.input_size)), ("sizes", (2,))):
+    """The finished engine; writes the timing cache."""
+    config = network.builder.create_builder_config()
+    (config.set_flag if options.tf32 else config.clear_flag)(module.BuilderFlag.TF32)
+    # What `asag inspect` shows of an engine.
+    config.profiling_verbosity = module.ProfilingVerbosity.DETAILED
+    if options.workspace_mib is not None:
+        config.set_memory_pool_limit(module.MemoryPoolType.WORKSPACE, options.workspace_mib << 20)
+    for batches in profiles:
+        profile = network.builder.create_optimization_profile()
+        for name, rest in (("images", (3, *model.metadata.input_size)), ("sizes", (2,))):
             profile.set_shape(name, *((size, *rest) for size in batches))
         config.add_optimization_profile(profile)
-    if choice.targets:
-        config.num_compute_capabilities = len(choice.targets)
-        for index, target in enumerate(choice.targets):
-            config.set_compute_capability(
-                getattr(tensorrt_rtx.ComputeCapability, target.upper().replace("_", "")), index
-            )
-    if progress is not None:
-        # Kept in a local name: the monitor must outlive the build.
-        monitor = _progress_monitor(tensorrt_rtx, progress)
-        config.progress_monitor = monitor
-    serialized = parsed.builder.build_serialized_network(parsed.network, config)
+    if options.backend.portable and options.targets:
+        config.num_compute_capabilities = len(options.targets)
+        for index, target in enumerate(options.targets):
+            capability = getattr(module.ComputeCapability, target.upper().replace("_", ""))
+            config.set_compute_capability(capability, index)
+    # Kept in local names: the timings and the monitor must outlive the build.
+    timings = None if options.timing_cache is None else _load_timings(config, options.backend, options.timing_cache)
+    monitor = _progress_monitor(module, progress)
+    config.progress_monitor = monitor
+    serialized = network.builder.build_serialized_network(network.definition, config)
     if serialized is None:
         reason = [*logger.errors, "no reason was given"][0]
-        raise ValueError(f"TensorRT-RTX cannot build {onnx_path}: {reason}")
-    _report(progress, "built", 1.0)
+        advice = "" if options.workspace_mib is None else "; a larger workspace may help"
+        raise ValueError(f"{options.backend.title} cannot build {model.path}: {reason}{advice}")
+    if options.timing_cache is not None and timings is not None:
+        write_bytes(options.timing_cache, bytes(timings.serialize()))
+    progress("built", 1.0)
     return bytes(serialized)
 
 
-def _parser_error(error: Any) -> str:
-    place = f" (node {error.node_name()}, {error.node_operator()})" if error.node_name() else ""
-    return " ".join(error.desc().split()) + place
+def _load_timings(config: Any, backend: EngineBackend, path: Path) -> Any:
+    """The timing cache that the build uses and adds to: the file's, or an empty one where there is no such file yet."""
+    cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
+    if cache is None or not config.set_timing_cache(cache, False):
+        raise ValueError(
+            f"{path} holds no timings of this version of {backend.title} on this GPU; remove it or name another file"
+        )
+    return cache
 
 
-def _report(progress: ProgressCallback | None, phase: str, fraction: float) -> None:
-    if progress is not None:
-        progress(phase, fraction)
-
-
-def _progress_monitor(tensorrt_rtx: Any, progress: ProgressCallback) -> Any:
+def _progress_monitor(module: Any, progress: ProgressCallback) -> Any:
     """Pass the steps of the builder's outermost phase on to ``progress``."""
 
-    class Monitor(tensorrt_rtx.IProgressMonitor):
+    class Monitor(module.IProgressMonitor):
         def __init__(self) -> None:
-            tensorrt_rtx.IProgressMonitor.__init__(self)
+            module.IProgressMonitor.__init__(self)
             self._steps: dict[str, int] = {}
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:

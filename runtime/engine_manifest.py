@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from runtime.engine_backend import BACKENDS
+from runtime.engine_layers import EngineLayers, are_counts, is_count
 from runtime.errors import one_line
 from runtime.metadata import ModelMetadata
 
-MANIFEST_FORMAT = 2
+MANIFEST_FORMAT = 3
 REBUILD = "build the engine again: asag build MODEL.onnx -o MODEL.engine"
 
 DEFAULT_LEAST_CAPABILITY = (8, 0)
@@ -30,10 +31,12 @@ class EngineManifest:
     """What an engine was built from, kept as JSON beside it (``model.engine.json``).
 
     ``profiles`` are (smallest, preferred, largest) batches, rising and without gaps; ``targets`` the GPU architectures
-    ("sm_86") that were named, empty for the builder's default of compute capability 8.0 and later. ``op_lowering`` says
-    what became of the ops of domain ``asag``: "inlined" into standard operators. ``layers`` counts the network's layers
-    by type as the builder got them, before fusion, and ``layer_types`` their outputs by element type. The digests are
-    SHA-256 of the files' bytes.
+    ("sm_86") that were named or, for TensorRT, that of the GPU it was built on; empty for TensorRT-RTX's default of
+    compute capability 8.0 and later. ``op_lowering`` says what became of the ops of domain ``asag``: "inlined" into
+    standard operators, or "plugins", counted by name in ``plugins``. ``layers`` counts the network's layers by type as
+    the builder got them, before fusion, and ``layer_types`` their outputs by element type; ``engine_layers`` is what
+    the builder made of them, where it said so. The ONNX digest and name are those of the user's file, also where it was
+    converted to another precision first. Digests are SHA-256 of the files' bytes.
     """
 
     backend: str
@@ -49,6 +52,8 @@ class EngineManifest:
     layers: dict[str, int]
     layer_types: dict[str, int]
     metadata: ModelMetadata
+    plugins: dict[str, int] = dataclasses.field(default_factory=dict)
+    engine_layers: EngineLayers | None = None
 
     @property
     def smallest_batch(self) -> int:
@@ -76,6 +81,7 @@ class EngineManifest:
             "profiles": [list(profile) for profile in self.profiles],
             "targets": list(self.targets),
             "metadata": self.metadata.to_properties(),
+            "engine_layers": None if self.engine_layers is None else self.engine_layers.to_json(),
         }
 
 
@@ -117,11 +123,16 @@ def read_manifest(engine_path: str | os.PathLike[str]) -> EngineManifest:
             raise ValueError(f"the manifest {path} is damaged at {name}; {REBUILD}")
     try:
         metadata = ModelMetadata.from_properties(values["metadata"])
+        engine_layers = None if values["engine_layers"] is None else EngineLayers.from_json(values["engine_layers"])
     except ValueError as error:
         raise ValueError(f"the manifest {path} is damaged: {one_line(error)}; {REBUILD}") from None
-    given = {name: values[name] for name in names}
-    profiles = tuple(tuple(profile) for profile in values["profiles"])
-    return EngineManifest(**given | {"profiles": profiles, "targets": tuple(values["targets"]), "metadata": metadata})
+    read = {
+        "profiles": tuple(tuple(profile) for profile in values["profiles"]),
+        "targets": tuple(values["targets"]),
+        "metadata": metadata,
+        "engine_layers": engine_layers,
+    }
+    return EngineManifest(**{name: values[name] for name in names} | read)
 
 
 def read_engine(path: Path) -> tuple[bytes, EngineManifest]:
@@ -141,7 +152,8 @@ def check_target(path: Path, manifest: EngineManifest, gpu: str, capability: tup
     if target in manifest.targets or (not manifest.targets and capability >= DEFAULT_LEAST_CAPABILITY):
         return
     built_for = ", ".join(manifest.targets) or "sm_80 and later"
-    raise ValueError(f"{path} was built for {built_for}, and {gpu} is {target}; {REBUILD} --target {target}")
+    how = f"{REBUILD} --backend {manifest.backend} --target {target}"
+    raise ValueError(f"{path} was built for {built_for}, and {gpu} is {target}; {how}")
 
 
 def _is_text(value: Any) -> bool:
@@ -152,22 +164,14 @@ def _is_digest(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
 def _are_profiles(value: Any) -> bool:
     """Whether the profiles rise one after another without gaps."""
     if not isinstance(value, list) or not value:
         return False
-    if not all(isinstance(profile, list) and len(profile) == 3 and all(map(_is_count, profile)) for profile in value):
+    if not all(isinstance(profile, list) and len(profile) == 3 and all(map(is_count, profile)) for profile in value):
         return False
     rising = all(1 <= profile[0] <= profile[1] <= profile[2] for profile in value)
     return rising and all(second[0] == first[2] + 1 for first, second in itertools.pairwise(value))
-
-
-def _are_counts(value: Any) -> bool:
-    return isinstance(value, Mapping) and all(map(_is_count, value.values()))
 
 
 _CHECKS = {
@@ -181,7 +185,9 @@ _CHECKS = {
     "onnx_name": _is_text,
     "onnx_sha256": _is_digest,
     "engine_sha256": _is_digest,
-    "layers": _are_counts,
-    "layer_types": _are_counts,
+    "layers": are_counts,
+    "layer_types": are_counts,
     "metadata": lambda value: isinstance(value, Mapping),
+    "plugins": are_counts,
+    "engine_layers": lambda value: value is None or isinstance(value, Mapping),
 }

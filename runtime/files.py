@@ -12,18 +12,20 @@ from typing import Any
 
 
 @contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_path(path: str | os.PathLike[str], suffix: str | None = None) -> Iterator[Path]:
     """Give a temporary path in the folder of ``path``; when the block ends well it replaces ``path``.
 
     The folder is made when it is missing. An exception inside the block removes the temporary file and leaves an older
-    ``path`` as it was. The temporary name keeps the suffix, for writers that choose their format by it.
+    ``path`` as it was. The temporary name keeps the suffix, for writers that choose their format by it, or ends in
+    ``suffix``, so that what a killed program leaves is not taken for a finished file.
     """
     target = Path(path)
+    ending = target.suffix if suffix is None else suffix
     if target.is_dir():
         raise ValueError(f"cannot write {target}: it is a folder; name a file")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{target.stem}.", suffix=target.suffix, dir=target.parent)
+        descriptor, name = tempfile.mkstemp(prefix=f".{target.stem}.", suffix=ending, dir=target.parent)
     except OSError as error:
         raise ValueError(f"cannot write {target}: {error.strerror or error}") from None
     os.close(descriptor)

@@ -9,10 +9,13 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from runtime.errors import BackendUnavailableError, one_line
 from runtime.metadata import ModelMetadata
+
+if TYPE_CHECKING:
+    from runtime.engine_layers import EngineLayers
 
 LARGEST = 8
 """Largest tensors that are listed."""
@@ -182,45 +185,51 @@ def _tensor_bytes(tensor: Any) -> int:
 
 
 def _inspect_engine(path: Path) -> Inspection:
+    from runtime.engine_layers import summarize
     from runtime.engine_manifest import read_engine
     from runtime.engine_session import EngineSession
 
     content, manifest = read_engine(path)
+    plugins = ", ".join(f"{count} {name}" for name, count in manifest.plugins.items())
     facts = {
         "bytes": len(content),
         "backend": f"{manifest.backend} {manifest.version}",
         "precision": manifest.precision,
         "TF32": "on" if manifest.tf32 else "off",
         "GPU architectures": ", ".join(manifest.targets) or "sm_80 and later",
-        "asag ops": manifest.op_lowering,
+        "asag ops": f"{manifest.op_lowering}: {plugins}" if plugins else manifest.op_lowering,
         "built from": f"{manifest.onnx_name} (SHA-256 {manifest.onnx_sha256})",
     }
     profiles = Section("profiles", ("smallest batch", "tuned for", "largest batch"), manifest.profiles)
     sections = [_facts("file", facts), _metadata_facts(manifest.metadata), profiles]
     sections.append(_counts("layers before fusion", "layer", manifest.layers))
     sections.append(_counts("element types before fusion", "type", manifest.layer_types))
+    layers, notes = manifest.engine_layers, []
     try:
         with contextlib.closing(EngineSession(path)) as session:
-            sections.append(_engine_memory(session.device_memory()))
-            sections.extend(_engine_layers(session.layer_information()))
+            sections.append(_engine_memory("memory of a context, on this GPU", session.device_memory()))
+            layers = layers or summarize(session.layer_information(), {})
     except (BackendUnavailableError, ValueError) as error:
-        note = f"layers after fusion and their memory need a GPU that opens the engine: {one_line(error)}"
-        return Inspection(path, tuple(sections), (note,))
-    return Inspection(path, tuple(sections))
+        missing = "what a context takes on the GPU" if layers else "layers after fusion and their memory"
+        notes.append(f"{missing} can be read where a GPU opens the engine: {one_line(error)}")
+    return Inspection(path, (*sections, *(_engine_layers(layers) if layers else ())), tuple(notes))
 
 
-def _engine_memory(sizes: Sequence[int]) -> Section:
-    rows = tuple((number, round(size / 1e6, 3)) for number, size in enumerate(sizes))
-    return Section("memory of a context", ("profile", "MB"), rows)
+def _engine_memory(title: str, sizes: Sequence[int]) -> Section:
+    return Section(title, ("profile", "MB"), tuple((number, round(size / 1e6, 3)) for number, size in enumerate(sizes)))
 
 
-def _engine_layers(layers: Sequence[Any]) -> tuple[Section, Section]:
-    """Layers by type, and those that hold several of the network's layers; an entry is a name or an object."""
-    described = [layer if isinstance(layer, Mapping) else {"Name": str(layer)} for layer in layers]
-    kinds = Counter(str(layer.get("LayerType", "not said")) for layer in described)
-    fused = [layer for layer in described if "+" in str(layer.get("Name", ""))]
-    rows = [(str(layer.get("LayerType", "not said")), str(layer["Name"])) for layer in fused]
-    return _counts("layers after fusion", "layer", kinds), Section("fused layers", ("type", "layers"), tuple(rows))
+def _engine_layers(layers: EngineLayers) -> list[Section]:
+    sections = [
+        _counts("layers after fusion", "kernel", layers.kernels),
+        _counts("element types after fusion", "type", layers.types),
+        Section("fused layers", ("kernel", "operators", "count"), layers.fused),
+    ]
+    if layers.activation_bytes:
+        sections.append(_engine_memory("intermediate results, as the builder planned them", layers.activation_bytes))
+    if layers.weight_bytes:
+        sections.append(_facts("weights in the engine", {"MB": round(layers.weight_bytes / 1e6, 3)}))
+    return sections
 
 
 def _inspect_checkpoint(path: Path) -> Inspection:

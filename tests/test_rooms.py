@@ -12,7 +12,7 @@ ROOMS = ("asag", "train", "export", "trt_plugins", "runtime", "asag_cli")
 
 MAY_IMPORT = {
     "asag": {"trt_plugins"},  # its kernels, for ops on a GPU
-    "runtime": {"asag"},  # in the PyTorch session
+    "runtime": {"asag", "trt_plugins"},  # in the PyTorch session; the plugins that TensorRT embeds
     "trt_plugins": {"asag", "export"},  # in its benchmark, to compare with
     "train": {"asag", "runtime"},
     "export": {"asag", "runtime"},

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from asag.checkpoint import save_detector
-from runtime.engine_build import build_engine
+from runtime.engine_build import BuildOptions, build_engine
 from runtime.errors import BackendUnavailableError
 from tests.asag_cli.damage import DAMAGES, damage_json
 from tests.asag_cli.fuzz_commands import complaint
@@ -33,7 +33,7 @@ def good_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     picture.save(folder / "image.png")
     picture.save(folder / "image.jpg")
     try:
-        build_engine(folder / "toy.onnx", folder / "toy.engine", (1,))
+        build_engine(folder / "toy.onnx", folder / "toy.engine", BuildOptions(batch=(1,)))
     except BackendUnavailableError as error:
         print(f"without engines: {error}")
     try:

@@ -16,7 +16,7 @@ from asag.presets import PRESETS
 from export.model import export_onnx
 from runtime import open_session
 from runtime.agreement import compare_detections
-from runtime.engine_build import build_engine
+from runtime.engine_build import BuildOptions, build_engine
 from runtime.errors import BackendUnavailableError
 from runtime.metadata import ModelMetadata
 from runtime.pytorch_session import PyTorchSession
@@ -91,7 +91,7 @@ def test_onnx_runtime_has_the_detections_of_pytorch(exported: tuple[Path, Deploy
 def test_tensorrt_rtx_builds_it(exported: tuple[Path, DeployedDetector]) -> None:
     path, model = exported
     try:
-        result = build_engine(path, path.with_suffix(".engine"), batch=(2,))
+        result = build_engine(path, path.with_suffix(".engine"), BuildOptions(batch=(2,)))
     except BackendUnavailableError as error:
         pytest.skip(str(error))
     assert result.engine_bytes > 0.9 * path.stat().st_size, "the engine holds all weights"

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +18,15 @@ from hypothesis import strategies as st
 from onnx import helper
 
 from runtime import open_session
-from runtime.engine_backend import TENSORRT_RTX
-from runtime.engine_build import BuildResult, build_engine
+from runtime.engine_backend import TENSORRT, TENSORRT_RTX, EngineBackend
+from runtime.engine_build import BuildOptions, BuildResult, build_engine
 from runtime.engine_manifest import batch_profiles, check_target, manifest_path, read_manifest
 from runtime.errors import BackendUnavailableError
 from runtime.parity import Unavailable, open_candidate
 from tests.runtime.toy_detector import ToySession, build_toy_model, toy_metadata
 
 try:
-    TENSORRT_RTX = TENSORRT_RTX.load()
+    tensorrt_rtx = TENSORRT_RTX.load()
 except BackendUnavailableError as error:
     pytest.skip(str(error), allow_module_level=True)
 
@@ -43,9 +46,8 @@ def built(toy_onnx: Path) -> BuildResult:
 def test_build_writes_engine_and_manifest(toy_onnx: Path) -> None:
     reports: list[tuple[str, float]] = []
     engine = toy_onnx.parent / "out" / "toy.engine"
-    result = build_engine(
-        toy_onnx, engine, batch=(1, 2, 5), progress=lambda phase, share: reports.append((phase, share))
-    )
+    options = BuildOptions(batch=(1, 2, 5))
+    result = build_engine(toy_onnx, engine, options, lambda phase, share: reports.append((phase, share)))
     assert engine.stat().st_size == result.engine_bytes > 1000
     assert read_manifest(engine) == result.manifest
     assert result.manifest.profiles == ((1, 1, 1), (2, 2, 2), (3, 5, 5))
@@ -54,8 +56,8 @@ def test_build_writes_engine_and_manifest(toy_onnx: Path) -> None:
     assert result.manifest.layers["pooling"] == 1
     assert result.manifest.layer_types["float"] > 3
     assert result.manifest.metadata == toy_metadata()
-    assert result.manifest.version == TENSORRT_RTX.__version__
-    assert {"inlining functions", "parsing", "built"} <= {phase for phase, _ in reports}
+    assert result.manifest.version == tensorrt_rtx.__version__
+    assert {"reading", "parsing", "built"} <= {phase for phase, _ in reports}
     assert all(0 <= share <= 1 for _, share in reports)
     assert sorted(path.name for path in engine.parent.iterdir()) == ["toy.engine", "toy.engine.json"]
 
@@ -86,16 +88,138 @@ def test_a_batch_runs_on_the_profile_of_the_next_size(built_once: BuildResult, s
 
 def test_targets_and_log(toy_onnx: Path, tmp_path: Path) -> None:
     log = tmp_path / "build.log"
-    result = build_engine(toy_onnx, tmp_path / "ada.engine", (1,), targets=["sm_86", "sm_89"], log_path=log)
+    options = BuildOptions(batch=(1,), targets=("sm_86", "sm_89"))
+    result = build_engine(toy_onnx, tmp_path / "ada.engine", options, log_path=log)
     assert read_manifest(result.engine_path).targets == ("sm_86", "sm_89")
     assert len(log.read_text().splitlines()) > 20
     assert "warning: " in log.read_text()
 
 
+def test_tf32_and_workspace(toy_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = []
+    genuine = tensorrt_rtx.Builder.create_builder_config
+    monkeypatch.setattr(
+        tensorrt_rtx.Builder, "create_builder_config", lambda self: configs.append(genuine(self)) or configs[-1]
+    )
+    plain = build_engine(toy_onnx, tmp_path / "plain.engine", BuildOptions(batch=(1,)))
+    other = build_engine(toy_onnx, tmp_path / "other.engine", BuildOptions(batch=(1,), tf32=True, workspace_mib=96))
+    assert (plain.manifest.tf32, other.manifest.tf32) == (False, True)
+    assert [config.get_flag(tensorrt_rtx.BuilderFlag.TF32) for config in configs] == [False, True]
+    pool = tensorrt_rtx.MemoryPoolType.WORKSPACE
+    assert configs[1].get_memory_pool_limit(pool) == 96 << 20 != configs[0].get_memory_pool_limit(pool)
+
+
+def test_the_manifest_names_the_users_file_of_a_converted_one(toy_onnx: Path, tmp_path: Path) -> None:
+    converted = tmp_path / "converted.onnx"
+    onnx.save(build_toy_model(toy_metadata(precision="fp16")), converted)
+    manifest = build_engine(converted, tmp_path / "toy.engine", BuildOptions(batch=(1,)), source=toy_onnx).manifest
+    assert (manifest.onnx_name, manifest.precision) == ("toy.onnx", "fp16")
+    assert manifest.onnx_sha256 == hashlib.sha256(toy_onnx.read_bytes()).hexdigest()
+
+
+def test_the_manifest_tells_what_was_fused(tmp_path: Path) -> None:
+    """The builder lists its layers in messages; a release that words them otherwise would show here."""
+    model = build_toy_model(toy_metadata())
+    for node in [*model.graph.node, *model.functions[0].node]:
+        node.name = f"node_{node.output[0]}"
+    onnx.save(model, tmp_path / "named.onnx")
+    built = build_engine(tmp_path / "named.onnx", tmp_path / "named.engine")
+    layers = built.manifest.engine_layers
+    assert layers is not None
+    assert sum(layers.kernels.values()) > 0
+    assert sum(layers.kernels.values()) >= sum(layers.types.values()) > 0
+    assert any("Unsqueeze" in operators.split(" + ") for _, operators, _ in layers.fused), layers.fused
+    assert len(layers.activation_bytes) == len(built.manifest.profiles)
+
+
+@pytest.fixture
+def local_backend(monkeypatch: pytest.MonkeyPatch) -> EngineBackend:
+    """TensorRT's rules with TensorRT-RTX's module, whose builder runs anywhere, on a machine with an sm_86 GPU."""
+    monkeypatch.setattr("trt_plugins.launch.current_capability", lambda: 86)
+    return dataclasses.replace(TENSORRT, module=TENSORRT_RTX.module)
+
+
+def test_a_backend_for_the_gpu_at_hand(local_backend: EngineBackend, toy_onnx: Path, tmp_path: Path) -> None:
+    options = BuildOptions(local_backend, (1,))
+    assert options.lowering == "plugins"
+    # The toy's op has no plugin.
+    result = build_engine(toy_onnx, tmp_path / "toy.engine", options)
+    assert (result.manifest.backend, result.manifest.targets) == ("tensorrt", ("sm_86",))
+    check_target(result.engine_path, result.manifest, "GPU", (8, 6))
+    with pytest.raises(ValueError, match=r"built for sm_86, and GPU is sm_89; .*--backend tensorrt --target sm_89"):
+        check_target(result.engine_path, result.manifest, "GPU", (8, 9))
+    same = dataclasses.replace(options, targets=("sm_86",), op_lowering="inlined")
+    assert build_engine(toy_onnx, tmp_path / "same.engine", same).manifest.op_lowering == "inlined"
+    for targets in (("sm_89",), ("sm_86", "sm_89")):
+        with pytest.raises(ValueError, match=r"TensorRT builds for the GPU at hand, sm_86; build for .* on such a GPU"):
+            build_engine(toy_onnx, tmp_path / "no.engine", dataclasses.replace(options, targets=targets))
+
+
+@dataclasses.dataclass(frozen=True)
+class Timings:
+    """A stand-in for a timing cache: TensorRT-RTX's own does nothing."""
+
+    content: bytes
+
+    def serialize(self) -> bytes:
+        return self.content + b"+"
+
+
+def test_timing_cache(
+    local_backend: EngineBackend, toy_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+
+    def set_timings(config: object, cache: Timings, ignore_mismatch: bool) -> bool:
+        given.append((cache.content, ignore_mismatch))
+        return b"other" not in cache.content
+
+    monkeypatch.setattr(tensorrt_rtx.IBuilderConfig, "create_timing_cache", lambda _, content: Timings(content))
+    monkeypatch.setattr(tensorrt_rtx.IBuilderConfig, "set_timing_cache", set_timings)
+    cache = tmp_path / "caches" / "timings"
+    options = BuildOptions(local_backend, (1,), timing_cache=cache)
+    for expected in (b"+", b"++"):
+        build_engine(toy_onnx, tmp_path / "toy.engine", options)
+        assert cache.read_bytes() == expected
+    assert given == [(b"", False), (b"+", False)]
+    cache.write_bytes(b"other")
+    with pytest.raises(ValueError, match="timings holds no timings of this version of TensorRT on this GPU; remove it"):
+        build_engine(toy_onnx, tmp_path / "no.engine", options)
+    assert cache.read_bytes() == b"other"
+    assert not (tmp_path / "no.engine").exists()
+
+
+def test_killed_at_the_worst_moment(toy_onnx: Path) -> None:
+    """Between the manifest and the engine: nothing is taken for an engine, and the older one says what it is."""
+    engine = toy_onnx.with_suffix(".engine")
+    script = f"""
+import os, signal
+from pathlib import Path
+from runtime import engine_build
+from runtime.files import write_json
+def killed(path, values):
+    write_json(path, values)
+    os.kill(os.getpid(), signal.SIGKILL)
+engine_build.write_json = killed
+engine_build.build_engine({str(toy_onnx)!r}, {str(engine)!r})
+"""
+    for older in (b"", b"an older engine"):
+        if older:
+            engine.write_bytes(older)
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert [path.name for path in toy_onnx.parent.glob("*.engine")] == (["toy.engine"] if older else [])
+        assert [path.name for path in toy_onnx.parent.glob(".*.engine")] == []
+    with pytest.raises(ValueError, match=r"is damaged or is not the engine that its manifest describes"):
+        open_session(engine)
+
+
 def test_an_engine_for_another_gpu_says_what_to_build(built: BuildResult) -> None:
     path, manifest = built.engine_path, built.manifest
     check_target(path, manifest, "GPU", (8, 6))
-    with pytest.raises(ValueError, match=r"built for sm_86, and RTX 4090 is sm_89; .*--target sm_89"):
+    with pytest.raises(
+        ValueError, match=r"built for sm_86, and RTX 4090 is sm_89; .*--backend tensorrt-rtx --target sm_89"
+    ):
         check_target(path, dataclasses.replace(manifest, targets=("sm_86",)), "RTX 4090", (8, 9))
 
 
@@ -129,6 +253,13 @@ def test_damaged_manifests_are_refused(built: BuildResult) -> None:
         "{",
         json.dumps(values | {"format": 99}),
         json.dumps(values | {"profiles": [[1, 1, 1], [3, 4, 4]]}),
+        json.dumps(values | {"plugins": {"SamplingMixing": -1}}),
+        json.dumps(values | {"engine_layers": []}),
+    ]
+    layers = values["engine_layers"]
+    damaged += [json.dumps(values | {"engine_layers": layers | {name: [None]}}) for name in layers]
+    damaged += [
+        json.dumps(values | {"engine_layers": {key: layers[key] for key in layers if key != n}}) for n in layers
     ]
     damaged += [json.dumps({name: value for name, value in values.items() if name != left_out}) for left_out in values]
     damaged.append(json.dumps(values | {"metadata": {}}))
@@ -159,9 +290,15 @@ def test_inputs_that_cannot_be_built(toy_onnx: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"suffix \.engine"):
         build_engine(toy_onnx, tmp_path / "toy.plan")
     with pytest.raises(ValueError, match="batch sizes must rise"):
-        build_engine(toy_onnx, engine, batch=(1, 4, 2))
+        BuildOptions(batch=(1, 4, 2))
     with pytest.raises(ValueError, match=r"unknown GPU architecture 'sm_90'.*sm_86"):
-        build_engine(toy_onnx, engine, targets=["sm_90"])
+        BuildOptions(targets=("sm_90",))
+    with pytest.raises(ValueError, match="unknown op lowering 'both'; choose one of plugins, inlined"):
+        BuildOptions(op_lowering="both")
+    with pytest.raises(ValueError, match=r"TensorRT-RTX has no plugins; .* the backend tensorrt"):
+        BuildOptions(op_lowering="plugins")
+    with pytest.raises(ValueError, match="TensorRT-RTX keeps no timing cache"):
+        BuildOptions(timing_cache=tmp_path / "timings")
     foreign = tmp_path / "foreign.onnx"
     onnx.save(build_toy_model(None), foreign)
     with pytest.raises(ValueError, match=r"foreign.onnx: not an asag model"):
@@ -172,7 +309,7 @@ def test_inputs_that_cannot_be_built(toy_onnx: Path, tmp_path: Path) -> None:
     onnx.save(build_toy_model(toy_metadata(), batch=2), foreign)
     with pytest.raises(ValueError, match="fixed batch of 2"):
         build_engine(foreign, engine)
-    assert build_engine(foreign, engine, batch=(2,)).manifest.profiles == ((2, 2, 2),)
+    assert build_engine(foreign, engine, BuildOptions(batch=(2,))).manifest.profiles == ((2, 2, 2),)
 
 
 def test_the_builders_first_error_is_reported(tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ import onnx
 import pytest
 import safetensors.numpy
 
-from runtime.engine_build import build_engine
+from runtime.engine_build import BuildOptions, build_engine
 from runtime.errors import BackendUnavailableError
-from runtime.inspection import Inspection, _engine_layers, inspect_file
+from runtime.inspection import Inspection, inspect_file
 from tests.runtime.toy_detector import build_toy_model
 
 
@@ -67,7 +67,7 @@ def test_checkpoint(tmp_path: Path) -> None:
 
 def test_engine(toy_onnx: Path) -> None:
     try:
-        built = build_engine(toy_onnx, toy_onnx.with_suffix(".engine"), (1, 3))
+        built = build_engine(toy_onnx, toy_onnx.with_suffix(".engine"), BuildOptions(batch=(1, 3)))
     except BackendUnavailableError as error:
         pytest.skip(str(error))
     found = inspect_file(built.engine_path)
@@ -75,16 +75,14 @@ def test_engine(toy_onnx: Path) -> None:
     assert rows(found, "file")["asag ops"] == ("inlined",)
     assert rows(found, "profiles") == {1: (1, 1), 2: (3, 3)}
     assert rows(found, "layers before fusion")["pooling"] == (1,)
+    assert rows(found, "layers after fusion")
+    assert "float" in rows(found, "element types after fusion")
+    assert rows(found, "fused layers")
+    assert len(rows(found, "intermediate results, as the builder planned them")) == 2
     titles = [section.title for section in found.sections]
-    if "fused layers" not in titles:
+    if "memory of a context, on this GPU" not in titles:
         assert len(found.notes) == 1
-        assert "need a GPU" in found.notes[0]
-
-
-def test_layers_as_names_and_as_objects() -> None:
-    kinds, fused = _engine_layers(["a", "b + c", {"Name": "d + e", "LayerType": "kgen"}, {"Name": "f"}])
-    assert dict(kinds.rows) == {"not said": 3, "kgen": 1}
-    assert fused.rows == (("not said", "b + c"), ("kgen", "d + e"))
+        assert "where a GPU opens the engine" in found.notes[0]
 
 
 @pytest.mark.parametrize("name", ["damaged.onnx", "damaged.safetensors", "damaged.engine"])

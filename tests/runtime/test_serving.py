@@ -19,7 +19,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from runtime.engine_build import build_engine
+from runtime.engine_build import BuildOptions, build_engine
 from runtime.errors import BackendUnavailableError
 from runtime.metadata import ModelMetadata
 from runtime.preprocessing import prepare, to_rgb
@@ -45,7 +45,7 @@ def test_repository_of_an_exported_file(toy_onnx: Path, tmp_path: Path) -> None:
 
 def test_repository_of_an_engine(toy_onnx: Path, tmp_path: Path) -> None:
     try:
-        engine = build_engine(toy_onnx, tmp_path / "toy.engine", (1, 4)).engine_path
+        engine = build_engine(toy_onnx, tmp_path / "toy.engine", BuildOptions(batch=(1, 4))).engine_path
     except BackendUnavailableError as error:
         pytest.skip(str(error))
     folder = write_repository(engine, tmp_path / "repo", name="fast")

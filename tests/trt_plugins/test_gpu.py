@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -24,15 +26,22 @@ from kernel_cases import (
     to_float,
 )
 
+from asag.deploy import DeployedDetector
 from asag.ops import (
     adaptive_probing_definition,
     gather_anchors_definition,
     pyramid_roi_align_definition,
     sampling_mixing_definition,
 )
+from export.model import export_onnx
+from runtime import open_session
+from runtime.engine_backend import TENSORRT
+from runtime.engine_build import BuildOptions, build_engine
+from tests.builders import random_detector, small_info
 from trt_plugins.bench import describe, op_model
-from trt_plugins.launch import launch
+from trt_plugins.launch import current_capability, launch
 from trt_plugins.plan import OPERATIONS
+from trt_plugins.plugins import register_plugins
 
 pytestmark = pytest.mark.gpu
 
@@ -182,22 +191,41 @@ def test_compute_sanitizer_finds_nothing() -> None:
         assert result.returncode == 0, f"{check}:\n{result.stdout[-4000:]}"
 
 
-@pytest.mark.parametrize("just_in_time", [False, True])
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_an_engine_gives_what_the_definition_gives(name: str, just_in_time: bool) -> None:
+def tensorrt_with_builder() -> ModuleType:
     trt = pytest.importorskip("tensorrt", reason="needs TensorRT with its builder")
     if trt.__name__ != "tensorrt":
         pytest.skip("needs TensorRT with its builder; here are only its bindings")
-    from trt_plugins.engine import build_engine
+    return trt
+
+
+def build_op(trt: ModuleType, model: bytes, just_in_time: bool) -> bytes:
+    """An engine of one op: with its kernel inside, or one that calls back into Python for it."""
+    register_plugins(current_capability())
+    flags = trt.NetworkDefinitionCreationFlag
+    preference = flags.PREFER_JIT_PYTHON_PLUGINS if just_in_time else flags.PREFER_AOT_PYTHON_PLUGINS
+    builder = trt.Builder(trt.Logger(trt.Logger.WARNING))
+    network = builder.create_network(1 << int(flags.STRONGLY_TYPED) | 1 << int(preference))
+    parser = trt.OnnxParser(network, builder.logger)
+    assert parser.parse(model), parser.get_error(0).desc()
+    config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)
+    engine = builder.build_serialized_network(network, config)
+    assert engine is not None
+    return bytes(engine)
+
+
+@pytest.mark.parametrize("just_in_time", [False, True])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_engine_gives_what_the_definition_gives(name: str, just_in_time: bool) -> None:
+    trt = tensorrt_with_builder()
     from trt_plugins.resources import DEMO as DEMO_SIZES
     from trt_plugins.resources import signature
 
     shapes, attributes = signature(name, DEMO_SIZES, batch=2)
     inputs = engine_inputs(name)
     assert [array.shape for array in inputs] == [tuple(shape) for shape in shapes]
-    engine = trt.Runtime(trt.Logger()).deserialize_cuda_engine(
-        build_engine(op_model(name, shapes, attributes), just_in_time=just_in_time)
-    )
+    content = build_op(trt, op_model(name, shapes, attributes), just_in_time)
+    engine = trt.Runtime(trt.Logger()).deserialize_cuda_engine(content)
     context = engine.create_execution_context()
     values = {}
     for tensor, array in zip(OPERATIONS[name].inputs, inputs, strict=True):
@@ -212,6 +240,23 @@ def test_an_engine_gives_what_the_definition_gives(name: str, just_in_time: bool
     direct = run(name, inputs, attributes)
     for tensor, wanted in zip(OPERATIONS[name].outputs, direct, strict=True):
         assert torch.equal(values[tensor.name].cpu(), wanted), tensor.name
+
+
+@pytest.mark.parametrize("op_lowering", ["plugins", "inlined"])
+def test_an_engine_detects_what_the_exported_file_detects(op_lowering: str, tmp_path: Path) -> None:
+    tensorrt_with_builder()
+    model, engine = tmp_path / "small.onnx", tmp_path / "small.engine"
+    export_onnx(DeployedDetector(random_detector(), small_info()), model)
+    timings = tmp_path / "timings"
+    options = BuildOptions(TENSORRT, (1, 4), op_lowering=op_lowering, timing_cache=timings)
+    manifest = build_engine(model, engine, options).manifest
+    assert set(manifest.plugins) == (set(OPERATIONS) if op_lowering == "plugins" else set())
+    assert timings.stat().st_size > 0
+    height, width = small_info().input_size
+    images = [np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8) for seed in range(5)]
+    with open_session(engine, device="cuda") as session, open_session(model) as reference:
+        for ours, expected in zip(session.detect(images, 4), reference.detect(images), strict=True):
+            assert np.abs(ours.scores - expected.scores).max() < 1e-3
 
 
 def engine_inputs(name: str) -> list[Array]:
