@@ -1,0 +1,74 @@
+"""Training and inference keep to one device and give there what they give on the CPU."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from torch.amp import GradScaler
+
+from asag.deploy import DeployedDetector
+from runtime.preprocessing import as_image, prepare
+from runtime.pytorch_session import PyTorchSession
+from tests.builders import random_detector, random_picture, small_config, small_info
+from tests.other_device import other_device
+from train.checkpointing import TrainingState
+from train.config import TrainConfig
+from train.criterion import DetectionCriterion
+from train.processes import Processes
+from train.profile import random_pieces
+from train.schedule import build_optimizer, build_schedule
+from train.step import StepMaker, prepare_detector
+
+CPU = torch.device("cpu")
+
+
+def one_step(decoder: str, accumulate: int, epoch: int, elsewhere: bool) -> list[float]:
+    """Losses, the gradient's norm, and the sum of all weights after the step."""
+    detector = random_detector(small_config(decoder=decoder))
+    config = TrainConfig.for_preset("asag-a-tiny", ".", ".", batch_size=4, accumulate=accumulate, denoising_scale=0.4)
+    pieces = random_pieces(config, 160, 192, detector.config.classes)
+    with other_device() if elsewhere else nullcontext(CPU) as device:
+        prepare_detector(detector, config, device)
+        optimizer = build_optimizer(detector, config)
+        schedule = build_schedule(optimizer, config, 2, 2)
+        state = TrainingState(detector, None, optimizer, schedule, GradScaler("cpu", enabled=False))
+        criterion = DetectionCriterion(detector.config.classes).to(device)
+        maker = StepMaker(state, criterion, config, Processes(), device)
+        result = maker.make(pieces, epoch)
+        weights = sum(parameter.detach().double().sum() for parameter in detector.parameters())
+        return [float(value) for value in (*result.losses.values(), result.gradient_norm, weights)]
+
+
+@pytest.mark.parametrize(("accumulate", "epoch"), [(1, 0), (2, 0), (2, 1)])
+@pytest.mark.parametrize("decoder", ["adamixer", "sparse_rcnn"])
+def test_a_training_step(decoder: str, accumulate: int, epoch: int) -> None:
+    expected = one_step(decoder, accumulate, epoch, elsewhere=False)
+    assert one_step(decoder, accumulate, epoch, elsewhere=True) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("decoder", ["adamixer", "sparse_rcnn"])
+def test_the_reference_session(decoder: str) -> None:
+    deployed = DeployedDetector(random_detector(small_config(decoder=decoder)), small_info())
+    images = [as_image(random_picture(seed, 120, 150)) for seed in range(2)]
+    session = PyTorchSession(deployed, "small", "cpu")
+    tensors = prepare(images, session.metadata)
+    expected, stages = session.run(tensors), session.stage_values(tensors)
+    with other_device() as device:
+        elsewhere = PyTorchSession(deployed, "small", str(device))
+        found, found_stages = elsewhere.run(tensors), elsewhere.stage_values(tensors)
+    for wanted, given in ((expected, found), (stages, found_stages)):
+        assert wanted.keys() == given.keys()
+        for name, value in wanted.items():
+            np.testing.assert_allclose(given[name], value, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+def test_tensors_of_two_devices_do_not_mix() -> None:
+    with other_device() as device:
+        here, there = torch.ones(2), torch.ones(2).to(device)
+        assert there.device.type == device.type
+        assert float((there * 2 + torch.tensor(1.0)).sum()) == 6
+        with pytest.raises(RuntimeError, match="two devices"):
+            there + here
