@@ -70,6 +70,7 @@ def other_device() -> Iterator[torch.device]:
         patch.setattr(torch, "tensor", tensor)
         patch.setattr(Tensor, "new_tensor", new_tensor)
         patch.setattr(torch, "autocast", without_meta)
+        patch.setattr(torch, "inference_mode", torch.no_grad)  # made to hold ordinary tensors only
         # A module takes the moved tensors as its parameters; else it would put their values into the old ones.
         before = torch.__future__.get_overwrite_module_params_on_conversion()
         torch.__future__.set_overwrite_module_params_on_conversion(True)
