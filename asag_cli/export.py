@@ -17,10 +17,11 @@ from asag_cli.console import EXISTING_FILE, HELP, OUTPUT_FILE, IntegersType, Siz
 )
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "fp16"]),
+    type=click.Choice(["fp32", "fp16", "bf16"]),
     default="fp32",
     show_default=True,
-    help="Type of backbone, neck and large linear layers; boxes, thresholds, norms and softmax stay float32.",
+    help="Type of backbone, neck and large linear layers; boxes, thresholds, norms and softmax stay float32. bf16 is"
+    " for engines: ONNX Runtime does not run it on a CPU. int8 is made by `asag quantize`.",
 )
 @click.option(
     "--input-type",

@@ -18,6 +18,7 @@ from asag_cli.evaluate import evaluate
 from asag_cli.export import export
 from asag_cli.inspect import inspect
 from asag_cli.parity import parity
+from asag_cli.quantize import quantize
 from asag_cli.report import report
 from asag_cli.serve import serve_repository
 from asag_cli.train import train
@@ -54,6 +55,7 @@ def asag() -> None:
     \b
         asag train      a dataset in COCO's layout   ->  weights.safetensors
         asag export     weights.safetensors          ->  model.onnx
+        asag quantize   model.onnx and images        ->  model.onnx in int8
         asag build      model.onnx                   ->  model.engine
         asag detect     any of the three, on images
         asag evaluate   any of the three, COCO AP
@@ -71,6 +73,7 @@ def asag() -> None:
 for command in (
     train,
     export,
+    quantize,
     build,
     detect,
     evaluate,

@@ -18,8 +18,10 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 
-from runtime.benchmark import BenchmarkReport, benchmark_table, measure, ratio_of
+from runtime.benchmark import BenchmarkReport, measure, ratio_of
+from runtime.benchmark_table import benchmark_table
 from runtime.preprocessing import ImageLike
+from runtime.session import Session
 
 PRESET = "asag-a-r50-1x-100"
 INPUT_SIZE = (800, 1216)
@@ -74,6 +76,19 @@ def compare_variants(
     """Export `checkpoint` into `folder` and time it against PyTorch with and without folded norms, in that order:
     unfolded, folded, ONNX Runtime. Returns the exported file and the report.
     """
+    model, sessions = open_variants(checkpoint, folder, input_size=input_size, threads=threads)
+    return model, measure(sessions, images, rounds=rounds, warmup=warmup)
+
+
+def open_variants(
+    checkpoint: Path,
+    folder: Path,
+    *,
+    input_size: tuple[int, int] = INPUT_SIZE,
+    threads: int | None,
+    contexts: int | None = None,
+) -> tuple[Path, list[Session]]:
+    """Export `checkpoint` into `folder`; the file, and sessions of PyTorch without and with folded norms and of it."""
     import torch
 
     from asag.checkpoint import load_detector
@@ -89,12 +104,11 @@ def compare_variants(
     unfolded = DeployedDetector(detector, info, input_size, fold_norms=False)
     model = folder / "model.onnx"
     export_onnx(folded, model)
-    sessions = [
+    return model, [
         PyTorchSession(unfolded, "norms as trained"),
         PyTorchSession(folded, "norms folded"),
-        open_session(model, threads=threads),
+        open_session(model, threads=threads, contexts=contexts),
     ]
-    return model, measure(sessions, images, rounds=rounds, warmup=warmup)
 
 
 def ratio_lines(report: BenchmarkReport) -> list[str]:

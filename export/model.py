@@ -49,7 +49,7 @@ def export_onnx(
     """Write `model` to `path` as ONNX with dynamic batch, the custom ops as nodes with model-local bodies, and
     metadata.
 
-    precision: "fp32", or "fp16" for backbone, neck and large linear layers (see `export.precision`);
+    precision: "fp32", or "fp16" or "bf16" for backbone, neck and large linear layers (see `export.precision`);
     parameters_of_checkpoint: number of parameters before heads were dropped, for the report. The file is checked
     before it is written, whole or not at all. Raises ValueError when the checker refuses it.
     """

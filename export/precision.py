@@ -5,8 +5,7 @@ nearly all arithmetic and bear rounding well: the convolutions of backbone and n
 Everything else stays float32:
 
 - boxes, `xyzr`, sampling points and position embeddings: a pixel of 1344 needs 11 bits before the fraction, which is
-all that
-  float16 has;
+  all that float16 has, and three more than bfloat16 has;
 - thresholds and suppression: a confidence that rounds across 0.1 or 0.7 changes which patches exist;
 - norms, softmax and the geometry bias `log(iof + 1e-7)`, whose smallest value is below float16's normal range;
 - the anchor predictors and the last layers of the branches, whose outputs are boxes, confidences and logits.
@@ -16,12 +15,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import ml_dtypes
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-PRECISIONS = ("fp32", "fp16")
-"""ONNX gives convolutions bfloat16 from operator set 22 on; the files use 20, which every target reads."""
+from export.operator_set import raise_operator_set
+
+PRECISIONS = ("fp32", "fp16", "bf16")
+"""What :func:`convert_precision` makes; int8 needs images to calibrate with, see `export.quantization`."""
+
+BFLOAT16_OPERATOR_SET = 22
+"""The first in which convolution and pooling take bfloat16. Files of other precisions keep the export's, which more
+runtimes read.
+"""
 
 HALF_LINEAR_LAYERS = ("roi_projection", "parameters_of_query", "out_projection", "feed_forward.mlp")
 """Linear layers that compute in half precision, by a part of their parameters' names.
@@ -38,15 +45,20 @@ LARGEST_FLOAT16 = 65504.0
 def convert_precision(proto: onnx.ModelProto, precision: str) -> onnx.ModelProto:
     """A copy of `proto` (an export in float32) in which backbone, neck and large linear layers compute in `precision`.
 
-    Inputs and outputs keep their types. Raises ValueError for an unknown precision, and when a weight does not fit
+    Inputs and outputs keep their types. A quantized convolution keeps its int8 weights and activations; "fp16" halves
+    the scales that it is dequantized with, and so what it computes in between. With "bf16" the operator set of the file
+    becomes :data:`BFLOAT16_OPERATOR_SET`. Raises ValueError for an unknown precision, and when a weight does not fit
     float16.
     """
     if precision not in PRECISIONS:
-        raise ValueError(f"precision is {precision!r}; choose one of {', '.join(PRECISIONS)}")
+        advice = "; int8 is made from a float32 file by `asag quantize`" if precision == "int8" else ""
+        raise ValueError(f"precision is {precision!r}; choose one of {', '.join(PRECISIONS)}{advice}")
     result = onnx.ModelProto()
     result.CopyFrom(proto)
+    if precision == "bf16":
+        raise_operator_set(result, BFLOAT16_OPERATOR_SET)
     if precision != "fp32":
-        _Converter(result.graph).convert()
+        _Converter(result.graph, TensorProto.FLOAT16 if precision == "fp16" else TensorProto.BFLOAT16).convert()
     return result
 
 
@@ -63,7 +75,13 @@ def half_nodes(graph: onnx.GraphProto) -> set[int]:
         if node.op_type == "Conv" or any(name in after for name in node.input):
             chosen.add(index)
             after.update(node.output)
-    return chosen | set(_half_linear(graph))
+    dequantized = {
+        source
+        for index in chosen
+        for name in graph.node[index].input
+        if (source := producer.get(name)) is not None and graph.node[source].op_type == "DequantizeLinear"
+    }
+    return chosen | dequantized | set(_half_linear(graph))
 
 
 def _ancestors(graph: onnx.GraphProto, producer: dict[str, int], values: set[str]) -> set[int]:
@@ -97,8 +115,9 @@ def _half_linear(graph: onnx.GraphProto) -> Iterator[int]:
 class _Converter:
     """Rewrites one graph: half nodes get half inputs, and a cast back where something else reads what they give."""
 
-    def __init__(self, graph: onnx.GraphProto) -> None:
+    def __init__(self, graph: onnx.GraphProto, half_type: int) -> None:
         self.graph = graph
+        self.half_type = half_type
         self.initializers = {tensor.name: tensor for tensor in graph.initializer}
         self.values = {value.name: value for value in (*graph.input, *graph.value_info, *graph.output)}
         self.chosen = half_nodes(graph)
@@ -139,9 +158,9 @@ class _Converter:
         if name not in self.half_names:
             twin = self.half_names[name] = f"{name}_half"
             if name in self.initializers:
-                self.graph.initializer.append(_to_float16(self.initializers[name], twin))
+                self.graph.initializer.append(_to_half(self.initializers[name], twin, self.half_type))
             else:
-                self.nodes.append(helper.make_node("Cast", [name], [twin], f"{name}_to_half", to=TensorProto.FLOAT16))
+                self.nodes.append(helper.make_node("Cast", [name], [twin], f"{name}_to_half", to=self.half_type))
         return self.half_names[name]
 
     def _is_float(self, name: str) -> bool:
@@ -164,15 +183,17 @@ class _Converter:
                 value = onnx.ValueInfoProto()
                 value.CopyFrom(self.values[name])
                 value.name = twin
-                value.type.tensor_type.elem_type = TensorProto.FLOAT16
+                value.type.tensor_type.elem_type = self.half_type
                 kept.append(value)
         del self.graph.value_info[:]
         self.graph.value_info.extend(kept)
 
 
-def _to_float16(tensor: onnx.TensorProto, name: str) -> onnx.TensorProto:
+def _to_half(tensor: onnx.TensorProto, name: str, half_type: int) -> onnx.TensorProto:
     values = numpy_helper.to_array(tensor)
+    if half_type == TensorProto.BFLOAT16:  # the range of float32
+        return numpy_helper.from_array(values.astype(ml_dtypes.bfloat16), name)
     largest = float(np.abs(values).max(initial=0.0))
     if largest > LARGEST_FLOAT16:
-        raise ValueError(f"weight {tensor.name} reaches {largest:.3g}, more than float16 can hold; keep fp32")
+        raise ValueError(f"weight {tensor.name} reaches {largest:.3g}, more than float16 can hold; keep fp32 or bf16")
     return numpy_helper.from_array(values.astype(np.float16), name)
