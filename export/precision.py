@@ -13,7 +13,7 @@ Everything else stays float32:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import ml_dtypes
 import numpy as np
@@ -36,8 +36,12 @@ HALF_LINEAR_LAYERS = ("roi_projection", "parameters_of_query", "out_projection",
 Their bias is added in float32.
 """
 
-PYRAMID_OPS = ("PyramidRoIAlign", "SamplingMixing")
-"""Ops whose first four inputs are P2..P5, the end of the neck."""
+PYRAMID_OPS = {"PyramidRoIAlign": (0, 1, 2, 3), "SamplingMixing": (0, 1, 2, 3, 5)}
+"""Ops that read P2..P5, the end of the neck, as their first four inputs, with the inputs that they take in half
+precision. Their results are of the same type; inside, sums and norms are float32.
+"""
+
+LAYOUT_OPERATORS = ("Flatten", "Reshape", "Transpose")
 
 LARGEST_FLOAT16 = 65504.0
 
@@ -81,7 +85,21 @@ def half_nodes(graph: onnx.GraphProto) -> set[int]:
         for name in graph.node[index].input
         if (source := producer.get(name)) is not None and graph.node[source].op_type == "DequantizeLinear"
     }
-    return chosen | dequantized | set(_half_linear(graph))
+    chosen |= dequantized | set(_half_linear(graph))
+    return chosen | _laid_out_for(graph, chosen)
+
+
+def _laid_out_for(graph: onnx.GraphProto, chosen: set[int]) -> set[int]:
+    """Nodes that do no more than lay out values for chosen nodes."""
+    readers: dict[str, set[int]] = {value.name: {-1} for value in graph.output}
+    for index, node in enumerate(graph.node):
+        for name in node.input:
+            readers.setdefault(name, set()).add(index)
+    found: set[int] = set()
+    for index, node in reversed(list(enumerate(graph.node))):
+        if node.op_type in LAYOUT_OPERATORS and readers.get(node.output[0], {-1}) <= chosen | found:
+            found.add(index)
+    return found - chosen
 
 
 def _ancestors(graph: onnx.GraphProto, producer: dict[str, int], values: set[str]) -> set[int]:
@@ -122,16 +140,19 @@ class _Converter:
         self.values = {value.name: value for value in (*graph.input, *graph.value_info, *graph.output)}
         self.chosen = half_nodes(graph)
         self.outputs = {value.name for value in graph.output}
-        self.read_in_float = {
-            name for index, node in enumerate(graph.node) if index not in self.chosen for name in node.input
-        } | self.outputs
+        self.read_in_float = self.outputs | {
+            name
+            for index, node in enumerate(graph.node)
+            for position, name in enumerate(node.input)
+            if position not in self._half_inputs(index, node)
+        }
         self.half_names: dict[str, str] = {}
         self.nodes: list[onnx.NodeProto] = []
 
     def convert(self) -> None:
         for index, node in enumerate(self.graph.node):
-            if index in self.chosen:
-                self._convert_node(node)
+            if half_inputs := self._half_inputs(index, node):
+                self._convert_node(node, half_inputs)
             else:
                 self.nodes.append(node)
         del self.graph.node[:]
@@ -139,10 +160,17 @@ class _Converter:
         self._drop_unused_initializers()
         self._update_value_types()
 
-    def _convert_node(self, node: onnx.NodeProto) -> None:
+    def _half_inputs(self, index: int, node: onnx.NodeProto) -> Collection[int]:
+        """Positions of the inputs that the node takes in half precision; empty for one that stays float32."""
+        return range(len(node.input)) if index in self.chosen else PYRAMID_OPS.get(node.op_type, ())
+
+    def _convert_node(self, node: onnx.NodeProto, half_inputs: Collection[int]) -> None:
         converted = onnx.NodeProto()
         converted.CopyFrom(node)
-        converted.input[:] = [self._half(name) if self._is_float(name) else name for name in node.input]
+        converted.input[:] = [
+            self._half(name) if position in half_inputs and self._is_float(name) else name
+            for position, name in enumerate(node.input)
+        ]
         float_outputs = [name for name in node.output if self._is_float(name)]
         converted.output[:] = [f"{name}_half" if name in float_outputs else name for name in node.output]
         self.nodes.append(converted)

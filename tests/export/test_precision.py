@@ -20,7 +20,7 @@ from export import emulation
 from export.emulation import emulate_bfloat16
 from export.model import build_onnx
 from export.operator_set import is_widened, operators, raise_operator_set
-from export.precision import BFLOAT16_OPERATOR_SET, HALF_LINEAR_LAYERS, convert_precision, half_nodes
+from export.precision import BFLOAT16_OPERATOR_SET, HALF_LINEAR_LAYERS, PYRAMID_OPS, convert_precision, half_nodes
 from runtime.errors import BackendUnavailableError
 from runtime.metadata import ModelMetadata
 from runtime.session import open_session
@@ -90,6 +90,21 @@ def test_only_listed_linear_layers_are_half(exported: onnx.ModelProto) -> None:
     assert biases
     assert all(any(layer in name for layer in HALF_LINEAR_LAYERS) for name in biases)
     assert {layer for layer in HALF_LINEAR_LAYERS if any(layer in name for name in biases)} == set(HALF_LINEAR_LAYERS)
+
+
+def test_the_pyramids_ops_take_maps_and_parameters_in_half_and_give_half(half: onnx.ModelProto, half_type: int) -> None:
+    types = element_types(half.graph)
+    for name, half_inputs in PYRAMID_OPS.items():
+        (node,) = (node for node in half.graph.node if node.op_type == name)
+        found = [types[value] for value in node.input]
+        assert found == [half_type if at in half_inputs else TensorProto.FLOAT for at in range(len(found))]
+        assert types[node.output[0]] == half_type
+        # A linear layer in half precision reads the result, and nothing takes it back to float32 before.
+        value, read_by = node.output[0], ""
+        while read_by != "MatMul":
+            (reader,) = (reader for reader in half.graph.node if value in reader.input)
+            value, read_by = reader.output[0], reader.op_type
+            assert read_by in ("MatMul", "Reshape", "Flatten")
 
 
 @pytest.mark.parametrize("operator", ["LayerNormalization", "Softmax", "Log", "Sin", "Sigmoid", "TopK"])
@@ -210,8 +225,8 @@ def test_emulated_features_are_those_of_pytorch_in_bfloat16(
     deployed: DeployedDetector, exported: onnx.ModelProto
 ) -> None:
     images, sizes = uint8_batch([random_picture(seed, *SIZE) for seed in range(2)], *SIZE)
-    names = next(node for node in exported.graph.node if node.op_type == "PyramidRoIAlign").input[:4]
     emulated = emulate_bfloat16(convert_precision(exported, "bf16"))
+    names = next(node for node in emulated.graph.node if node.op_type == "PyramidRoIAlign").input[:4]
     for name in names:
         emulated.graph.output.add().name = name
     session = onnxruntime.InferenceSession(emulated.SerializeToString(), providers=["CPUExecutionProvider"])
