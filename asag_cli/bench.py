@@ -14,10 +14,16 @@ import click
 from asag_cli.console import EXISTING_FILE, HELP, OUTPUT_FILE, console, device_option, progress_bar, threads_option
 
 if TYPE_CHECKING:
+    from runtime.limits import ModelLimits, Rates
     from runtime.parity import Unavailable
     from runtime.session import Session
+    from runtime.stage_times import StageTimes
 
-BACKENDS = ("pytorch", "torch-compile", "onnxruntime-cpu", "onnxruntime-cuda", "tensorrt-rtx")
+BACKENDS = (
+    *("pytorch", "torch-compile"),
+    *("onnxruntime-cpu", "onnxruntime-cuda", "onnxruntime-tensorrt"),
+    *("tensorrt", "tensorrt-rtx"),
+)
 """What `--against` knows."""
 
 
@@ -67,6 +73,8 @@ class SizesType(click.ParamType):
 @click.option("--warmup", type=click.IntRange(0), default=3, show_default=True, help="Runs before that do not count.")
 @click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True, help="Images that run together.")
 @click.option("--batch-sizes", type=SizesType(), help="Also measure images per second at these, such as 1,2,4.")
+@click.option("--stages", is_flag=True, help="Also measure the time of each stage of the network.")
+@click.option("--limit", is_flag=True, help="Also say how far each stage is from what this machine can do.")
 @click.option("--memory", is_flag=True, help="Also measure each model's peak memory, in a process of its own.")
 @click.option("--json", "json_path", type=OUTPUT_FILE, help="Also write the numbers to this file.")
 @device_option
@@ -79,6 +87,8 @@ def bench(
     warmup: int,
     batch_size: int,
     batch_sizes: tuple[int, ...] | None,
+    stages: bool,
+    limit: bool,
     memory: bool,
     json_path: Path | None,
     device: str,
@@ -89,13 +99,19 @@ def bench(
     Ratios are to the first model, round by round, with their 10th and 90th percentile; where these leave 1 in between,
     the difference is noise and is not called one. A model that cannot run here is named with the reason.
 
+    With --stages, each model is measured again, divided into pre-processing, copies, backbone and neck, anchors,
+    proposals, head and post-processing; on the CPU for exported files. With --limit, each stage of the network is set
+    beside the time that its arithmetic and its bytes take at the rates of a large matrix product and a large copy.
+
     With --against, a checkpoint is exported and built as far as its backends need it, into a temporary folder.
     """
-    from runtime.benchmark import benchmark_table, measure, measure_throughput
+    from runtime.benchmark import measure, measure_throughput
+    from runtime.benchmark_table import benchmark_table
     from runtime.detect import expand_paths
     from runtime.files import write_json
     from runtime.parity import Unavailable
     from runtime.peak_memory import peak_memory_mib
+    from runtime.stage_times import measure_stages
 
     pictures = expand_paths([images])[:64]
     with contextlib.ExitStack() as stack:
@@ -115,6 +131,16 @@ def bench(
             with progress_bar("batch sizes") as advance:
                 found = measure_throughput(sessions, pictures, batch_sizes, progress=advance)
             result = dataclasses.replace(result, throughput=found)
+        if stages or limit:
+            with progress_bar("stages") as advance:
+                times = measure_stages(
+                    *(sessions, pictures), rounds=rounds, batch_size=batch_size, threads=threads, progress=advance
+                )
+            result = dataclasses.replace(result, stage_times=times)
+        if limit:
+            exported = [(session, _exported(path, models, folder)) for session, path in running]
+            limits = find_limits(result.stage_times, exported, batch_size, device, threads)
+            result = dataclasses.replace(result, limits=limits)
         if memory:
             with console.status("memory"):
                 peaks = tuple(
@@ -127,6 +153,27 @@ def bench(
     console.print(benchmark_table(result))
     if json_path is not None:
         write_json(json_path, result.to_json())
+
+
+def find_limits(
+    times: Sequence[StageTimes],
+    exported: Sequence[tuple[Session, Path]],
+    batch_size: int,
+    device: str,
+    threads: int | None,
+) -> tuple[ModelLimits, ...]:
+    """The limits of every model that runs, each with its exported file, on ``device`` or the CPU."""
+    from runtime.limits import measure_rates, model_limits
+
+    rates: dict[str, Rates] = {}
+    found = []
+    for stages, (session, path) in zip(times, exported, strict=True):
+        kind = "cpu" if session.backend.endswith(("-cpu", "pytorch")) else device
+        if stages.reason is None and kind not in rates:
+            with console.status("rates of this machine"):
+                rates[kind] = measure_rates(kind, threads)
+        found.append(model_limits(stages, path, batch_size, rates.get(kind)))
+    return tuple(found)
 
 
 def open_models(
@@ -166,16 +213,27 @@ def _open_backend(
                 return open_compiled(checkpoint, device, threads), checkpoint
         model = _export(checkpoint, folder)
         if backend.startswith("onnxruntime"):
-            kind = device if backend.endswith("cuda") and device != "cpu" else backend.rpartition("-")[2]
-            return open_candidate(model, device=kind, threads=threads), model
-        from runtime.engine_build import build_engine
+            kind, index = backend.rpartition("-")[2], device.partition(":")[2]
+            place = f"{kind}:{index}" if index and kind != "cpu" else kind
+            return open_candidate(model, device=place, threads=threads), model
+        from runtime.engine_backend import BACKENDS as BUILDERS
+        from runtime.engine_build import BuildOptions, build_engine
 
-        engine = model.with_suffix(".engine")
+        engine = folder / f"{model.stem}.{backend}.engine"
         with console.status("building"):
-            build_engine(model, engine)
+            build_engine(model, engine, BuildOptions(BUILDERS[backend]))
         return open_candidate(engine, device=device), engine
     except BackendUnavailableError as error:
         return Unavailable(checkpoint.name, backend, "fp32", one_line(error)), checkpoint
+
+
+def _exported(path: Path, models: Sequence[Path], folder: Path) -> Path:
+    """The file, or for one of ``models`` that is a checkpoint what it is exported to."""
+    if path.suffix.lower() != ".safetensors":
+        return path
+    place = folder / str(models.index(path))
+    place.mkdir(exist_ok=True)
+    return _export(path, place)
 
 
 def _export(checkpoint: Path, folder: Path) -> Path:

@@ -11,17 +11,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
-from rich import box
-from rich.console import Group
-from rich.table import Table
-from rich.text import Text
 
 from runtime.energy import EnergyMeter
+from runtime.limits import ModelLimits
 from runtime.machine import Machine, describe_machine
 from runtime.parity_results import Unavailable
 from runtime.postprocessing import postprocess
 from runtime.preprocessing import ImageLike, as_image, prepare
+from runtime.pytorch_session import PyTorchSession
 from runtime.session import Session
+from runtime.stage_times import StageTimes
 
 STAGES = ("prepare", "run", "postprocess")
 
@@ -32,7 +31,8 @@ class Latency:
 
     ``ratio`` is the median over rounds of this session's time over the first session's in the same round;
     ``ratio_low`` and ``ratio_high`` are its 10th and 90th percentiles (None for the first session).
-    ``rounds_ms`` are the times of the rounds, in order.
+    ``rounds_ms`` are the times of the rounds, in order. ``device_p50_ms`` is the median time of the network by the
+    device's own clock, without copies, in further runs (None on the CPU).
     """
 
     name: str
@@ -47,6 +47,7 @@ class Latency:
     ratio_low: float | None
     ratio_high: float | None
     rounds_ms: tuple[float, ...]
+    device_p50_ms: float | None = None
 
     @property
     def differs(self) -> bool:
@@ -79,8 +80,9 @@ class Throughput:
 class BenchmarkReport:
     """Latencies of the sessions in the order given, with what they were measured on.
 
-    ``unavailable`` names what could not run and why, ``throughput`` holds other batch sizes where they were asked for,
-    and ``peak_memory_mib`` the most memory that a process running only that model used, by the session's place.
+    ``unavailable`` names what could not run and why. Where they were asked for, ``throughput`` holds other batch sizes,
+    ``peak_memory_mib`` the most memory that a process running only that model used, by the session's place,
+    ``stage_times`` the stages of each session, and ``limits`` how far they are from what the machine can do.
     """
 
     latencies: tuple[Latency, ...]
@@ -92,6 +94,8 @@ class BenchmarkReport:
     unavailable: tuple[Unavailable, ...] = ()
     throughput: tuple[Throughput, ...] = ()
     peak_memory_mib: tuple[float | None, ...] = ()
+    stage_times: tuple[StageTimes, ...] = ()
+    limits: tuple[ModelLimits, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON values."""
@@ -132,7 +136,10 @@ def measure(
         if progress is not None:
             progress(number + warmup + 1, rounds + warmup)
     return BenchmarkReport(
-        latencies=tuple(_latency(session, times, index, batch_size) for index, session in enumerate(sessions)),
+        latencies=tuple(
+            _latency(session, times, index, batch_size, _device_p50_ms(session, batch, rounds))
+            for index, session in enumerate(sessions)
+        ),
         batch_size=batch_size,
         rounds=rounds,
         warmup=warmup,
@@ -199,7 +206,9 @@ def _stage_seconds(session: Session, batch: Sequence[Image.Image]) -> list[float
     return [later - earlier for earlier, later in pairwise(marks)]
 
 
-def _latency(session: Session, times: NDArray[np.float64], index: int, batch_size: int) -> Latency:
+def _latency(
+    session: Session, times: NDArray[np.float64], index: int, batch_size: int, device_p50_ms: float | None
+) -> Latency:
     totals = times.sum(axis=2)
     p50, p90, p99 = (float(value) for value in np.percentile(totals[:, index], [50, 90, 99]) * 1e3)
     middle, low, high = ratio_of(totals[:, index], totals[:, 0])
@@ -216,86 +225,21 @@ def _latency(session: Session, times: NDArray[np.float64], index: int, batch_siz
         ratio_low=low if index else None,
         ratio_high=high if index else None,
         rounds_ms=tuple((totals[:, index] * 1e3).tolist()),
+        device_p50_ms=device_p50_ms,
     )
+
+
+def _device_p50_ms(session: Session, batch: Sequence[Image.Image], rounds: int) -> float | None:
+    """The network's median time between CUDA events, in runs of its own."""
+    if not isinstance(session, PyTorchSession):
+        return None
+    tensors = prepare(batch, session.metadata)
+    if session.device_seconds(tensors) is None:
+        return None
+    return float(np.median([session.device_seconds(tensors) for _ in range(rounds)])) * 1e3
 
 
 def ratio_of(times: ArrayLike, base: ArrayLike) -> tuple[float, float, float]:
     """Median, 10th and 90th percentile of the quotients of two sessions' times, round by round."""
     middle, low, high = np.percentile(np.asarray(times) / np.asarray(base), [50, 10, 90])
     return float(middle), float(low), float(high)
-
-
-def benchmark_table(report: BenchmarkReport) -> Group:
-    """The report for a terminal of 80 columns; times in milliseconds per batch."""
-    names_needed = len({(latency.backend, latency.precision) for latency in report.latencies}) < len(report.latencies)
-    table = Table(
-        title=f"Latency of a batch of {report.batch_size}, ms, {report.rounds} rounds",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        padding=0,
-    )
-    table.add_column("backend", overflow="fold")
-    table.add_column("prec.", no_wrap=True)
-    for heading in ("p50", "p90", "p99", "images\n/s", "time / first\n(10..90 %)", "pre-\npare", "run", "post-\nproc."):
-        table.add_column(heading, justify="right", no_wrap=True)
-    notes = []
-    for latency in report.latencies:
-        times = (latency.p50_ms, latency.p90_ms, latency.p99_ms)
-        table.add_row(
-            f"{latency.backend}\n{latency.name}" if names_needed else latency.backend,
-            latency.precision,
-            *map(milliseconds, times),
-            f"{latency.images_per_second:.1f}",
-            _ratio_text(latency),
-            *(milliseconds(latency.stages_p50_ms[stage]) for stage in STAGES),
-        )
-        if latency.ratio is not None and not latency.differs:
-            notes.append(Text(f"{latency.name} ({latency.backend}): no difference to the first beyond the noise"))
-    notes += [
-        Text(f"{model.name} ({model.backend}) was not run: {model.reason}", style="yellow")
-        for model in report.unavailable
-    ]
-    for latency, memory in zip(report.latencies, report.peak_memory_mib, strict=False):
-        if memory is not None:
-            notes.append(
-                Text(f"{latency.name} ({latency.backend}): a process of its own takes {memory:.0f} MiB at most")
-            )
-    versions = ", ".join(f"{name} {text}" for name, text in report.versions.items())
-    more = [throughput_table(report)] if report.throughput else []
-    return Group(table, *more, *notes, Text(f"{report.machine.summary()}; {versions}", style="dim"))
-
-
-def throughput_table(report: BenchmarkReport) -> Table:
-    """Images per second, a row for each session and a column for each batch size, with the spread below."""
-    sizes = list(dict.fromkeys(row.batch_size for row in report.throughput))
-    table = Table(title="Images per second by batch size (10..90 %)", box=box.SIMPLE_HEAD, show_edge=False, padding=0)
-    table.add_column("backend", overflow="fold")
-    table.add_column("prec.", no_wrap=True)
-    for size in sizes:
-        table.add_column(str(size), justify="right", no_wrap=True)
-    energy = any(row.joules_per_image is not None for row in report.throughput)
-    count = len(report.throughput) // len(sizes)
-    for place in range(count):
-        rows = report.throughput[place::count]
-        table.add_row(rows[0].backend, rows[0].precision, *(_throughput_text(row, energy) for row in rows))
-    return table
-
-
-def _throughput_text(row: Throughput, energy: bool) -> str:
-    if row.images_per_second is None:
-        return "not taken"
-    text = f"{row.images_per_second:.1f}\n({row.low:.1f}..{row.high:.1f})"
-    if energy:
-        text += "\n" + ("" if row.joules_per_image is None else f"{row.joules_per_image:.2f} J/image")
-    return text
-
-
-def milliseconds(value: float) -> str:
-    """A time in milliseconds as text of at most five characters up to 100 seconds."""
-    return f"{value:.1f}" if value < 1000 else f"{value:.0f}"
-
-
-def _ratio_text(latency: Latency) -> str:
-    if latency.ratio is None:
-        return "1"
-    return f"{latency.ratio:.2f}\n({latency.ratio_low:.2f}..{latency.ratio_high:.2f})"

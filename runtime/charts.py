@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-COLOURS = ("#1f5fa8", "#c0501a", "#2f7d4f", "#8a3f8f", "#8a6d1f", "#4a5560")
+COLOURS = ("#1f5fa8", "#c0501a", "#2f7d4f", "#8a3f8f", "#8a6d1f", "#4a5560", "#4aa3b5", "#d98aa5")
 
 _WIDTH, _HEIGHT = 640, 340
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 16, 16, 44

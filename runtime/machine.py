@@ -17,7 +17,11 @@ _PACKAGES = ("asag", "numpy", "pillow", "torch", "onnxruntime", "onnxruntime-gpu
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """The processor, number of usable cores, memory in GiB (None where unknown), GPUs, system, versions and date."""
+    """The processor, number of usable cores, memory in GiB (None where unknown), GPUs, system, versions and date.
+
+    ``clock_mhz`` is what the processor's fastest core runs at while this is asked (None where the system does not
+    tell); each of ``gpus`` says its own.
+    """
 
     processor: str
     cores: int
@@ -26,11 +30,14 @@ class Machine:
     system: str
     versions: dict[str, str]
     date: str
+    clock_mhz: float | None = None
 
     def summary(self) -> str:
         """One line for below a table."""
         memory = "" if self.memory_gib is None else f", {self.memory_gib:.0f} GiB"
-        return f"{self.processor}, {self.cores} cores{memory}, {', '.join(self.gpus) or 'no GPU'}; {self.date}"
+        clock = "" if self.clock_mhz is None else f" at {self.clock_mhz:.0f} MHz"
+        gpus = ", ".join(self.gpus) or "no GPU"
+        return f"{self.processor}, {self.cores} cores{clock}{memory}, {gpus}; {self.date}"
 
     def to_json(self) -> dict[str, Any]:
         """The description as JSON values."""
@@ -47,17 +54,26 @@ def describe_machine() -> Machine:
         system=f"{platform.system()} {platform.machine()}",
         versions={"python": platform.python_version(), **_versions()},
         date=datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="minutes"),
+        clock_mhz=_clock_mhz(),
     )
 
 
 def _processor() -> str:
+    names = _cpu_info("model name")
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _clock_mhz() -> float | None:
+    return max(map(float, _cpu_info("cpu MHz")), default=None)
+
+
+def _cpu_info(field: str) -> list[str]:
+    """What the kernel says of each core; nothing where it does not."""
     try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        return []
+    return [line.partition(":")[2].strip() for line in lines if line.startswith(field)]
 
 
 def _memory_gib() -> float | None:
@@ -71,12 +87,19 @@ def _gpus() -> tuple[str, ...]:
     command = shutil.which("nvidia-smi")
     if command is None:
         return ()
-    query = [command, "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    fields = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem"
+    query = [command, f"--query-gpu={fields}", "--format=csv,noheader"]
     try:
         listing = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return ()
-    return tuple(line.replace(", ", " (driver ") + ")" for line in listing.splitlines() if line.strip())
+    return tuple(map(_gpu_text, listing.splitlines()))
+
+
+def _gpu_text(line: str) -> str:
+    """``name, driver, clock, highest clock, memory clock`` of ``nvidia-smi`` as words."""
+    name, driver, clock, highest, memory = line.split(", ")
+    return f"{name} (driver {driver}, {clock} of {highest}, memory {memory})"
 
 
 def _versions() -> dict[str, str]:

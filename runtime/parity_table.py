@@ -9,7 +9,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from runtime.benchmark import milliseconds
+from runtime.benchmark_table import milliseconds
 from runtime.bootstrap import Interval
 from runtime.parity_results import AP_NAMES, ParityReport, ParityRow
 

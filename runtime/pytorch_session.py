@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import BackendUnavailableError, one_line
+from runtime.graph_stages import NETWORK_STAGES
 from runtime.metadata import ModelMetadata
 from runtime.postprocessing import OUTPUT_NAMES
 from runtime.preprocessing import ImageLike, as_image, prepare
@@ -20,6 +24,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from asag.deploy import DeployedDetector
+
+_RATE_SIDE = 8192
+_RATE_COPY_ELEMENTS = 1 << 28
+"""Sizes that a GPU's rates are measured with: far larger than its caches."""
 
 
 class PyTorchSession(Session):
@@ -54,6 +62,69 @@ class PyTorchSession(Session):
         with torch.inference_mode():
             outputs = self._forward(*self._inputs(tensors))
         return {name: value.cpu().numpy() for name, value in zip(OUTPUT_NAMES, outputs, strict=True)}
+
+    def device_seconds(self, tensors: Mapping[str, NDArray]) -> float | None:
+        """Run one batch and return what the network took between CUDA events, without copies; None on the CPU."""
+        import torch
+
+        if self._device.type == "cpu":
+            return None
+        with torch.inference_mode():
+            inputs = self._inputs(tensors)
+            began = self._now()
+            self._forward(*inputs)
+            return self._seconds(began, self._now())
+
+    def timed_run(self, tensors: Mapping[str, NDArray]) -> tuple[dict[str, NDArray], dict[str, float]]:
+        """What :meth:`run` gives, eagerly, and the seconds of each stage of the network and of ``copies``.
+
+        Stages are those of :mod:`runtime.graph_stages`; on a GPU their times are those between CUDA events. No other
+        thread may use the session meanwhile.
+        """
+        import torch
+
+        detector = self._deployed.detector
+        marks: list[Any] = []
+
+        def mark(*_: object) -> None:
+            marks.append(self._now())
+
+        hooks = [
+            detector.anchor_generator.register_forward_pre_hook(mark),
+            detector.anchor_generator.register_forward_hook(mark),
+            detector.proposals.register_forward_hook(mark),
+        ]
+        try:
+            with torch.inference_mode():
+                mark()
+                inputs = self._inputs(tensors)
+                mark()
+                outputs = self._deployed(*inputs)
+                mark()
+                found = {name: value.cpu().numpy() for name, value in zip(OUTPUT_NAMES, outputs, strict=True)}
+                mark()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        copied_in, *network, copied_out = (self._seconds(*pair) for pair in pairwise(marks))
+        return found, {"copies": copied_in + copied_out, **dict(zip(NETWORK_STAGES, network, strict=True))}
+
+    def _now(self) -> Any:
+        """This moment in the device's work: an event on a GPU, else the clock."""
+        if self._device.type == "cpu":
+            return time.perf_counter()
+        import torch
+
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def _seconds(self, earlier: Any, later: Any) -> float:
+        """Between two moments, once the device has passed both."""
+        if self._device.type == "cpu":
+            return later - earlier
+        later.synchronize()
+        return earlier.elapsed_time(later) / 1e3
 
     def stages(self, image: ImageLike) -> Stages:
         """Run one image and keep what the method did; see :meth:`runtime.session.Session.stages`."""
@@ -152,9 +223,9 @@ def open_pytorch(
             " or use an exported .onnx file"
         ) from None
 
-    if kind == "cuda" and not torch.cuda.is_available():
+    if kind != "cpu" and not torch.cuda.is_available():
         raise BackendUnavailableError("PyTorch sees no CUDA GPU on this machine")
-    if kind == "cuda":
+    if kind != "cpu":
         # The reference is true float32; by default convolutions round their inputs to TF32.
         torch.backends.cudnn.allow_tf32 = False
     if threads is not None:
@@ -163,3 +234,46 @@ def open_pytorch(
     detector.choose(variant.head, variant.levels)
     deployed = DeployedDetector(detector, info, variant.input_size, "uint8", variant.patch_capacity)
     return PyTorchSession(deployed, path.name, "cpu" if kind == "cpu" else f"cuda:{device_index}", compiled)
+
+
+def measure_cuda_rates(device: str) -> tuple[str, float, float, float]:
+    """A GPU's name, operations per second of a large matrix product in float32 (without TF32) and in float16, and
+    bytes per second, read and written, of a large copy.
+
+    Raises BackendUnavailableError where PyTorch or the GPU is missing.
+    """
+    try:
+        import torch
+    except ModuleNotFoundError:
+        raise BackendUnavailableError("a GPU's limits are measured with PyTorch: pip install torch") from None
+    if not torch.cuda.is_available():
+        raise BackendUnavailableError("PyTorch sees no CUDA GPU on this machine")
+    rates = []
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        for kind in (torch.float32, torch.float16):
+            matrix = torch.randn((_RATE_SIDE, _RATE_SIDE), device=device, dtype=kind)
+            rates.append(2.0 * _RATE_SIDE**3 / _best_cuda_seconds(partial(torch.mm, matrix, matrix)))
+        source = torch.ones(_RATE_COPY_ELEMENTS, device=device)
+        target = torch.empty_like(source)
+        rates.append(2.0 * 4 * _RATE_COPY_ELEMENTS / _best_cuda_seconds(partial(target.copy_, source)))
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+    return torch.cuda.get_device_name(device), rates[0], rates[1], rates[2]
+
+
+def _best_cuda_seconds(run: Callable[[], object]) -> float:
+    """The fastest of twenty calls, between CUDA events."""
+    import torch
+
+    best = float("inf")
+    for number in range(23):
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began.record()
+        run()
+        ended.record()
+        ended.synchronize()
+        if number > 2:
+            best = min(best, began.elapsed_time(ended) / 1e3)
+    return best

@@ -143,11 +143,14 @@ def _section(document: ReportDocument) -> dict[str, Any]:
 def _benchmark_section(benchmark: Mapping[str, Any]) -> dict[str, Any]:
     latencies = benchmark["latencies"]
     machine = benchmark["machine"]
+    # The network's stages where they were measured, else preparing, running and reading the outputs.
+    timed = [(item, item["p50_ms"]) for item in benchmark.get("stage_times", ()) if item["p50_ms"]]
+    bars = timed or [(item, item["stages_p50_ms"]) for item in latencies]
     return {
         "batch_size": benchmark["batch_size"],
         "rounds": benchmark["rounds"],
         "latencies": latencies,
-        "bars": stage_bars([(f"{item['backend']} {item['precision']}", item["stages_p50_ms"]) for item in latencies]),
+        "bars": stage_bars([(f"{item['backend']} {item['precision']}", stages) for item, stages in bars]),
         "machine": f"{machine['processor']}, {machine['cores']} cores, {', '.join(machine['gpus']) or 'no GPU'}",
         "date": machine["date"],
         "versions": ", ".join(f"{name} {text}" for name, text in benchmark["versions"].items()),

@@ -5,7 +5,6 @@ Runs on PyTorch's fake tensors, which claim to be on a GPU and hold no values, s
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,20 +17,23 @@ from torch.utils._pytree import tree_leaves
 from asag.deploy import DeployedDetector
 from tests.builders import random_detector, small_config, small_info
 
+WITHOUT_KERNEL = ("aten::empty", "aten::promote_types", "prim::")
+
 
 class DeviceWatch(TorchDispatchMode):
-    """Notes every operation, and those that touch a tensor outside the GPU."""
+    """Notes every operation, those that start a kernel, and those that touch a tensor outside the GPU."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.operations = 0
+        self.operations = self.launches = 0
         self.elsewhere: list[str] = []
 
     def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         self.operations += 1
+        self.launches += not (func.is_view or func.name().startswith(WITHOUT_KERNEL))
         tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
         if any(tensor.device.type != "cuda" for tensor in tensors):
             self.elsewhere.append(str(func))

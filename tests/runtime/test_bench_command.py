@@ -53,6 +53,24 @@ def test_a_checkpoint_against_its_export(checkpoint: Path, tmp_path: Path) -> No
     assert not list(checkpoint.parent.glob("*.onnx"))
 
 
+def test_stages_and_limits(checkpoint: Path, tmp_path: Path) -> None:
+    numbers = tmp_path / "bench.json"
+    done = run(checkpoint, "--against", "pytorch,onnxruntime-cpu", "--limit", "--json", str(numbers))
+    assert done.exit_code == 0, done.output
+    found = json.loads(numbers.read_text())
+    assert [row["backend"] for row in found["stage_times"]] == ["pytorch", "onnxruntime-cpu"]
+    assert [row["reason"] for row in found["stage_times"]] == [None, None]
+    network = ["backbone+neck", "anchors", "proposals", "head"]
+    for times, limits in zip(found["stage_times"], found["limits"], strict=True):
+        assert set(network) <= set(times["p50_ms"])
+        assert [stage["stage"] for stage in limits["stages"]] == network
+        assert all(stage["fraction"] > 0 for stage in limits["stages"])
+    first, second = ([(s["operations"], s["bytes"]) for s in limits["stages"]] for limits in found["limits"])
+    assert first == second, "a checkpoint has the work of its export"
+    assert "matrix products" in done.output
+    assert "Time per stage" in done.output
+
+
 @pytest.mark.slow
 def test_a_compiled_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
     if shutil.which("g++") is None and shutil.which("clang++") is None:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from runtime.benchmark import benchmark_table, measure, measure_throughput
+from runtime.benchmark import measure, measure_throughput
+from runtime.benchmark_table import benchmark_table
 from runtime.energy import EnergyMeter
 from runtime.parity import Unavailable
 from runtime.peak_memory import peak_memory_mib

@@ -144,6 +144,19 @@ def test_page_of_a_folder(run: Path) -> None:
     assert "a published model" not in page.text, "the toy's dataset is not COCO"
 
 
+def test_latency_by_stage_of_the_network_where_it_was_measured(run: Path) -> None:
+    content = read_json(run / "bench.json")
+    row = {"name": "toy", "backend": "numpy", "precision": "fp32", "reason": None}
+    measured = row | {"p50_ms": {"backbone+neck": 30.0, "head": 12.5}}
+    content["stage_times"] = [measured, row | {"p50_ms": {}, "reason": "one program"}]
+    write_json(run / "bench.json", content)
+    documents, benchmarks = find_reports([run])
+    page = Page(write_page(run / "report.html", documents, benchmarks).read_text())
+    assert "backbone+neck: 30.00 ms" in page.text
+    assert "42.5 ms" in page.text
+    assert "prepare" not in page.text
+
+
 def test_published_results_are_drawn_beside_models_of_coco(run: Path) -> None:
     (document,), _ = find_reports([run / "parity.json"])
     names = tuple(f"class {number}" for number in range(80))
