@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -29,6 +30,13 @@ from asag_cli.console import (
 )
 @click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True, help="Images that run together.")
 @click.option("--stages", is_flag=True, help="Draw how the detections came about; needs a .safetensors model.")
+@click.option("--ray", is_flag=True, help="Spread the images over Ray workers and write Parquet.")
+@click.option(
+    "--workers", type=click.IntRange(1), help="With --ray: sessions; as many as there is room for by default."
+)
+@click.option("--ray-address", help="With --ray: a running cluster, or auto; Ray is started here by default.")
+@click.option("--image-column", help="With --ray and Parquet: the column of encoded images; image by default.")
+@click.option("--id-column", help="With --ray and Parquet: what tells rows apart; the images' path by default.")
 @variant_options
 @device_option
 @threads_option
@@ -39,6 +47,11 @@ def detect(
     score_threshold: float,
     batch_size: int,
     stages: bool,
+    ray: bool,
+    workers: int | None,
+    ray_address: str | None,
+    image_column: str | None,
+    id_column: str | None,
     head: str | None,
     levels: str | None,
     device: str,
@@ -48,15 +61,52 @@ def detect(
 
     Writes detections.json (COCO's results format, boxes as x, y, width, height in pixels) and each image or frame with
     its detections drawn. What cannot be read is reported and does not stop the rest; the exit code is then 2. The next
-    batch is read while one runs.
+    batch is read while others run.
 
     With --stages a picture shows how they came about, side by side (NAME-stages.jpg): the patches that were explored in
     red, the sparse anchors in white, dynamic proposals and final boxes coloured by class.
+
+    With --ray IMAGES are files, folders with all that is below them, or Parquet files with encoded images; the output
+    is a folder of Parquet files with a row for each image, and no pictures. Each worker has one session, with one
+    thread unless --threads says more, or with one GPU for --device cuda and engines. A killed worker is started again
+    and loses nothing.
     """
+    if ray:
+        if stages:
+            raise click.UsageError("--stages draws pictures, and --ray writes none")
+        _detect_with_ray(
+            images,
+            output,
+            workers,
+            ray_address,
+            model=model,
+            device=device,
+            threads=threads or 1,
+            head=head,
+            levels=levels,
+            batch_size=batch_size,
+            score_threshold=score_threshold,
+            image_column=image_column or "image",
+            id_column=id_column,
+        )
+        return
+    for option, value in (
+        ("--workers", workers),
+        ("--ray-address", ray_address),
+        ("--image-column", image_column),
+        ("--id-column", id_column),
+    ):
+        if value is not None:
+            raise click.UsageError(f"{option} needs --ray")
+
     from runtime.detect import detect_files
+    from runtime.image_source import is_video
     from runtime.session import open_session
 
-    with open_session(model, device=device, threads=threads, head=head, levels=levels) as session:
+    # Two batches beside one another do more in a second; a single image is done sooner by all threads together.
+    single = len(images) == 1 and not images[0].is_dir() and not is_video(images[0])
+    contexts = 1 if single or stages else 2
+    with open_session(model, device=device, threads=threads, head=head, levels=levels, contexts=contexts) as session:
         if stages:
             session.check_stages()
         with progress_bar("detecting") as advance:
@@ -73,4 +123,22 @@ def detect(
     for path, reason in summary.errors:
         click.echo(f"asag: {path}: {reason}" if str(path) not in reason else f"asag: {reason}", err=True)
     if summary.errors:
+        raise SystemExit(2)
+
+
+def _detect_with_ray(
+    images: tuple[Path, ...], output: Path, workers: int | None, ray_address: str | None, **options: Any
+) -> None:
+    from runtime.scale_out import detect_with_ray
+    from runtime.scale_out_worker import WorkerOptions
+
+    with progress_bar("detecting") as advance:
+        summary = detect_with_ray(
+            WorkerOptions(**options), images, output, workers=workers, ray_address=ray_address, progress=advance
+        )
+    console.print(f"{summary.detections} detections in {summary.images} images: {summary.output}", highlight=False)
+    if summary.errors:
+        click.echo(
+            f"asag: {summary.errors} images could not be read: see the column error in {summary.output}", err=True
+        )
         raise SystemExit(2)

@@ -58,9 +58,10 @@ def detect_files(
     The JSON holds ``model``, ``images`` (``id``, ``file_name``, ``width``, ``height``, ``picture``, ``overflow``, and
     ``frame`` from 0 for a video), ``detections`` (COCO results with ``category_name``; boxes x, y, width, height in
     pixels) and ``errors``. A file that cannot be read is reported there and in the summary, and does not stop the rest.
-    Pixels of two batches are held at a time and results go to disk, so memory does not grow with the number of images
-    but for their names. ``progress`` gets (images done, all as far as known). With ``stages`` each picture is the
-    method's stages side by side instead of the detections alone; ValueError where the session does not show them.
+    Pixels of the batches that run and the next one are held and results go to disk, so memory does not grow with the
+    number of images but for their names. ``progress`` gets (images done, all as far as known). With ``stages`` each
+    picture is the method's stages side by side instead of the detections alone; ValueError where the session does not
+    show them.
     """
     if stages:
         session.check_stages()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from runtime.device_memory import CudaDevice, DeviceArray, check_array, stream_h
 from runtime.errors import BackendUnavailableError, one_line
 from runtime.metadata import ModelMetadata
 from runtime.postprocessing import OUTPUT_NAMES
-from runtime.session import INPUT_NAMES, Session
+from runtime.session import INPUT_NAMES, Pending, Session
 
 _REAL = ("boxes", "scores")
 _ELEMENT_TYPES = {"uint8": "tensor(uint8)", "float32": "tensor(float)"}
@@ -34,7 +35,9 @@ class OnnxRuntimeSession(Session):
     missing or does not start; another is never taken in its place.
     """
 
-    def __init__(self, path: Path, kind: str = "cpu", device_index: int = 0, threads: int | None = None) -> None:
+    def __init__(
+        self, path: Path, kind: str = "cpu", device_index: int = 0, threads: int | None = None, contexts: int = 1
+    ) -> None:
         try:
             import onnxruntime
         except ImportError:
@@ -45,6 +48,15 @@ class OnnxRuntimeSession(Session):
         # Worker threads that spin on after a run would slow whatever the process does next: the other backends of a
         # comparison, or preparing the next image.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        self._pool: ThreadPoolExecutor | None = None
+        if kind == "cpu" and contexts > 1:
+            # Batches beside one another keep the cores busier than the threads of one, which wait for the slowest
+            # after each operator.
+            threads = threads or len(os.sched_getaffinity(0))
+            contexts = min(contexts, threads)
+            threads //= contexts
+            self._pool = ThreadPoolExecutor(contexts, "onnxruntime")
+            self.batches_in_flight = contexts + 1  # one waits, so that none of the threads does
         if threads is not None:
             options.intra_op_num_threads = threads
         providers = _providers(onnxruntime, kind, device_index)
@@ -111,6 +123,12 @@ class OnnxRuntimeSession(Session):
         outputs = dict(zip(OUTPUT_NAMES, found, strict=True))
         self._check_outputs(outputs, len(feeds["images"]))
         return outputs
+
+    def submit(self, tensors: Mapping[str, NDArray]) -> Pending:
+        """Start a batch beside others where the session has several contexts; see :class:`runtime.session.Session`."""
+        if self._pool is None:
+            return super().submit(tensors)
+        return _Running(self._pool.submit(self.run, {name: tensors[name].copy() for name in INPUT_NAMES}))
 
     def run_on_device(
         self, tensors: Mapping[str, Any], outputs: Mapping[str, Any] | None = None, stream: Any = 0
@@ -188,7 +206,17 @@ class OnnxRuntimeSession(Session):
 
     def close(self) -> None:
         """Release the model and its memory."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
         self._session = None
+
+
+class _Running(Pending):
+    def __init__(self, future: Future[dict[str, NDArray]]) -> None:
+        self._future = future
+
+    def result(self) -> dict[str, NDArray]:
+        return self._future.result()
 
 
 def _providers(onnxruntime: Any, kind: str, device_index: int) -> list[Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -28,18 +29,27 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name an image file")
+    return _decode(path, str(path))
+
+
+def decode_image(content: bytes, name: str) -> Image.Image:
+    """The image that ``content`` is the file of, as :func:`load_image` reads it; ``name`` is for ValueErrors."""
+    return _decode(BytesIO(content), name)
+
+
+def _decode(file: Path | BytesIO, name: str) -> Image.Image:
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             image.load()
             return to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:
-        raise FileNotFoundError(f"image not found: {path}") from None
+        raise FileNotFoundError(f"image not found: {name}") from None
     except Image.UnidentifiedImageError:
-        raise ValueError(f"{path} is not an image in a known format") from None
+        raise ValueError(f"{name} is not an image in a known format") from None
     except MemoryError:
         raise
     except Exception as error:  # decoders of damaged files raise anything: SyntaxError, struct.error, IndexError, ...
-        raise ValueError(f"cannot read image {path}, it is damaged or unsupported: {one_line(error)}") from None
+        raise ValueError(f"cannot read image {name}, it is damaged or unsupported: {one_line(error)}") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

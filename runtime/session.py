@@ -223,17 +223,19 @@ def open_session(
     head: str | None = None,
     levels: str | None = None,
     patch_capacity: tuple[int, int] | None = None,
-    contexts: int = 2,
+    contexts: int | None = None,
 ) -> Session:
     """Open a model file with the backend that its suffix names.
 
     ``.onnx``: ONNX Runtime; ``.safetensors``: PyTorch; ``.engine``: TensorRT or TensorRT-RTX, as its manifest says.
     ``device`` is ``cpu``, ``cuda``, ``cuda:<index>``, or for ``.onnx`` files ``tensorrt`` or ``tensorrt:<index>``, ONNX
     Runtime's TensorRT provider (an engine always runs on a GPU). ``precision`` must be the file's own where that is
-    fixed. ``threads`` bounds the CPU threads. ``contexts`` is how many batches an engine works on at once, each with
-    GPU memory of its own; other backends need no such number. The rest is fixed in an exported file and therefore for
-    PyTorch models only: ``input_size`` (height, width in pixels), ``head``, ``levels`` and ``patch_capacity`` (places
-    for patches on P4 and P3); the default of each is what an export would take.
+    fixed. ``threads`` bounds the CPU threads. ``contexts`` is how many batches of a stream are worked on at once: 2 by
+    default for an engine, each with GPU memory of its own; 1 for ONNX Runtime on a CPU, where the threads are shared
+    out, so that more images are done in a second and each takes longer; other backends need no such number. The rest
+    is fixed in an exported file and therefore for PyTorch models only: ``input_size`` (height, width in pixels),
+    ``head``, ``levels`` and ``patch_capacity`` (places for patches on P4 and P3); the default of each is what an export
+    would take.
 
     Raises FileNotFoundError for a missing file, ValueError for one that is damaged, unknown or not an asag model, and
     BackendUnavailableError where the backend cannot run on this machine.
@@ -242,7 +244,7 @@ def open_session(
     kind, device_index = check_device(device)
     if threads is not None and threads < 1:
         raise ValueError(f"the number of threads must be at least 1, it is {threads}")
-    if contexts < 1:
+    if contexts is not None and contexts < 1:
         raise ValueError(f"the number of contexts must be at least 1, it is {contexts}")
     opener = _OPENERS.get(path.suffix.lower())
     if opener is None:
@@ -306,14 +308,14 @@ class _Options:
     device_kind: str
     device_index: int
     threads: int | None
-    contexts: int
+    contexts: int | None
     variant: Variant
 
 
 def _open_onnxruntime(path: Path, options: _Options) -> Session:
     from runtime.onnxruntime_session import OnnxRuntimeSession
 
-    return OnnxRuntimeSession(path, options.device_kind, options.device_index, options.threads)
+    return OnnxRuntimeSession(path, options.device_kind, options.device_index, options.threads, options.contexts or 1)
 
 
 def _open_pytorch(path: Path, options: _Options) -> Session:
@@ -325,7 +327,7 @@ def _open_pytorch(path: Path, options: _Options) -> Session:
 def _open_engine(path: Path, options: _Options) -> Session:
     from runtime.engine_session import EngineSession
 
-    return EngineSession(path, options.device_index, options.contexts)
+    return EngineSession(path, options.device_index, options.contexts or 2)
 
 
 _OPENERS: dict[str, Callable[[Path, _Options], Session]] = {

@@ -97,8 +97,8 @@ print("imported:", [name for name in ("torch", "numpy", "onnx", "onnxruntime", "
 
 def test_as_a_module() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "asag_cli.main", "detect", "--fly"], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "asag_cli.main", "detect", "--unknown"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.splitlines() == ["asag: No such option '--fly'; see `asag detect --help`"]
+    assert done.stderr.splitlines() == ["asag: No such option '--unknown'; see `asag detect --help`"]
