@@ -12,7 +12,7 @@ import click
 from asag_cli.console import EXISTING_FILE, FOLDER, HELP, OUTPUT_FILE, console
 
 if TYPE_CHECKING:
-    from runtime.engine_manifest import EngineManifest
+    from runtime.engines.manifest import EngineManifest
 
 
 class BatchType(click.ParamType):
@@ -116,8 +116,8 @@ def build(
     records the digest of MODEL, versions, precision, batch profiles, GPU architectures and layers before and after
     fusion; `asag inspect` shows it. The engine appears whole or not at all.
     """
-    from runtime.engine_backend import BACKENDS
-    from runtime.engine_build import BuildOptions, build_engine, check_build
+    from runtime.engines.backend import BACKENDS
+    from runtime.engines.build import BuildOptions, build_engine, check_build
 
     options = BuildOptions(BACKENDS[backend], batch, targets, ops, workspace, tf32, timing_cache)
     int8 = {"calibration": calibration, "data": data, "max_ap_drop": max_ap_drop}

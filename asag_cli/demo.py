@@ -13,7 +13,7 @@ import click
 from asag_cli.console import EXISTING_FILE, FOLDER, HELP, console, progress_bar
 
 if TYPE_CHECKING:
-    from runtime.parity import Unavailable
+    from runtime.parity.comparison import Unavailable
 
 PRESET = "asag-a-tiny"
 TRAIN_IMAGES = 1600
@@ -121,9 +121,9 @@ def _export(checkpoint: Path, path: Path, precision: str) -> Path:
 
 def _build(model: Path, path: Path) -> Path | Unavailable:
     """The engine, or the row that says why there is none."""
-    from runtime.engine_build import build_engine
+    from runtime.engines.build import build_engine
     from runtime.errors import BackendUnavailableError, one_line
-    from runtime.parity import Unavailable
+    from runtime.parity.comparison import Unavailable
 
     _step(4, f"building a TensorRT-RTX engine from {model.name} (needs no GPU)")
     try:
@@ -141,9 +141,9 @@ def _compare(
 ) -> DemoResult:
     from runtime.coco_evaluation import open_coco
     from runtime.files import write_json
-    from runtime.parity import add_stages, compare, open_candidate, parity_table
-    from runtime.report import write_page
-    from runtime.report_document import make_document
+    from runtime.parity.comparison import add_stages, compare, open_candidate, parity_table
+    from runtime.reports.document import make_document
+    from runtime.reports.page import write_page
     from runtime.session import open_session
 
     _step(5, f"PyTorch against every backend, {VAL_IMAGES} images")

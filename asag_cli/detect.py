@@ -129,8 +129,8 @@ def detect(
 def _detect_with_ray(
     images: tuple[Path, ...], output: Path, workers: int | None, ray_address: str | None, **options: Any
 ) -> None:
-    from runtime.scale_out import detect_with_ray
-    from runtime.scale_out_worker import WorkerOptions
+    from runtime.scale_out.detection import detect_with_ray
+    from runtime.scale_out.worker import WorkerOptions
 
     with progress_bar("detecting") as advance:
         summary = detect_with_ray(

@@ -82,14 +82,14 @@ def parity(
 
     With --check, or with a budget (--max-..., --min-...), the command exits with code 1 when something is over it.
     """
-    from runtime.batch_checks import BATCH_SIZES
-    from runtime.budgets import Budgets, over_budget
     from runtime.coco_evaluation import open_coco
     from runtime.files import write_json
-    from runtime.parity import add_stages, compare, open_candidate, open_reference, parity_table
-    from runtime.report import write_page
-    from runtime.report_document import make_document
-    from runtime.stage_comparison import stage_table
+    from runtime.parity.batch_checks import BATCH_SIZES
+    from runtime.parity.budgets import Budgets, over_budget
+    from runtime.parity.comparison import add_stages, compare, open_candidate, open_reference, parity_table
+    from runtime.parity.stage_comparison import stage_table
+    from runtime.reports.document import make_document
+    from runtime.reports.page import write_page
 
     dataset = open_coco(data, split)
     others = [open_candidate(path, device=device, threads=threads) for path in candidates]

@@ -11,7 +11,7 @@ import click
 from asag_cli.console import HELP, OUTPUT_FILE, console
 
 if TYPE_CHECKING:
-    from runtime.charts import Level
+    from runtime.reports.charts import Level
 
 
 @click.command(context_settings=HELP, short_help="One HTML page of parity runs and benchmarks.")
@@ -24,7 +24,7 @@ def report(runs: tuple[Path, ...], output: Path | None, title: str) -> None:
     The page holds tables, AP over latency of all models, latency by stage, score differences, where differences start,
     and the pictures of the parity runs. It is one file and needs no network.
     """
-    from runtime.report import find_reports, write_page
+    from runtime.reports.page import find_reports, write_page
 
     documents, benchmarks = find_reports(runs)
     first = runs[0] if runs[0].is_dir() else runs[0].parent
@@ -35,7 +35,7 @@ def report(runs: tuple[Path, ...], output: Path | None, title: str) -> None:
 def published_levels() -> list[Level]:
     """The paper's AP on COCO of every preset that has one, on the scale of 0 to 1."""
     from asag.presets import PRESETS
-    from runtime.charts import Level
+    from runtime.reports.charts import Level
 
     found = []
     for name, preset in PRESETS.items():

@@ -18,10 +18,10 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 
-from runtime.benchmark import BenchmarkReport, measure, ratio_of
-from runtime.benchmark_table import benchmark_table
 from runtime.preprocessing import ImageLike
 from runtime.session import Session
+from runtime.speed.benchmark import BenchmarkReport, measure, ratio_of
+from runtime.speed.table import benchmark_table
 
 PRESET = "asag-a-r50-1x-100"
 INPUT_SIZE = (800, 1216)
@@ -94,7 +94,7 @@ def open_variants(
     from asag.checkpoint import load_detector
     from asag.deploy import DeployedDetector
     from export.model import export_onnx
-    from runtime.pytorch_session import PyTorchSession
+    from runtime.backends.pytorch_session import PyTorchSession
     from runtime.session import open_session
 
     if threads is not None:

@@ -19,12 +19,12 @@ from rich.console import Console
 from rich.table import Table
 
 from export.cpu_speed import INPUT_SIZE, open_variants, random_checkpoint
-from runtime.benchmark import ratio_of
 from runtime.image_source import images_in
 from runtime.machine import describe_machine
 from runtime.postprocessing import Detections, postprocess
 from runtime.preprocessing import load_image, prepare
 from runtime.session import Session
+from runtime.speed.benchmark import ratio_of
 
 CONTEXTS = 2
 """Batches at once, as `asag detect` has them on several images."""

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from runtime.bootstrap import CategoryMatches, collect_matches
 from runtime.errors import one_line
 from runtime.metadata import ModelMetadata
+from runtime.parity.bootstrap import CategoryMatches, collect_matches
 from runtime.postprocessing import Detections
 from runtime.preprocessing import load_image
 from runtime.session import Session
@@ -127,7 +127,7 @@ def evaluate(dataset: CocoFolder, detections: Mapping[int, Detections]) -> CocoR
 def evaluate_with_matches(
     dataset: CocoFolder, detections: Mapping[int, Detections]
 ) -> tuple[CocoResult, list[CategoryMatches]]:
-    """:func:`evaluate`, and what :mod:`runtime.bootstrap` resamples; its images are in the order of their ids."""
+    """:func:`evaluate`, and what `runtime.parity.bootstrap` resamples; its images are in the order of their ids."""
     from pycocotools.cocoeval import COCOeval
 
     unknown = [image_id for image_id in detections if image_id not in dataset.images]

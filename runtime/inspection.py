@@ -15,7 +15,7 @@ from runtime.errors import BackendUnavailableError, one_line
 from runtime.metadata import ModelMetadata
 
 if TYPE_CHECKING:
-    from runtime.engine_layers import EngineLayers
+    from runtime.engines.layers import EngineLayers
 
 LARGEST = 8
 """Largest tensors that are listed."""
@@ -185,9 +185,9 @@ def _tensor_bytes(tensor: Any) -> int:
 
 
 def _inspect_engine(path: Path) -> Inspection:
-    from runtime.engine_layers import summarize
-    from runtime.engine_manifest import read_engine
-    from runtime.engine_session import EngineSession
+    from runtime.backends.engine_session import EngineSession
+    from runtime.engines.layers import summarize
+    from runtime.engines.manifest import read_engine
 
     content, manifest = read_engine(path)
     plugins = ", ".join(f"{count} {name}" for name, count in manifest.plugins.items())

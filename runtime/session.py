@@ -22,7 +22,7 @@ from runtime.postprocessing import Detections, postprocess
 from runtime.preprocessing import ImageLike, prepare
 
 if TYPE_CHECKING:
-    from runtime.device_memory import DeviceArray
+    from runtime.backends.device_memory import DeviceArray
     from runtime.stages import Stages
 
 __all__ = ["BackendUnavailableError", "Pending", "Session", "check_device", "open_session"]
@@ -313,19 +313,19 @@ class _Options:
 
 
 def _open_onnxruntime(path: Path, options: _Options) -> Session:
-    from runtime.onnxruntime_session import OnnxRuntimeSession
+    from runtime.backends.onnxruntime_session import OnnxRuntimeSession
 
     return OnnxRuntimeSession(path, options.device_kind, options.device_index, options.threads, options.contexts or 1)
 
 
 def _open_pytorch(path: Path, options: _Options) -> Session:
-    from runtime.pytorch_session import open_pytorch
+    from runtime.backends.pytorch_session import open_pytorch
 
     return open_pytorch(path, options.device_kind, options.device_index, options.threads, options.variant)
 
 
 def _open_engine(path: Path, options: _Options) -> Session:
-    from runtime.engine_session import EngineSession
+    from runtime.backends.engine_session import EngineSession
 
     return EngineSession(path, options.device_index, options.contexts or 2)
 

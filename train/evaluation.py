@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from runtime.backends.pytorch_session import PyTorchSession
 from runtime.coco_evaluation import CocoFolder, CocoResult, evaluate, open_coco
 from runtime.metadata import ModelMetadata
 from runtime.postprocessing import Detections
-from runtime.pytorch_session import PyTorchSession
 from train.crowdhuman_evaluation import CrowdHumanResult, evaluate_crowdhuman
 from train.processes import Processes
 

@@ -21,8 +21,8 @@ from asag.config import HEADS
 from asag.deploy import DeployedDetector
 from asag.detector import Detector
 from asag.geometry import cxcywh_to_xyxy
-from runtime.agreement import compare_detections
 from runtime.metadata import ModelMetadata
+from runtime.parity.agreement import compare_detections
 from runtime.postprocessing import OUTPUT_NAMES, Detections, postprocess
 from tests.builders import normalized_batch
 

@@ -15,7 +15,7 @@ import onnx
 import pytest
 
 from export.conversion import convert_file
-from runtime.engine_manifest import read_manifest
+from runtime.engines.manifest import read_manifest
 
 if TYPE_CHECKING:
     from conftest import Command, Workspace

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from asag.checkpoint import save_detector
-from runtime.engine_build import BuildOptions, build_engine
+from runtime.engines.build import BuildOptions, build_engine
 from runtime.errors import BackendUnavailableError
 from tests.asag_cli.damage import DAMAGES, damage_json
 from tests.asag_cli.fuzz_commands import complaint

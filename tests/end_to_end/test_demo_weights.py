@@ -12,7 +12,7 @@ from asag.checkpoint import load_detector
 from asag.deploy import DeployedDetector
 from export.model import export_onnx
 from runtime.coco_evaluation import CocoFolder, open_coco
-from runtime.parity import ParityReport, compare
+from runtime.parity.comparison import ParityReport, compare
 from runtime.preprocessing import prepare
 from runtime.session import open_session
 from train.synthetic import write_synthetic_dataset

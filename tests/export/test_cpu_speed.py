@@ -8,7 +8,7 @@ from PIL import Image
 
 from export.cpu_speed import INPUT_SIZE, PRESET, compare_variants, measure_detect, random_images, ratio_lines
 from runtime import open_session
-from runtime.agreement import compare_detections
+from runtime.parity.agreement import compare_detections
 from tests.builders import random_picture, small_info, write_checkpoint
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from export.cpu_throughput import FolderTimes, compare_on_folder, measure_folder, one_by_one, throughput_table
 from runtime import open_session
-from runtime.agreement import compare_detections
+from runtime.parity.agreement import compare_detections
 from tests.builders import random_picture, small_info, write_checkpoint
 
 

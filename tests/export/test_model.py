@@ -23,8 +23,8 @@ from asag.presets import PRESETS
 from export.functions import OP_FUNCTIONS
 from export.functions.domain import DOMAIN, DOMAIN_VERSION
 from export.model import ExportReport, export_onnx
-from runtime.agreement import compare_detections
 from runtime.metadata import ModelMetadata
+from runtime.parity.agreement import compare_detections
 from runtime.postprocessing import OUTPUT_NAMES, postprocess
 from runtime.session import open_session
 from tests.builders import (

@@ -15,11 +15,11 @@ from asag.deploy import DeployedDetector
 from asag.presets import PRESETS
 from export.model import export_onnx
 from runtime import open_session
-from runtime.agreement import compare_detections
-from runtime.engine_build import BuildOptions, build_engine
+from runtime.backends.pytorch_session import PyTorchSession
+from runtime.engines.build import BuildOptions, build_engine
 from runtime.errors import BackendUnavailableError
 from runtime.metadata import ModelMetadata
-from runtime.pytorch_session import PyTorchSession
+from runtime.parity.agreement import compare_detections
 from tests.builders import random_detector, random_picture
 
 INPUT_SIZE = (256, 320)

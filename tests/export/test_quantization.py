@@ -24,8 +24,8 @@ from export.model import export_onnx
 from export.precision import convert_precision
 from export.quantization import quantize_int8
 from export.quantized_graph import int8_step, quantizable_layers, quantize_layers
-from runtime.engine_backend import TENSORRT_RTX
-from runtime.engine_build import build_engine
+from runtime.engines.backend import TENSORRT_RTX
+from runtime.engines.build import build_engine
 from runtime.errors import BackendUnavailableError
 from runtime.metadata import ModelMetadata
 from runtime.preprocessing import load_image, prepare

@@ -11,8 +11,8 @@ from asag.config import HEADS, LEVELS
 from asag.deploy import DeployedDetector
 from export.model import export_onnx
 from runtime import open_session
-from runtime.agreement import compare_detections
-from runtime.parity import open_candidate, open_reference
+from runtime.parity.agreement import compare_detections
+from runtime.parity.comparison import open_candidate, open_reference
 from tests.builders import random_detector, random_picture, small_info, write_checkpoint
 
 PICTURES = [random_picture(1, 160, 192), random_picture(2, 70, 150)]

@@ -19,9 +19,9 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
-from runtime.engine_backend import BACKENDS, EngineBackend
-from runtime.engine_manifest import EngineManifest, batch_profiles, manifest_path
-from runtime.engine_session import EngineSession
+from runtime.backends.engine_session import EngineSession
+from runtime.engines.backend import BACKENDS, EngineBackend
+from runtime.engines.manifest import EngineManifest, batch_profiles, manifest_path
 from runtime.files import write_json
 from runtime.metadata import ModelMetadata
 from runtime.postprocessing import OUTPUT_NAMES

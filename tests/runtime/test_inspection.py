@@ -9,7 +9,7 @@ import onnx
 import pytest
 import safetensors.numpy
 
-from runtime.engine_build import BuildOptions, build_engine
+from runtime.engines.build import BuildOptions, build_engine
 from runtime.errors import BackendUnavailableError
 from runtime.inspection import Inspection, inspect_file
 from tests.runtime.toy_detector import build_toy_model

@@ -17,8 +17,8 @@ from asag.checkpoint import load_detector
 from asag.deploy import DeployedDetector
 from export.model import export_onnx
 from runtime import Detections, Session, open_session
-from runtime.agreement import compare_detections
 from runtime.detect import detect_files
+from runtime.parity.agreement import compare_detections
 from tests.builders import random_detector, random_picture, small_info, write_checkpoint
 
 INPUT_SIZE = (160, 192)

@@ -10,8 +10,8 @@ from PIL import Image
 
 from runtime import open_session
 from runtime.detect import detect_files
-from runtime.parity import compare
-from runtime.report import write_report
+from runtime.parity.comparison import compare
+from runtime.reports.page import write_report
 from runtime.session import Session
 from runtime.stages import ANCHOR_COLOUR, PATCH_COLOUR, draw_stages, read_stages, stage_panels
 from tests.builders import random_detector, random_picture, write_checkpoint

@@ -10,8 +10,8 @@ import torch
 from torch.amp import GradScaler
 
 from asag.deploy import DeployedDetector
+from runtime.backends.pytorch_session import PyTorchSession
 from runtime.preprocessing import as_image, prepare
-from runtime.pytorch_session import PyTorchSession
 from tests.builders import random_detector, random_picture, small_config, small_info
 from tests.other_device import other_device
 from train.checkpointing import TrainingState

@@ -35,8 +35,8 @@ from asag.ops import (
 )
 from export.model import export_onnx
 from runtime import open_session
-from runtime.engine_backend import TENSORRT
-from runtime.engine_build import BuildOptions, build_engine
+from runtime.engines.backend import TENSORRT
+from runtime.engines.build import BuildOptions, build_engine
 from tests.builders import random_detector, small_info
 from trt_plugins.bench import describe, op_model
 from trt_plugins.launch import current_capability, launch

@@ -16,10 +16,10 @@ from onnx import helper
 from asag.deploy import DeployedDetector
 from export.functions import HELPER_FUNCTIONS
 from export.model import export_onnx
-from runtime.engine_backend import TENSORRT
-from runtime.engine_build import BuildOptions, build_engine
-from runtime.engine_manifest import read_manifest
-from runtime.engine_network import read_source, with_plugins
+from runtime.engines.backend import TENSORRT
+from runtime.engines.build import BuildOptions, build_engine
+from runtime.engines.manifest import read_manifest
+from runtime.engines.network import read_source, with_plugins
 from runtime.errors import BackendUnavailableError
 from tests.builders import random_detector, small_info
 from tests.runtime.toy_detector import build_toy_model, toy_metadata
@@ -179,7 +179,7 @@ def test_what_tensorrts_builder_is_asked_for(
     tf32: bool,
 ) -> None:
     builder = StandInBuilder(tensorrt)
-    monkeypatch.setattr("runtime.engine_backend.EngineBackend.load", lambda backend: builder.module())
+    monkeypatch.setattr("runtime.engines.backend.EngineBackend.load", lambda backend: builder.module())
     options = BuildOptions(TENSORRT, (1, 4), ("sm_90",), workspace_mib=512, tf32=tf32)
     result = build_engine(exported, tmp_path / "small.engine", options)
 
@@ -206,7 +206,7 @@ def test_inlined_on_tensorrt_has_no_plugins(
     tensorrt: ModuleType, gpu: None, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     builder = StandInBuilder(tensorrt)
-    monkeypatch.setattr("runtime.engine_backend.EngineBackend.load", lambda backend: builder.module())
+    monkeypatch.setattr("runtime.engines.backend.EngineBackend.load", lambda backend: builder.module())
     options = BuildOptions(TENSORRT, (1,), op_lowering="inlined")
     manifest = build_engine(exported, tmp_path / "small.engine", options).manifest
     parsed = onnx.load_model_from_string(builder.parsed)

@@ -1,0 +1,1 @@
+"""Sessions of the backends, each opened by `runtime.session.open_session`."""

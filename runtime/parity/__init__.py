@@ -1,0 +1,1 @@
+"""Whether a model gives the detections of its reference, and where differences start."""

@@ -1,0 +1,202 @@
+"""Self-contained HTML pages: tables, charts, detections drawn on images, and how they came about."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runtime.coco_evaluation import CocoFolder
+from runtime.files import write_text
+from runtime.parity.results import SCORE_BINS, ParityReport
+from runtime.parity.table import ACCURACY_HEADINGS, HEADINGS, accuracy_cells, row_cells
+from runtime.reports.charts import Level, Point, accuracy_latency, score_histogram, stage_bars
+from runtime.reports.document import ReportDocument, make_document, read_document, read_json
+
+if TYPE_CHECKING:
+    import jinja2
+
+    from runtime.session import Session
+
+_COCO_CLASSES = 80
+
+
+def write_report(
+    path: str | os.PathLike[str],
+    report: ParityReport,
+    dataset: CocoFolder,
+    *,
+    pictures: int = 6,
+    title: str = "Parity report",
+    notes: Sequence[str] = (),
+    score_threshold: float = 0.3,
+    reference: Session | None = None,
+) -> Path:
+    """Write the page of one run: tables, charts, ``notes`` as paragraphs, up to ``pictures`` images of every backend.
+
+    The images where backends differ most come first, then evenly spaced others. With a ``reference`` session that
+    shows its stages, the first three of them are also drawn stage by stage. The file needs no network.
+    """
+    document = make_document(report, dataset, pictures=pictures, score_threshold=score_threshold, reference=reference)
+    return write_page(path, [document], title=title, notes=notes)
+
+
+def find_reports(paths: Sequence[str | os.PathLike[str]]) -> tuple[list[ReportDocument], list[dict[str, Any]]]:
+    """Parity documents and benchmarks of JSON files, or of all such files in folders.
+
+    Raises FileNotFoundError or ValueError when a file named is neither, or there is nothing to show; other JSON files
+    in a folder are passed over.
+    """
+    documents, benchmarks = [], []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise FileNotFoundError(f"report not found: {path}")
+        for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
+            content = {} if path.is_dir() and not _is_readable(file) else read_json(file)
+            if "latencies" in content:
+                benchmarks.append(_check_benchmark(file, content))
+            elif "format" in content or not path.is_dir():
+                documents.append(read_document(file, content))
+    if not documents and not benchmarks:
+        raise ValueError(
+            f"no reports in {', '.join(map(str, paths))}: looked for the files of `asag parity --json` and"
+            " `asag bench --json`"
+        )
+    return documents, benchmarks
+
+
+def write_page(
+    path: str | os.PathLike[str],
+    documents: Sequence[ReportDocument],
+    benchmarks: Sequence[Mapping[str, Any]] = (),
+    *,
+    title: str = "Parity report",
+    notes: Sequence[str] = (),
+    published: Sequence[Level] = (),
+) -> Path:
+    """Write one page of several runs and benchmarks.
+
+    ``published`` APs are drawn into the plot when a run was on COCO's 80 classes, the only ones they can be compared
+    with.
+    """
+    comparable = any(len(document.report.metadata.category_ids) == _COCO_CLASSES for document in documents)
+    page = _template().render(
+        title=title,
+        notes=notes,
+        headings=HEADINGS,
+        accuracy_headings=ACCURACY_HEADINGS,
+        plot=accuracy_latency(_points(documents), published if comparable else ()),
+        published=bool(published) and comparable,
+        sections=[_section(document) for document in documents],
+        benchmarks=[_benchmark_section(benchmark) for benchmark in benchmarks],
+    )
+    write_text(path, page)
+    return Path(path)
+
+
+def _template() -> jinja2.Template:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("runtime.reports", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.jinja")
+
+
+def _section(document: ReportDocument) -> dict[str, Any]:
+    report = document.report
+    series = [
+        (f"{row.name}, {row.backend} {row.precision}", row.agreement.score_histogram)
+        for row in report.rows
+        if row.agreement is not None
+    ]
+    return {
+        "dataset": Path(report.dataset).name,
+        "image_count": len(report.image_ids),
+        "metadata": report.metadata,
+        "rows": [(row_cells(row), row.reason) for row in report.rows],
+        "accuracy": [
+            [f"{row.name}, {row.backend} {row.precision}", *accuracy_cells(row)[1:]]
+            for row in report.rows
+            if row.result is not None
+        ],
+        "verdicts": _verdicts(report),
+        "batches": [check.sentence() for check in report.batch_checks if check.reason or not check.agrees],
+        "batches_agree": bool(report.batch_checks) and report.batches_agree,
+        "histogram": score_histogram(SCORE_BINS, series),
+        "stages": report.stages,
+        "groups": document.groups,
+        "stage_groups": document.stage_groups,
+        "start_groups": document.start_groups,
+        "score_threshold": document.score_threshold,
+        "machine": report.machine,
+        "versions": ", ".join(f"{name} {text}" for name, text in report.machine.versions.items()),
+    }
+
+
+def _benchmark_section(benchmark: Mapping[str, Any]) -> dict[str, Any]:
+    latencies = benchmark["latencies"]
+    machine = benchmark["machine"]
+    # The network's stages where they were measured, else preparing, running and reading the outputs.
+    timed = [(item, item["p50_ms"]) for item in benchmark.get("stage_times", ()) if item["p50_ms"]]
+    bars = timed or [(item, item["stages_p50_ms"]) for item in latencies]
+    return {
+        "batch_size": benchmark["batch_size"],
+        "rounds": benchmark["rounds"],
+        "latencies": latencies,
+        "bars": stage_bars([(f"{item['backend']} {item['precision']}", stages) for item, stages in bars]),
+        "machine": f"{machine['processor']}, {machine['cores']} cores, {', '.join(machine['gpus']) or 'no GPU'}",
+        "date": machine["date"],
+        "versions": ", ".join(f"{name} {text}" for name, text in benchmark["versions"].items()),
+    }
+
+
+def _check_benchmark(path: Path, content: dict[str, Any]) -> dict[str, Any]:
+    wanted = {"batch_size", "rounds", "machine", "versions"}
+    fields = {"name", "backend", "precision", "p50_ms", "p90_ms", "p99_ms", "images_per_second", "stages_p50_ms"}
+    good = isinstance(content["latencies"], list) and all(
+        isinstance(item, dict) and fields <= set(item) for item in content["latencies"]
+    )
+    if not good or not wanted <= set(content):
+        raise ValueError(f"{path} holds no benchmark that can be read; write it with `asag bench --json`")
+    return content
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        read_json(path)
+    except ValueError:
+        return False
+    return True
+
+
+def _points(documents: Sequence[ReportDocument]) -> list[Point]:
+    points = []
+    for document in documents:
+        for row in document.report.rows:
+            if row.result is None or row.latency_p50_ms is None or math.isnan(row.result.ap):
+                continue
+            ends = (row.ap_interval.low, row.ap_interval.high) if row.ap_interval else (row.result.ap,) * 2
+            name = f"{row.name}, {row.backend} {row.precision}"
+            points.append(Point(name, row.latency_p50_ms, row.result.ap, *ends))
+    return points
+
+
+def _verdicts(report: ParityReport) -> list[str]:
+    """A sentence per compared backend."""
+    sentences = []
+    for row in report.rows:
+        if row.agreement is None:
+            continue
+        sentences.append(
+            f"{row.name} ({row.backend}): the same detections as the reference on {row.agreement.images_within} of"
+            f" {row.agreement.images} images, within {report.score_tolerance:g} in score and"
+            f" {report.box_tolerance:g} pixels in boxes, apart from ties."
+        )
+    return sentences

@@ -1,0 +1,1 @@
+"""Detecting in very many images with Ray."""

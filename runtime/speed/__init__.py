@@ -1,0 +1,1 @@
+"""Latency, throughput, memory, time per stage, and the limit of the machine."""
