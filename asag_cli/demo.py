@@ -141,10 +141,10 @@ def _compare(
 ) -> DemoResult:
     from runtime.coco_evaluation import open_coco
     from runtime.files import write_json
+    from runtime.opening import open_session
     from runtime.parity.comparison import add_stages, compare, open_candidate, parity_table
     from runtime.reports.document import make_document
     from runtime.reports.page import write_page
-    from runtime.session import open_session
 
     _step(5, f"PyTorch against every backend, {VAL_IMAGES} images")
     dataset = open_coco(data)

@@ -101,7 +101,7 @@ def detect(
 
     from runtime.detect import detect_files
     from runtime.image_source import is_video
-    from runtime.session import open_session
+    from runtime.opening import open_session
 
     # Two batches beside one another do more in a second; a single image is done sooner by all threads together.
     single = len(images) == 1 and not images[0].is_dir() and not is_video(images[0])

@@ -51,7 +51,7 @@ def evaluate(
 
     from runtime.coco_evaluation import evaluate_session, open_coco
     from runtime.files import write_json
-    from runtime.session import open_session
+    from runtime.opening import open_session
 
     dataset = open_coco(data, split)
     with open_session(

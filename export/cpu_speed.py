@@ -95,7 +95,7 @@ def open_variants(
     from asag.deploy import DeployedDetector
     from export.model import export_onnx
     from runtime.backends.pytorch_session import PyTorchSession
-    from runtime.session import open_session
+    from runtime.opening import open_session
 
     if threads is not None:
         torch.set_num_threads(threads)

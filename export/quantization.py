@@ -22,8 +22,8 @@ from runtime.coco_evaluation import CocoFolder, evaluate_session
 from runtime.errors import one_line
 from runtime.files import write_bytes
 from runtime.metadata import PROPERTY_PREFIX, ModelMetadata
+from runtime.opening import open_session
 from runtime.preprocessing import load_image, prepare
-from runtime.session import open_session
 
 ProgressCallback = Callable[[str, float], None]
 

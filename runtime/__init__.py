@@ -9,16 +9,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from runtime.errors import BackendUnavailableError
     from runtime.metadata import ModelMetadata
+    from runtime.opening import open_session
     from runtime.postprocessing import Detections
-    from runtime.session import BackendUnavailableError, Session, open_session
+    from runtime.session import Session
 
 _HOMES = {
-    "BackendUnavailableError": "runtime.session",
+    "BackendUnavailableError": "runtime.errors",
     "Detections": "runtime.postprocessing",
     "ModelMetadata": "runtime.metadata",
     "Session": "runtime.session",
-    "open_session": "runtime.session",
+    "open_session": "runtime.opening",
 }
 
 __all__ = ["BackendUnavailableError", "Detections", "ModelMetadata", "Session", "open_session"]

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.errors import BackendUnavailableError
 from runtime.image_source import Images, SourceImage, is_short, read_ahead, read_images
 from runtime.metadata import ModelMetadata
 from runtime.postprocessing import Detections, postprocess
@@ -24,8 +21,6 @@ from runtime.preprocessing import ImageLike, prepare
 if TYPE_CHECKING:
     from runtime.backends.device_memory import DeviceArray
     from runtime.stages import Stages
-
-__all__ = ["BackendUnavailableError", "Pending", "Session", "check_device", "open_session"]
 
 INPUT_NAMES = ("images", "sizes")
 
@@ -214,59 +209,6 @@ def _nothing_found() -> Detections:
     return Detections(empty.reshape(0, 4), empty, np.zeros(0, np.int64), 0, (0, 0))
 
 
-def open_session(
-    path: str | os.PathLike[str],
-    device: str = "cpu",
-    precision: str | None = None,
-    threads: int | None = None,
-    input_size: tuple[int, int] | None = None,
-    head: str | None = None,
-    levels: str | None = None,
-    patch_capacity: tuple[int, int] | None = None,
-    contexts: int | None = None,
-) -> Session:
-    """Open a model file with the backend that its suffix names.
-
-    ``.onnx``: ONNX Runtime; ``.safetensors``: PyTorch; ``.engine``: TensorRT or TensorRT-RTX, as its manifest says.
-    ``device`` is ``cpu``, ``cuda``, ``cuda:<index>``, or for ``.onnx`` files ``tensorrt`` or ``tensorrt:<index>``, ONNX
-    Runtime's TensorRT provider (an engine always runs on a GPU). ``precision`` must be the file's own where that is
-    fixed. ``threads`` bounds the CPU threads. ``contexts`` is how many batches of a stream are worked on at once: 2 by
-    default for an engine, each with GPU memory of its own; 1 for ONNX Runtime on a CPU, where the threads are shared
-    out, so that more images are done in a second and each takes longer; other backends need no such number. The rest
-    is fixed in an exported file and therefore for PyTorch models only: ``input_size`` (height, width in pixels),
-    ``head``, ``levels`` and ``patch_capacity`` (places for patches on P4 and P3); the default of each is what an export
-    would take.
-
-    Raises FileNotFoundError for a missing file, ValueError for one that is damaged, unknown or not an asag model, and
-    BackendUnavailableError where the backend cannot run on this machine.
-    """
-    path = Path(path)
-    kind, device_index = check_device(device)
-    if threads is not None and threads < 1:
-        raise ValueError(f"the number of threads must be at least 1, it is {threads}")
-    if contexts is not None and contexts < 1:
-        raise ValueError(f"the number of contexts must be at least 1, it is {contexts}")
-    opener = _OPENERS.get(path.suffix.lower())
-    if opener is None:
-        raise ValueError(f"unknown kind of model {path}: expected {', '.join(_OPENERS)}")
-    if not path.exists():
-        raise FileNotFoundError(f"model not found: {path}")
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file; name a model file")
-    if kind == "tensorrt" and path.suffix.lower() != ".onnx":
-        raise ValueError(f"{path} does not run on the device tensorrt, which is for .onnx files; use cuda")
-    chosen = Variant(input_size, head, levels, patch_capacity)
-    if chosen.names and path.suffix.lower() != ".safetensors":
-        raise ValueError(
-            f"{path} has its {chosen.names[0]} fixed in the file; export the checkpoint again with your choice"
-        )
-    session = opener(path, _Options(kind, device_index, threads, contexts, chosen))
-    if precision is not None and session.precision != precision:
-        session.close()
-        raise ValueError(f"{path} is {session.precision}, not {precision}; export or build it with that precision")
-    return session
-
-
 def check_device(device: str) -> tuple[str, int]:
     """Split ``cpu``, ``cuda`` or ``tensorrt``, the last two with or without ``:<index>``, into kind and index.
 
@@ -299,39 +241,3 @@ class Variant:
     def of(cls, metadata: ModelMetadata) -> Variant:
         """The choices that an exported file was made with."""
         return cls(metadata.input_size, metadata.head, metadata.levels, metadata.patch_capacity)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Options:
-    """What :func:`open_session` hands to a backend."""
-
-    device_kind: str
-    device_index: int
-    threads: int | None
-    contexts: int | None
-    variant: Variant
-
-
-def _open_onnxruntime(path: Path, options: _Options) -> Session:
-    from runtime.backends.onnxruntime_session import OnnxRuntimeSession
-
-    return OnnxRuntimeSession(path, options.device_kind, options.device_index, options.threads, options.contexts or 1)
-
-
-def _open_pytorch(path: Path, options: _Options) -> Session:
-    from runtime.backends.pytorch_session import open_pytorch
-
-    return open_pytorch(path, options.device_kind, options.device_index, options.threads, options.variant)
-
-
-def _open_engine(path: Path, options: _Options) -> Session:
-    from runtime.backends.engine_session import EngineSession
-
-    return EngineSession(path, options.device_index, options.contexts or 2)
-
-
-_OPENERS: dict[str, Callable[[Path, _Options], Session]] = {
-    ".onnx": _open_onnxruntime,
-    ".safetensors": _open_pytorch,
-    ".engine": _open_engine,
-}

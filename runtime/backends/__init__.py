@@ -1,1 +1,1 @@
-"""Sessions of the backends, each opened by `runtime.session.open_session`."""
+"""Sessions of the backends, each opened by `runtime.opening.open_session`."""

@@ -192,7 +192,7 @@ class PyTorchSession(Session):
 def open_compiled(path: Path, device: str = "cpu", threads: int | None = None) -> PyTorchSession:
     """A checkpoint run through ``torch.compile``, compiled for one image before this returns.
 
-    Raises what :func:`runtime.session.open_session` does, and BackendUnavailableError where nothing can be compiled.
+    Raises what :func:`runtime.opening.open_session` does, and BackendUnavailableError where nothing can be compiled.
     """
     kind, device_index = check_device(device)
     session = open_pytorch(path, kind, device_index, threads, Variant(), compiled=True)

@@ -15,13 +15,14 @@ from PIL import Image
 from runtime.coco_evaluation import CocoFolder, CocoResult, evaluate_with_matches
 from runtime.errors import BackendUnavailableError, one_line
 from runtime.machine import describe_machine
+from runtime.opening import open_session
 from runtime.parity.agreement import BOX_TOLERANCE, SCORE_TOLERANCE, ImageAgreement, compare_detections
 from runtime.parity.batch_checks import BATCH_SIZES, BatchCheck, check_batches
 from runtime.parity.bootstrap import average_precision, draw_weights, interval
 from runtime.parity.results import AP_NAMES, SCORE_BINS, Agreement, ParityReport, ParityRow, Unavailable
 from runtime.parity.table import HEADINGS, accuracy_table, parity_table, row_cells
 from runtime.postprocessing import Detections
-from runtime.session import Session, Variant, open_session
+from runtime.session import Session, Variant
 
 STAGE_IMAGES = 8
 """Images whose stages are compared; each stage is read back in full."""
@@ -43,7 +44,7 @@ __all__ = [
 
 
 def open_candidate(path: str | os.PathLike[str], **options: Any) -> Session | Unavailable:
-    """:func:`runtime.session.open_session`, with an unavailable backend as a row for the table instead of an error."""
+    """:func:`runtime.opening.open_session`, with an unavailable backend as a row for the table instead of an error."""
     try:
         return open_session(path, **options)
     except BackendUnavailableError as error:
@@ -55,7 +56,7 @@ def open_candidate(path: str | os.PathLike[str], **options: Any) -> Session | Un
 def open_reference(
     path: str | os.PathLike[str], candidates: Sequence[Session | Unavailable], **options: Any
 ) -> Session:
-    """:func:`runtime.session.open_session` of the reference; a checkpoint is deployed as the first candidate that runs
+    """:func:`runtime.opening.open_session` of the reference; a checkpoint is deployed as the first candidate that runs
     here was exported (input size, head, levels, patch capacity), so that a file exported with options is compared with
     the same model.
     """

@@ -20,10 +20,11 @@ from rich.table import Table
 from runtime.coco_evaluation import CocoFolder, CocoResult, evaluate, open_coco
 from runtime.machine import describe_machine
 from runtime.metadata import ModelMetadata
+from runtime.opening import open_session
 from runtime.parity.agreement import compare_detections
 from runtime.postprocessing import Detections, postprocess
 from runtime.preprocessing import prepare, resized_size
-from runtime.session import Session, open_session
+from runtime.session import Session
 
 CONFIDENT = 0.3
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.errors import one_line
 from runtime.image_source import SourceImage, read_images
+from runtime.opening import open_session
 from runtime.preprocessing import decode_image
-from runtime.session import Session, check_device, open_session
+from runtime.session import Session, check_device
 
 if TYPE_CHECKING:
     import pyarrow
@@ -27,7 +28,7 @@ class WorkerOptions:
 
     ``image_column`` names the column of encoded images in Parquet files (bytes, or a struct with ``bytes``), and
     ``id_column`` what tells their rows apart (None: the ``path`` in that struct). The rest is as in
-    :func:`runtime.session.open_session` and :meth:`runtime.session.Session.detect_sources`.
+    :func:`runtime.opening.open_session` and :meth:`runtime.session.Session.detect_sources`.
     """
 
     model: Path

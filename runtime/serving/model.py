@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as triton  # type: ignore[import-not-found]  # the server provides it
 
-from runtime.session import INPUT_NAMES, open_session
+from runtime.opening import open_session
+from runtime.session import INPUT_NAMES
 
 
 class TritonPythonModel:

@@ -117,7 +117,7 @@ def _served(path: Path, max_batch: int | None) -> ServedModel:
             raise ValueError(f"{path} has a fixed batch of {manifest.smallest_batch}; Triton needs one that takes 1")
         limit: int | None = manifest.largest_batch
     elif path.suffix.lower() == ".onnx":
-        from runtime.session import open_session
+        from runtime.opening import open_session
 
         with open_session(path, threads=1) as session:
             limit = session.max_batch

@@ -31,7 +31,7 @@ def peak_memory_mib(path: Path, device: str = "cpu", threads: int | None = None,
 @click.option("--batch-size", type=click.IntRange(1), default=1, help="Images that run together.")
 def main(model: Path, device: str, threads: int | None, batch_size: int) -> None:
     """Run MODEL twice on grey images and print the process's peak memory as JSON."""
-    from runtime.session import open_session
+    from runtime.opening import open_session
 
     with open_session(model, device=device, threads=threads) as session:
         height, width = session.metadata.input_size

@@ -12,9 +12,9 @@ from asag.checkpoint import load_detector
 from asag.deploy import DeployedDetector
 from export.model import export_onnx
 from runtime.coco_evaluation import CocoFolder, open_coco
+from runtime.opening import open_session
 from runtime.parity.comparison import ParityReport, compare
 from runtime.preprocessing import prepare
-from runtime.session import open_session
 from train.synthetic import write_synthetic_dataset
 
 WEIGHTS = Path(__file__).parents[2] / "checkpoints" / "asag-a-tiny.safetensors"

@@ -24,9 +24,9 @@ from export.functions import OP_FUNCTIONS
 from export.functions.domain import DOMAIN, DOMAIN_VERSION
 from export.model import ExportReport, export_onnx
 from runtime.metadata import ModelMetadata
+from runtime.opening import open_session
 from runtime.parity.agreement import compare_detections
 from runtime.postprocessing import OUTPUT_NAMES, postprocess
-from runtime.session import open_session
 from tests.builders import (
     normalized_batch,
     random_detector,

@@ -23,7 +23,7 @@ from export.operator_set import is_widened, operators, raise_operator_set
 from export.precision import BFLOAT16_OPERATOR_SET, HALF_LINEAR_LAYERS, PYRAMID_OPS, convert_precision, half_nodes
 from runtime.errors import BackendUnavailableError
 from runtime.metadata import ModelMetadata
-from runtime.session import open_session
+from runtime.opening import open_session
 from tests.builders import random_detector, random_picture, small_info, uint8_batch
 
 SIZE = (128, 160)

@@ -28,8 +28,8 @@ from runtime.engines.backend import TENSORRT_RTX
 from runtime.engines.build import build_engine
 from runtime.errors import BackendUnavailableError
 from runtime.metadata import ModelMetadata
+from runtime.opening import open_session
 from runtime.preprocessing import load_image, prepare
-from runtime.session import open_session
 from tests.builders import random_detector, random_picture, small_info
 
 SIZE = (128, 160)

@@ -259,7 +259,7 @@ def test_batches_in_flight_keep_their_order(count: int, tmp_path: Path) -> None:
 
 
 def test_public_names_are_those_of_the_session_module() -> None:
-    assert open_session is runtime.session.open_session
+    assert open_session is runtime.opening.open_session
 
 
 def test_a_file_that_opens_and_does_not_run_is_one_line(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from runtime.session import open_session
+from runtime.opening import open_session
 
 
 @pytest.fixture

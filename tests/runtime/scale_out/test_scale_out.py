@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from runtime.errors import BackendUnavailableError
+from runtime.opening import open_session
 from runtime.scale_out.detection import detect_with_ray, find_sources
 from runtime.scale_out.worker import WorkerOptions
-from runtime.session import open_session
 
 pyarrow = pytest.importorskip("pyarrow", reason="needs Ray Data: pip install 'ray[data]'")
 pytest.importorskip("ray", reason="needs Ray Data: pip install 'ray[data]'")
