@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,10 @@ import click
 from asag_cli.console import EXISTING_FILE, FOLDER, HELP, console, progress_bar
 
 if TYPE_CHECKING:
+    from runtime.coco_evaluation import CocoFolder
     from runtime.parity.comparison import Unavailable
+    from runtime.session import Session
+    from runtime.speed.benchmark import BenchmarkReport
 
 PRESET = "asag-a-tiny"
 TRAIN_IMAGES = 1600
@@ -63,8 +67,8 @@ class DemoResult:
 def demo(output: Path, weights: Path | None) -> None:
     """Make a dataset, train, export, build an engine, and compare every backend that runs here.
 
-    Ends with a table (backend, precision, AP, difference to PyTorch, largest differences, latency) and an HTML report
-    with the detections drawn. What cannot run on this machine is a row that says why.
+    Ends with tables (backend, precision, AP, difference to PyTorch, largest differences; latency, also by stage) and an
+    HTML report with the detections drawn. What cannot run on this machine is a row that says why.
     """
     result = run_demo(output, weights)
     console.print(f"AP of PyTorch {result.ap:.3f}; all of it took {result.seconds / 60:.1f} minutes", highlight=False)
@@ -142,9 +146,10 @@ def _compare(
     from runtime.coco_evaluation import open_coco
     from runtime.files import write_json
     from runtime.opening import open_session
-    from runtime.parity.comparison import add_stages, compare, open_candidate, parity_table
+    from runtime.parity.comparison import Unavailable, add_stages, compare, open_candidate, parity_table
     from runtime.reports.document import make_document
     from runtime.reports.page import write_page
+    from runtime.speed.table import benchmark_table
 
     _step(5, f"PyTorch against every backend, {VAL_IMAGES} images")
     dataset = open_coco(data)
@@ -155,13 +160,29 @@ def _compare(
         with progress_bar("stages") as advance:
             result = add_stages(result, reference, opened, dataset, progress=advance)
         document = make_document(result, dataset, reference=reference, candidates=opened)
-    console.print(parity_table(result))
+        console.print(parity_table(result))
+        benchmark = _measure([reference, *(model for model in opened if not isinstance(model, Unavailable))], dataset)
+    console.print(benchmark_table(benchmark))
     write_json(output / "parity.json", document.to_json())
-    report = write_page(output / "report.html", [document], title="ASAG demo")
+    write_json(output / "bench.json", benchmark.to_json())
+    report = write_page(output / "report.html", [document], [benchmark.to_json()], title="ASAG demo")
     reference_result = result.rows[0].result
     assert reference_result is not None
     return DemoResult(reference_result.ap, report, time.perf_counter() - began)
 
 
+def _measure(sessions: Sequence[Session], dataset: CocoFolder) -> BenchmarkReport:
+    """Latency, and the time of each stage."""
+    from runtime.speed.benchmark import measure
+    from runtime.speed.stage_times import measure_stages
+
+    _step(6, "latency, in turn on the same images")
+    pictures = [dataset.load(image_id) for image_id in dataset.image_ids[:8]]
+    with progress_bar("measuring") as advance:
+        report = measure(sessions, pictures, progress=advance)
+    with progress_bar("stages") as advance:
+        return dataclasses.replace(report, stage_times=measure_stages(sessions, pictures, progress=advance))
+
+
 def _step(number: int, text: str) -> None:
-    console.print(f"[bold]{number}/5[/bold] {text}", highlight=False)
+    console.print(f"[bold]{number}/6[/bold] {text}", highlight=False)

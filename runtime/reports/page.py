@@ -8,39 +8,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.coco_evaluation import CocoFolder
 from runtime.files import write_text
 from runtime.parity.results import SCORE_BINS, ParityReport
 from runtime.parity.table import ACCURACY_HEADINGS, HEADINGS, accuracy_cells, row_cells
 from runtime.reports.charts import Level, Point, accuracy_latency, score_histogram, stage_bars
-from runtime.reports.document import ReportDocument, make_document, read_document, read_json
+from runtime.reports.document import ReportDocument, read_document, read_json
 
 if TYPE_CHECKING:
     import jinja2
 
-    from runtime.session import Session
-
 _COCO_CLASSES = 80
-
-
-def write_report(
-    path: str | os.PathLike[str],
-    report: ParityReport,
-    dataset: CocoFolder,
-    *,
-    pictures: int = 6,
-    title: str = "Parity report",
-    notes: Sequence[str] = (),
-    score_threshold: float = 0.3,
-    reference: Session | None = None,
-) -> Path:
-    """Write the page of one run: tables, charts, ``notes`` as paragraphs, up to ``pictures`` images of every backend.
-
-    The images where backends differ most come first, then evenly spaced others. With a ``reference`` session that
-    shows its stages, the first three of them are also drawn stage by stage. The file needs no network.
-    """
-    document = make_document(report, dataset, pictures=pictures, score_threshold=score_threshold, reference=reference)
-    return write_page(path, [document], title=title, notes=notes)
 
 
 def find_reports(paths: Sequence[str | os.PathLike[str]]) -> tuple[list[ReportDocument], list[dict[str, Any]]]:

@@ -11,7 +11,8 @@ from PIL import Image
 from runtime import open_session
 from runtime.detect import detect_files
 from runtime.parity.comparison import compare
-from runtime.reports.page import write_report
+from runtime.reports.document import make_document
+from runtime.reports.page import write_page
 from runtime.session import Session
 from runtime.stages import ANCHOR_COLOUR, PATCH_COLOUR, draw_stages, read_stages, stage_panels
 from tests.builders import random_detector, random_picture, write_checkpoint
@@ -139,6 +140,7 @@ def test_the_report_shows_stages_where_the_reference_has_them(tmp_path: Path) ->
     dataset = write_toy_dataset(tmp_path / "data", images=5)
     for reference, expected in ((StagedToySession(), 4 + 3 * 4), (ToySession(), 4), (None, 4)):
         result = compare(ToySession(), [], dataset)
-        page = write_report(tmp_path / "report.html", result, dataset, pictures=4, reference=reference).read_text()
+        document = make_document(result, dataset, pictures=4, reference=reference)
+        page = write_page(tmp_path / "report.html", [document]).read_text()
         assert page.count("<img ") == expected
         assert ("Patches explored: 1 on P4" in page) == (expected > 4)

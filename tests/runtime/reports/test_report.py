@@ -23,7 +23,7 @@ from runtime.parity.comparison import Unavailable, compare
 from runtime.parity.stage_comparison import StageDifference, StageReport
 from runtime.reports.charts import Level, Point, accuracy_latency, score_histogram, stage_bars
 from runtime.reports.document import make_document, read_document, read_json
-from runtime.reports.page import find_reports, write_page, write_report
+from runtime.reports.page import find_reports, write_page
 from runtime.speed.benchmark import measure
 from tests.runtime.toy_detector import ToySession, write_toy_dataset
 
@@ -73,7 +73,8 @@ def page(tmp_path: Path) -> Page:
         Unavailable("toy.engine", "tensorrt-rtx", "fp32", "no NVIDIA driver & no GPU"),
     ]
     report = compare(ToySession(), candidates, dataset)
-    path = write_report(tmp_path / "out" / "report.html", report, dataset, pictures=3, notes=["AP on 5 images"])
+    document = make_document(report, dataset, pictures=3)
+    path = write_page(tmp_path / "out" / "report.html", [document], notes=["AP on 5 images"])
     return Page(path.read_text(encoding="utf-8"))
 
 
@@ -99,7 +100,7 @@ def test_table_names_every_backend_and_reason(page: Page) -> None:
 def test_report_without_pictures(tmp_path: Path) -> None:
     dataset = write_toy_dataset(tmp_path / "data", images=1)
     report = compare(ToySession(), [], dataset)
-    path = write_report(tmp_path / "report.html", report, dataset, pictures=0)
+    path = write_page(tmp_path / "report.html", [make_document(report, dataset, pictures=0)])
     assert Page(path.read_text()).images == []
 
 
