@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 from asag.deploy import DeployedDetector
 from export.model import export_onnx
@@ -18,6 +19,8 @@ from tests.builders import random_detector, small_config, small_info
 # A few nodes above what was measured; lower them when a change makes the graph smaller.
 MOST_NODES = {"adamixer": 590, "sparse_rcnn": 545}
 MOST_NODES_INLINED = {"adamixer": 1420, "sparse_rcnn": 1380}
+LEFT_BY_OLDER_EXPORTERS = 20 if TorchVersion(torch.__version__) < "2.14" else 0
+"""Nodes that the exporter of an older PyTorch does not simplify away."""
 MOST_CONVOLUTIONS = 27
 MOST_LOOPS = 2
 MOST_NETWORK_LAYERS = 4600
@@ -39,9 +42,9 @@ def test_nodes_of_the_graph(exported: tuple[str, Path]) -> None:
 
     decoder, path = exported
     model = onnx.load(path)
-    assert len(model.graph.node) <= MOST_NODES[decoder]
+    assert len(model.graph.node) <= MOST_NODES[decoder] + LEFT_BY_OLDER_EXPORTERS
     inlined = onnx.inliner.inline_local_functions(model)
-    assert len(inlined.graph.node) <= MOST_NODES_INLINED[decoder]
+    assert len(inlined.graph.node) <= MOST_NODES_INLINED[decoder] + LEFT_BY_OLDER_EXPORTERS
     types = [node.op_type for node in inlined.graph.node]
     assert types.count("Conv") <= MOST_CONVOLUTIONS
     assert types.count("Loop") <= MOST_LOOPS, "only the suppression of each probed level is one"
