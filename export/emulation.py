@@ -15,11 +15,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from export.exported_file import name_precision, read_exported
 from export.functions.domain import OPSET_VERSION
 from export.operator_set import STANDARD_DOMAINS
-from runtime.errors import one_line
 from runtime.files import write_bytes
-from runtime.metadata import PROPERTY_PREFIX, ModelMetadata
 
 
 def emulate_bfloat16(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -43,9 +42,7 @@ def emulate_bfloat16(proto: onnx.ModelProto) -> onnx.ModelProto:
     for opset in (entry for owner in (result, *result.functions) for entry in owner.opset_import):
         if opset.domain in STANDARD_DOMAINS:
             opset.version = OPSET_VERSION
-    for entry in result.metadata_props:
-        if entry.key == PROPERTY_PREFIX + "precision":
-            entry.value = '"bf16 emulated"'
+    name_precision(result, "bf16 emulated")
     return result
 
 
@@ -67,10 +64,9 @@ def _with_rounding(node: onnx.NodeProto, rounded: Collection[str]) -> Iterator[o
 def main(model: Path, output: Path) -> None:
     """Write MODEL, exported with `--precision bf16`, as a float32 file that rounds as it does."""
     try:
-        proto = onnx.load(model)
-        metadata = ModelMetadata.from_properties({entry.key: entry.value for entry in proto.metadata_props})
-    except Exception as error:  # protobuf raises classes of its own
-        raise click.ClickException(f"cannot read {model}: {one_line(error)}") from None
+        proto, metadata = read_exported(model)
+    except ValueError as error:
+        raise click.ClickException(str(error)) from None
     if metadata.precision != "bf16":
         raise click.ClickException(f"{model} is {metadata.precision}; export it with --precision bf16")
     write_bytes(output, emulate_bfloat16(proto).SerializeToString())

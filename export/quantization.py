@@ -6,7 +6,6 @@ alone changes the scores most. How many is found by halving, so that a network o
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -17,11 +16,12 @@ import numpy as np
 import onnx
 
 from export.calibration import largest_magnitudes
+from export.exported_file import name_precision, read_exported
 from export.quantized_graph import quantizable_layers, quantize_layers
 from runtime.coco_evaluation import CocoFolder, evaluate_session
 from runtime.errors import one_line
 from runtime.files import write_bytes
-from runtime.metadata import PROPERTY_PREFIX, ModelMetadata
+from runtime.metadata import ModelMetadata
 from runtime.opening import open_session
 from runtime.preprocessing import load_image, prepare
 
@@ -171,9 +171,7 @@ class _Trial:
     def content(self, layers: Sequence[str]) -> bytes:
         """The file with these layers in int8."""
         quantized = quantize_layers(self.proto, self.magnitudes, layers)
-        for entry in quantized.metadata_props:
-            if entry.key == PROPERTY_PREFIX + "precision":
-                entry.value = json.dumps("int8" if layers else "fp16")
+        name_precision(quantized, "int8" if layers else "fp16")
         try:
             onnx.checker.check_model(quantized)
         except onnx.checker.ValidationError as error:
@@ -249,21 +247,11 @@ def _costs(trial: _Trial, layers: Sequence[str], images: Sequence[Path]) -> dict
 
 
 def _read_float32_export(path: Path) -> tuple[onnx.ModelProto, ModelMetadata]:
-    if not path.is_file():
-        raise FileNotFoundError(f"model not found: {path}")
-    try:
-        proto = onnx.load(path)
-        onnx.checker.check_model(proto)
-    except Exception as error:  # protobuf and onnx raise classes of their own
-        raise ValueError(f"cannot read {path} as ONNX, export it again with `asag export`: {one_line(error)}") from None
-    try:
-        metadata = ModelMetadata.from_properties({entry.key: entry.value for entry in proto.metadata_props})
-        if metadata.precision != "fp32":
-            raise ValueError(
-                f"it is {metadata.precision} already; quantize the file of `asag export` without --precision"
-            )
-        if not quantizable_layers(proto.graph):
-            raise ValueError("it has no convolutions of a backbone; export it again with `asag export`")
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    proto, metadata = read_exported(path)
+    if metadata.precision != "fp32":
+        raise ValueError(
+            f"{path}: it is {metadata.precision} already; quantize the file of `asag export` without --precision"
+        )
+    if not quantizable_layers(proto.graph):
+        raise ValueError(f"{path}: it has no convolutions of a backbone; export it again with `asag export`")
     return proto, metadata
