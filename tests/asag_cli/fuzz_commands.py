@@ -35,6 +35,8 @@ def commands(folder: Path, output: Path) -> dict[str, list[list[object]]]:
             [*detect, here / "toy.onnx"],
             ["inspect", here / "toy.onnx"],
             ["build", here / "toy.onnx", "-o", output / "new.engine", "--batch", "1"],
+            ["build", here / "toy.onnx", "-o", output / "new.engine", "--batch", "1", "--precision", "fp16"],
+            ["quantize", here / "toy.onnx", "-o", output / "int8.onnx", "--calibration", folder],
             ["serve-repository", here / "toy.onnx", "-o", output / "repository"],
         ],
         "toy.engine": [[*detect, here / "toy.engine"], ["inspect", here / "toy.engine"], serve],

@@ -43,12 +43,14 @@ def test_the_detector_has_what_pytorch_counts(decoder: str) -> None:
     inputs = torch.zeros((2, 3, height, width), dtype=torch.uint8), torch.tensor([[height, width]] * 2)
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         deployed(inputs[0], inputs[1].float())
-    by_module = counter.get_flop_counts()
-    parts = {name.partition(".")[2]: sum(counts.values()) for name, counts in by_module.items()}
+    # Whether the two matrix products of an attention are counted depends on PyTorch's version, so they never are here.
+    parts = {
+        name.partition(".")[2]: sum(count for operation, count in counts.items() if "attention" not in str(operation))
+        for name, counts in counter.get_flop_counts().items()
+    }
     found = {work.stage: work for work in stage_work(build_onnx(deployed), batch_size=2)}
     assert found["backbone+neck"].operations == parts["detector.backbone"] + parts["detector.neck"]
-    # PyTorch counts the class branch of the proposals besides, which only training needs, and leaves out the custom ops
-    # and the two matrix products of an attention.
+    # PyTorch counts the class branch of the proposals besides, which only training needs, and no custom op.
     deployed_proposals = parts["detector.proposals"] - class_branch_operations(deployed, batch=2)
     assert found["anchors"].operations == pytest.approx(parts["detector.anchor_generator"], rel=0.01)
     sizes = deployed.detector.config.size
