@@ -5,7 +5,8 @@
 #
 # CHECKPOINT defaults to the demo's weights. With COCO_FOLDER, ResNet-50 is overfitted on its training images from random
 # weights, exported in float32 and float16, and compared. Needs the packages of `pip install '.[train,runtime]'`, pytest and
-# hypothesis. Every step runs even when one before it failed; summary.json holds the exit codes.
+# hypothesis. Every step runs even when one before it failed; summary.json holds the exit codes. ONLY="tests kernels" in the
+# environment runs these steps alone.
 # This script has not run on a GPU yet.
 set -u
 cd "$(dirname "$0")/.."
@@ -18,6 +19,7 @@ results=""
 
 step() { # NAME COMMAND...: run, keep what it prints, remember how it ended
     local name=$1 code
+    [[ -z "${ONLY:-}" || " $ONLY " == *" $name "* ]] || return 0
     shift
     echo "== $name"
     "$@" >"$output/$name.log" 2>&1
@@ -48,7 +50,7 @@ step parity "$python" -m asag_cli.main parity "$checkpoint" "$output/model.onnx"
 step trt-parity "$python" -m asag_cli.main parity "$checkpoint" "$output/tensorrt.engine" "$output/tensorrt-int8.engine" \
     --data "$output/data" --device cuda --json "$output/trt-parity.json" --report "$output/trt-parity.html"
 step bench "$python" -m asag_cli.main bench "$checkpoint" "$output/model.onnx" --images "$output/data/val2017" \
-    --device cuda --json "$output/bench.json"
+    --device cuda --limit --json "$output/bench.json"
 step profile "$python" -m train.profile --batch-size 16 --steps 10 --json "$output/profile.json"
 if [ -n "$coco" ]; then
     run=$(mktemp -d)
@@ -58,7 +60,7 @@ if [ -n "$coco" ]; then
         --set learn_norms=true --set flip_probability=0 --set schedule=cosine --set warmup_steps=100 \
         --set gradient_clip=1.0 --set evaluation_interval=500 --set picture_interval=0 --set time_limit=420 \
         --workers 8 --quiet -o "$run/r50"
-    cp "$run/r50/losses.csv" "$run/r50/evaluations.csv" "$output"
+    cp "$run"/r50/*.csv "$output"
     for precision in fp32 fp16; do
         step "overfit-$precision" "$python" -m asag_cli.main export "$run/r50/weights.safetensors" \
             -o "$run/$precision.onnx" --precision "$precision"
