@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 class Error(enum.IntEnum):
     cudaSuccess = 0
     cudaErrorMemoryAllocation = 2
+    cudaErrorInsufficientDriver = 35
     cudaErrorInvalidDevice = 101
     cudaErrorLaunchFailure = 719
     cudaErrorStreamCaptureInvalidated = 901

@@ -259,6 +259,21 @@ def test_engines_that_do_not_fit_the_machine(machine: StandInMachine, toy_onnx: 
     assert machine.cuda.outstanding() == {}
 
 
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [
+        (Error.cudaErrorInsufficientDriver, "no NVIDIA driver on this machine, or one too old"),
+        (Error.cudaErrorInvalidDevice, "no NVIDIA GPU that CUDA can use on this machine"),
+    ],
+)
+def test_a_machine_without_a_gpu(
+    machine: StandInMachine, monkeypatch: pytest.MonkeyPatch, status: Error, reason: str
+) -> None:
+    monkeypatch.setattr(machine.cuda, "cudaGetDeviceCount", lambda: (status, 0))
+    with pytest.raises(BackendUnavailableError, match=reason):
+        open_session(machine.path)
+
+
 def test_content_that_the_runtime_cannot_open(machine: StandInMachine, toy_onnx: Path) -> None:
     toy_onnx.write_bytes(b"no model")
     engine_stand_in.write_engine(toy_onnx, toy_metadata(), machine.backend)
