@@ -38,7 +38,9 @@ class CudaDevice:
         except RuntimeError as error:  # the library behind the bindings is not there
             raise BackendUnavailableError(f"no NVIDIA driver on this machine ({error})") from None
         if status == self._runtime.cudaError_t.cudaErrorInsufficientDriver:  # which no driver at all is, too
-            raise BackendUnavailableError("no usable GPU: no NVIDIA driver on this machine, or one too old for this CUDA")
+            raise BackendUnavailableError(
+                "no usable GPU: no NVIDIA driver on this machine, or one too old for this CUDA"
+            )
         if status != self._runtime.cudaError_t.cudaSuccess:
             raise BackendUnavailableError(f"no NVIDIA GPU that CUDA can use on this machine ({status.name})")
         if index >= count:
