@@ -15,7 +15,10 @@ def needs_conversion(model: Path, precision: str) -> bool:
     Raises FileNotFoundError for a missing file, and ValueError for one that is damaged, no asag model, or in neither
     this precision nor float32.
     """
-    found = read_exported(model)[1].precision
+    return _differs(model, read_exported(model)[1].precision, precision)
+
+
+def _differs(model: Path, found: str, precision: str) -> bool:
     if found not in (precision, "fp32"):
         raise ValueError(f"{model} is in {found}; only a file in fp32 becomes another precision, so export it in fp32")
     return found != precision
@@ -27,7 +30,8 @@ def convert_file(model: Path, output: Path, precision: str) -> None:
     The metadata of `output` name its precision. Raises what :func:`needs_conversion` raises, and ValueError when a
     weight does not fit.
     """
-    needs_conversion(model, precision)
-    converted = convert_precision(read_exported(model)[0], precision)
+    proto, metadata = read_exported(model)
+    _differs(model, metadata.precision, precision)
+    converted = convert_precision(proto, precision)
     name_precision(converted, precision)
     write_bytes(output, converted.SerializeToString())

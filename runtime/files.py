@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,6 +39,26 @@ def atomic_path(path: str | os.PathLike[str], suffix: str | None = None) -> Iter
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a hidden temporary folder beside ``path``; when the block ends well it becomes ``path``.
+
+    ``path`` may be an empty folder. An exception inside the block removes the temporary folder.
+    """
+    target = Path(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise ValueError(f"cannot write {target}: {error.strerror or error}") from None
+    try:
+        temporary.chmod(0o777 & ~_umask())
+        yield temporary
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
     """Write ``content`` to ``path`` atomically."""
     with atomic_path(path) as temporary:
@@ -55,7 +76,7 @@ def write_json(path: str | os.PathLike[str], content: Any, indent: int | None = 
 
 
 def _umask() -> int:
-    # The temporary file is private to its owner; the final one gets the permissions an ordinary new file has.
+    # What is temporary is private to its owner; in the end it gets the permissions an ordinary new file has.
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -16,7 +16,8 @@ NETWORK_STAGES = ("backbone+neck", "anchors", "proposals", "head")
 
 PROPOSAL_PARAMETERS = "detector.proposals."
 
-_DOMAIN = "asag"
+DOMAIN = "asag"
+"""Of the custom ops."""
 
 
 def stage_ends(graph: Any) -> dict[str, set[str]]:
@@ -24,10 +25,7 @@ def stage_ends(graph: Any) -> dict[str, set[str]]:
 
     Inlining keeps these names. Raises ValueError for a graph that is no export of this project.
     """
-    ops = {node.op_type: node for node in reversed(graph.node) if node.domain == _DOMAIN}
-    missing = {"GatherAnchors", "PyramidRoIAlign"} - set(ops)
-    if missing:
-        raise ValueError(f"not an asag model: its graph has no op {min(missing)}; export it again with `asag export`")
+    gather, pyramid = first_op(graph.node, "GatherAnchors"), first_op(graph.node, "PyramidRoIAlign")
     parameters = {tensor.name for tensor in graph.initializer if tensor.name.startswith(PROPOSAL_PARAMETERS)}
     proposals: set[str] = set()
     for node in graph.node:
@@ -35,10 +33,18 @@ def stage_ends(graph: Any) -> dict[str, set[str]]:
             proposals.update(node.output)
             parameters -= set(node.input)  # an exporter gives equal tensors one name: later readers are the head's
     return {
-        "backbone+neck": set(ops["PyramidRoIAlign"].input[:4]),
-        "anchors": set(ops["GatherAnchors"].output),
+        "backbone+neck": set(pyramid.input[:4]),
+        "anchors": set(gather.output),
         "proposals": proposals,
     }
+
+
+def first_op(nodes: Iterable[Any], op_type: str) -> Any:
+    """The first node of a custom op; ValueError where there is none."""
+    for node in nodes:
+        if (node.domain, node.op_type) == (DOMAIN, op_type):
+            return node
+    raise ValueError(f"not an asag model: its graph has no op {op_type}; export it again with `asag export`")
 
 
 def node_stages(nodes: Sequence[Any], ends: Mapping[str, Iterable[str]]) -> list[str]:

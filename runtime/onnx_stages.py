@@ -26,11 +26,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import BackendUnavailableError, one_line
+from runtime.graph_stages import DOMAIN, first_op
 from runtime.metadata import ModelMetadata
 from runtime.postprocessing import OUTPUT_NAMES
 from runtime.session import INPUT_NAMES
 
-DOMAIN = "asag"
 HEAD_PARAMETERS = "detector.heads."
 
 _PROBED = ("p4", "p3")
@@ -115,8 +115,8 @@ class _Graph:
 
     def locate(self) -> dict[str, list[str]]:
         """Names of the graph's values by the names above; several are candidates told apart by their shape."""
-        gather = self._one("GatherAnchors")
-        pyramid = self._one("PyramidRoIAlign")
+        gather = first_op(self.nodes, "GatherAnchors")
+        pyramid = first_op(self.nodes, "PyramidRoIAlign")
         found = {f"p{level}": [name] for level, name in zip((2, 3, 4, 5), pyramid.input[:4], strict=True)}
         found |= {"all_anchors": [gather.input[0]], "anchors": [gather.output[0]], "valid": [gather.output[1]]}
         probings = [node for node in self.nodes if (node.domain, node.op_type) == (DOMAIN, "AdaptiveProbing")]
@@ -135,13 +135,6 @@ class _Graph:
             if node is not None:
                 found[key] = [node.input[0]]
         return found
-
-    def _one(self, op_type: str) -> Any:
-        """The first node of an op of this project."""
-        for node in self.nodes:
-            if (node.domain, node.op_type) == (DOMAIN, op_type):
-                return node
-        raise ValueError(f"not an asag model: its graph has no op {op_type}; export it again with `asag export`")
 
     def _behind(self, value: str, op_type: str) -> Any:
         """The nearest node of a type that a value comes from, or None."""

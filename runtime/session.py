@@ -112,6 +112,13 @@ class Session(abc.ABC):
         if not self.shows_stages:
             raise ValueError(f"{self.name} gives detections only: the stages need a PyTorch checkpoint (.safetensors)")
 
+    def check_batch_size(self, batch_size: int) -> None:
+        """Raise ValueError unless the model takes so many images at once."""
+        if batch_size < 1:
+            raise ValueError(f"the batch size must be at least 1, it is {batch_size}")
+        if self.max_batch is not None and batch_size > self.max_batch:
+            raise ValueError(f"{self.name} takes at most {self.max_batch} images at once, not {batch_size}")
+
     def close(self) -> None:  # noqa: B027 (nothing to release is the common case)
         """Release what the backend holds; the session cannot run afterwards."""
 
@@ -172,10 +179,7 @@ class Session(abc.ABC):
         With ``ahead`` the sources are read on another thread, one batch ahead. Up to ``batches_in_flight`` batches run
         before the results of the first are waited for.
         """
-        if batch_size < 1:
-            raise ValueError(f"the batch size must be at least 1, it is {batch_size}")
-        if self.max_batch is not None and batch_size > self.max_batch:
-            raise ValueError(f"{self.name} takes at most {self.max_batch} images at once, not {batch_size}")
+        self.check_batch_size(batch_size)
         batches = self._batches(sources, batch_size)
         running: deque[tuple[list[SourceImage], Pending | None]] = deque()
         for batch, tensors in read_ahead(batches) if ahead else batches:

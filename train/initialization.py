@@ -30,15 +30,10 @@ logger = logging.getLogger(__name__)
 def starting_detector(config: TrainConfig, dataset: DetectionDataset) -> tuple[Detector, CheckpointInfo]:
     """The preset's detector for the dataset's classes, with the starting weights that `config` names.
 
-    A backbone that does not learn its norms' statistics keeps its stem and first stage frozen (specification
-    section 2). Raises what reading the named files raises, and ValueError when they do not fit.
+    Raises what reading the named files raises, and ValueError when they do not fit.
     """
     preset = find_preset(config.preset)
-    learn_norms = preset.config.train_batch_statistics if config.learn_norms is None else config.learn_norms
-    chosen = dataclasses.replace(
-        preset.config, num_classes=len(dataset.category_ids), train_batch_statistics=learn_norms
-    )
-    detector = build_detector(chosen)
+    detector = untrained_detector(config, len(dataset.category_ids))
     info = CheckpointInfo(
         preset=config.preset,
         category_ids=dataset.category_ids,
@@ -52,15 +47,31 @@ def starting_detector(config: TrainConfig, dataset: DetectionDataset) -> tuple[D
         load_backbone(detector, config.backbone_weights)
     if config.initial_weights is not None:
         load_initial_weights(detector, info, config.initial_weights)
-    if not detector.config.train_batch_statistics:
-        if config.backbone_weights is None and config.initial_weights is None and not config.resume:
-            logger.warning(
-                "the backbone of %s starts from random weights and its norms stay as they are: name its weights"
-                " (--backbone-weights), or let them learn (--set learn_norms=true)",
-                config.preset,
-            )
-        detector.backbone.freeze_first_stages()
+    untrained = config.backbone_weights is None and config.initial_weights is None and not config.resume
+    if untrained and not detector.config.train_batch_statistics:
+        logger.warning(
+            "the backbone of %s starts from random weights and its norms stay as they are: name its weights"
+            " (--backbone-weights), or let them learn (--set learn_norms=true)",
+            config.preset,
+        )
     return detector, info
+
+
+def untrained_detector(config: TrainConfig, num_classes: int | None = None) -> Detector:
+    """The preset's detector with random weights, the parts frozen that the run does not train.
+
+    A backbone that does not learn its norms' statistics keeps its stem and first stage frozen (specification
+    section 2). num_classes: of the dataset; None takes the preset's own.
+    """
+    chosen = find_preset(config.preset).config
+    if num_classes is not None:
+        chosen = dataclasses.replace(chosen, num_classes=num_classes)
+    if config.learn_norms is not None:
+        chosen = dataclasses.replace(chosen, train_batch_statistics=config.learn_norms)
+    detector = build_detector(chosen)
+    if not chosen.train_batch_statistics:
+        detector.backbone.freeze_first_stages()
+    return detector
 
 
 def load_initial_weights(detector: Detector, info: CheckpointInfo, path: Path) -> None:

@@ -15,12 +15,11 @@ import numpy as np
 import torch
 from torch.amp import GradScaler
 
-from asag.detector import build_detector
-from asag.presets import find_preset
 from runtime.files import write_json
 from train.checkpointing import TrainingState
 from train.config import TrainConfig
 from train.criterion import DetectionCriterion
+from train.initialization import untrained_detector
 from train.loop import resolve_device
 from train.processes import Processes
 from train.reporting import peak_memory
@@ -55,17 +54,14 @@ def profile_training(
     """
     device = resolve_device(config.device)
     torch.manual_seed(config.seed)
-    preset = find_preset(config.preset)
-    detector = build_detector(preset.config)
-    if not preset.config.train_batch_statistics:
-        detector.backbone.freeze_first_stages()
+    detector = untrained_detector(config)
     prepare_detector(detector, config, device)
     optimizer = build_optimizer(detector, config)
     scaler = GradScaler(device.type, enabled=feature_precision(config, device) == torch.float16)
     state = TrainingState(detector, None, optimizer, build_schedule(optimizer, config, steps, steps), scaler)
-    criterion = DetectionCriterion(preset.config.classes).to(device)
+    criterion = DetectionCriterion(detector.config.classes).to(device)
     maker = StepMaker(state, criterion, config, Processes(), device)
-    pieces = random_pieces(config, height, width, preset.config.classes, seed)
+    pieces = random_pieces(config, height, width, detector.config.classes, seed)
 
     def run(count: int) -> float:
         began = time.perf_counter()

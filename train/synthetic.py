@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from runtime.files import atomic_folder
 from train.synthetic_images import CATEGORIES, SMALLEST_OBJECT, paint_image
 
 SETTINGS_FILE = "synthetic.json"
@@ -163,19 +162,13 @@ def write_synthetic_dataset(
         if progress is not None:
             progress(done, total)
 
-    root.parent.mkdir(parents=True, exist_ok=True)
-    # Everything goes to a folder beside it first: an interrupted run leaves no half dataset under the real name.
-    partial = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=root.parent))
-    try:
+    # An interrupted run leaves no half dataset under the real name.
+    with atomic_folder(root) as partial:
         (partial / "annotations").mkdir()
         for split_index, split in enumerate(_SPLITS):
             content = _write_split(partial, split_index, settings, advance)
             (partial / "annotations" / f"instances_{split}.json").write_text(json.dumps(content), encoding="utf-8")
         (partial / SETTINGS_FILE).write_text(json.dumps(settings.as_json(), indent=2) + "\n", encoding="utf-8")
-        partial.chmod(0o755)
-        partial.replace(root)  # succeeds over an empty folder, never over a full one
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return root
 
 

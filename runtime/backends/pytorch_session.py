@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -61,7 +61,7 @@ class PyTorchSession(Session):
 
         with torch.inference_mode():
             outputs = self._forward(*self._inputs(tensors))
-        return {name: value.cpu().numpy() for name, value in zip(OUTPUT_NAMES, outputs, strict=True)}
+        return _on_host(outputs)
 
     def device_seconds(self, tensors: Mapping[str, NDArray]) -> float | None:
         """Run one batch and return what the network took between CUDA events, without copies; None on the CPU."""
@@ -101,7 +101,7 @@ class PyTorchSession(Session):
                 mark()
                 outputs = self._deployed(*inputs)
                 mark()
-                found = {name: value.cpu().numpy() for name, value in zip(OUTPUT_NAMES, outputs, strict=True)}
+                found = _on_host(outputs)
                 mark()
         finally:
             for hook in hooks:
@@ -187,6 +187,10 @@ class PyTorchSession(Session):
     def close(self) -> None:
         """Release the model and its memory."""
         self._deployed = self._forward = None
+
+
+def _on_host(outputs: Sequence[Tensor]) -> dict[str, NDArray]:
+    return {name: value.cpu().numpy() for name, value in zip(OUTPUT_NAMES, outputs, strict=True)}
 
 
 def open_compiled(path: Path, device: str = "cpu", threads: int | None = None) -> PyTorchSession:

@@ -7,15 +7,13 @@ import dataclasses
 import logging
 import math
 import os
-import shutil
-import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from runtime.errors import BackendUnavailableError, one_line
-from runtime.files import write_json
+from runtime.files import atomic_folder, write_json
 from runtime.image_source import IMAGE_SUFFIXES, is_video
 from runtime.scale_out.worker import FILE_COLUMN, DetectionWorker, WorkerOptions
 
@@ -75,7 +73,7 @@ def detect_with_ray(
         count = _worker_count(ray, options, workers)
         model = ray.get(ray.remote(**_resources(options))(_describe).remote(options))
         dataset, total = _image_dataset(ray, images, count) if images else _table_dataset(ray, tables, options)
-        with _hidden_beside(target) as folder:
+        with atomic_folder(target) as folder:
             with _counting(ray, total, progress) as counter:
                 dataset.map_batches(
                     DetectionWorker,
@@ -271,29 +269,6 @@ def _is_binary(kind: Any) -> bool:
     import pyarrow
 
     return kind is not None and (pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind))
-
-
-@contextlib.contextmanager
-def _hidden_beside(target: Path) -> Iterator[Path]:
-    """A hidden folder that becomes ``target`` when the block ends well, and is removed when it does not."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise ValueError(f"cannot write {target}: {error.strerror or error}") from None
-    try:
-        # Workers on other nodes may be other users.
-        folder.chmod(0o777 & ~_umask())
-        yield folder
-        folder.rename(target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 class _Counter:

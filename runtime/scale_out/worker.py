@@ -49,7 +49,7 @@ class WorkerOptions:
     def open(self) -> Session:
         """The session of a worker; raises ValueError too where the model does not take the batch size."""
         session = open_session(self.model, self.device, threads=self.threads, head=self.head, levels=self.levels)
-        list(session.detect_sources(iter(()), self.batch_size, ahead=False))
+        session.check_batch_size(self.batch_size)
         return session
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from runtime.engines.manifest import manifest_path
+from runtime.files import atomic_folder
 from runtime.metadata import ModelMetadata
 
 LARGEST_DEFAULT_BATCH = 8
@@ -85,7 +84,7 @@ def write_repository(
     text = configuration(
         model, name, on_gpu=on_gpu, instances=instances, queue_delay_us=queue_delay_us, threads=threads
     )
-    with _atomic_folder(folder) as temporary:
+    with atomic_folder(folder) as temporary:
         (temporary / "config.pbtxt").write_text(text, encoding="utf-8")
         ids, names = model.metadata.category_ids, model.metadata.category_names
         labels = "".join(f"{number} {label}\n" for number, label in zip(ids, names, strict=True))
@@ -205,19 +204,3 @@ def _scalar(value: Any) -> str:
     if isinstance(value, Sequence):
         return f"[{', '.join(map(_scalar, value))}]"
     return str(value)
-
-
-@contextlib.contextmanager
-def _atomic_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside ``folder`` that takes its name when the block ends well."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise ValueError(f"cannot write {folder}: {error.strerror or error}") from None
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

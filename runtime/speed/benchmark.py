@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,12 +13,11 @@ from PIL import Image
 from runtime.backends.pytorch_session import PyTorchSession
 from runtime.machine import Machine, describe_machine
 from runtime.parity.results import Unavailable
-from runtime.postprocessing import postprocess
 from runtime.preprocessing import ImageLike, as_image, prepare
 from runtime.session import Session
 from runtime.speed.energy import EnergyMeter
 from runtime.speed.limits import ModelLimits
-from runtime.speed.stage_times import StageTimes
+from runtime.speed.stage_times import StageTimes, batch_seconds
 
 STAGES = ("prepare", "run", "postprocess")
 
@@ -121,8 +118,7 @@ def measure(
     if min(rounds, batch_size) < 1 or warmup < 0:
         raise ValueError(f"rounds and batch size must be at least 1, they are {rounds} and {batch_size}")
     for session in sessions:
-        if session.max_batch is not None and batch_size > session.max_batch:
-            raise ValueError(f"{session.name} takes at most {session.max_batch} images at once, not {batch_size}")
+        session.check_batch_size(batch_size)
     loaded = [as_image(image) for image in images]
     times = np.zeros((rounds, len(sessions), len(STAGES)))
     for number in range(-warmup, rounds):
@@ -130,7 +126,7 @@ def measure(
         batch = [loaded[index % len(loaded)] for index in range(start, start + batch_size)]
         for offset in range(len(sessions)):
             index = (number + offset) % len(sessions)
-            elapsed = _stage_seconds(sessions[index], batch)
+            elapsed = batch_seconds(sessions[index].run, batch, sessions[index].metadata)
             if number >= 0:
                 times[number, index] = elapsed
         if progress is not None:
@@ -191,19 +187,8 @@ def _joules_per_image(session: Session, images: Sequence[ImageLike], batch_size:
     batch = [as_image(images[index % len(images)]) for index in range(batch_size)]
     before = meter.joules()
     for _ in range(rounds):
-        _stage_seconds(session, batch)
+        batch_seconds(session.run, batch, session.metadata)
     return (meter.joules() - before) / (rounds * batch_size)
-
-
-def _stage_seconds(session: Session, batch: Sequence[Image.Image]) -> list[float]:
-    marks = [time.perf_counter()]
-    tensors = prepare(batch, session.metadata)
-    marks.append(time.perf_counter())
-    outputs = session.run(tensors)
-    marks.append(time.perf_counter())
-    postprocess(outputs, [(image.height, image.width) for image in batch], session.metadata)
-    marks.append(time.perf_counter())
-    return [later - earlier for earlier, later in pairwise(marks)]
 
 
 def _latency(

@@ -10,11 +10,13 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from runtime.backends.onnxruntime_session import OnnxRuntimeSession
 from runtime.backends.pytorch_session import PyTorchSession
 from runtime.errors import BackendUnavailableError
 from runtime.graph_stages import NETWORK_STAGES
+from runtime.metadata import ModelMetadata
 from runtime.postprocessing import postprocess
 from runtime.preprocessing import ImageLike, as_image, prepare
 from runtime.session import Session
@@ -116,14 +118,7 @@ def measure_stages(
             clock, metadata = clocks[index], sessions[index].metadata
             if isinstance(clock, str):
                 continue
-            marks = [time.perf_counter()]
-            tensors = prepare(batch, metadata)
-            marks.append(time.perf_counter())
-            outputs = clock.run(tensors)
-            marks.append(time.perf_counter())
-            postprocess(outputs, [(image.height, image.width) for image in batch], metadata)
-            marks.append(time.perf_counter())
-            outside[index].append([later - earlier for earlier, later in pairwise(marks)])
+            outside[index].append(batch_seconds(clock.run, batch, metadata))
         if progress is not None:
             progress(number + 1, rounds + warmup)
     return tuple(
@@ -132,6 +127,20 @@ def measure_stages(
         else _summary(session, clock.finish()[warmup:], times[warmup:])
         for session, clock, times in zip(sessions, clocks, outside, strict=True)
     )
+
+
+def batch_seconds(
+    run: Callable[[Mapping[str, NDArray]], Mapping[str, NDArray]], batch: Sequence[Image.Image], metadata: ModelMetadata
+) -> list[float]:
+    """Seconds that preparing a batch, ``run`` and reading its outputs take."""
+    marks = [time.perf_counter()]
+    tensors = prepare(batch, metadata)
+    marks.append(time.perf_counter())
+    outputs = run(tensors)
+    marks.append(time.perf_counter())
+    postprocess(outputs, [(image.height, image.width) for image in batch], metadata)
+    marks.append(time.perf_counter())
+    return [later - earlier for earlier, later in pairwise(marks)]
 
 
 def _clock(session: Session, threads: int | None) -> _Clock | str:
