@@ -1,6 +1,9 @@
-"""The kernels' own source, emulated on the CPU, against the ops' PyTorch definitions."""
+"""The kernels on the CPU against the ops' PyTorch definitions: their own source emulated, and their PTX executed."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import Array, mixing_inputs, probing_inputs, pyramid, roi_boxes, tensors, to_element, to_float
 from kernel_emulator import emulate
+from ptx_emulator import run_ptx
 
 from asag.ops import (
     adaptive_probing_definition,
@@ -22,73 +26,92 @@ PUBLISHED = (4, 64, 32, 128)
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 6e-2}
 """Of the largest value; bfloat16 keeps 8 bits of every intermediate result that passes through shared memory."""
 
+Run = Callable[..., list[Array]]
+on_every_machine = pytest.mark.parametrize(
+    "run",
+    [
+        pytest.param(emulate, id="source"),
+        # The first has neither tensor cores of the kernels' kind nor asynchronous copies.
+        pytest.param(partial(run_ptx, capability=75), id="PTX 7.5"),
+        pytest.param(partial(run_ptx, capability=90), id="PTX 9.0"),
+    ],
+)
+
 
 def assert_close(actual: Array, expected: Array, tolerance: float) -> None:
     assert np.isfinite(actual).all()
     assert np.abs(actual - expected).max() <= tolerance * max(np.abs(expected).max(), 1e-3)
 
 
-def check_probing(inputs: list[Array], capacity: int, stride: int = 16, **options: bool) -> list[Array]:
-    outputs = emulate("AdaptiveProbing", inputs, {"stride": stride, "capacity": capacity}, **options)
-    expected = adaptive_probing_definition(*tensors(*inputs), stride, capacity)
+def check_probing(run: Run, inputs: list[Array], capacity: int, **options: bool) -> list[Array]:
+    outputs = run("AdaptiveProbing", inputs, {"stride": 16, "capacity": capacity}, **options)
+    expected = adaptive_probing_definition(*tensors(*inputs), 16, capacity)
     for name, actual, wanted in zip(expected._fields, outputs, expected, strict=True):
         np.testing.assert_array_equal(actual, wanted.numpy(), err_msg=name)
     return outputs
 
 
+@on_every_machine
 @pytest.mark.parametrize("capacity", [1, 3, 40])
 @pytest.mark.parametrize("coarse", [False, True])
-def test_probing_equals_definition(capacity: int, coarse: bool) -> None:
-    _, _, taken, _, overflow = check_probing(probing_inputs(count=300, coarse=coarse), capacity)
+def test_probing_equals_definition(run: Run, capacity: int, coarse: bool) -> None:
+    _, _, taken, _, overflow = check_probing(run, probing_inputs(count=300, coarse=coarse), capacity)
     assert taken.any()
     assert (overflow > 0).all() == (capacity < 40)
 
 
+@on_every_machine
 @settings(deadline=None, max_examples=25)
 @given(seed=st.integers(0, 2**31), height=st.integers(1, 30), width=st.integers(1, 30), coarse=st.booleans())
-def test_probing_of_any_map(seed: int, height: int, width: int, coarse: bool) -> None:
-    check_probing(probing_inputs(seed, count=40, cells=(height, width), coarse=coarse), capacity=5)
+def test_probing_of_any_map(run: Run, seed: int, height: int, width: int, coarse: bool) -> None:
+    check_probing(run, probing_inputs(seed, count=40, cells=(height, width), coarse=coarse), capacity=5)
 
 
-def test_probing_without_candidates_gives_zeros() -> None:
+@on_every_machine
+def test_probing_without_candidates_gives_zeros(run: Run) -> None:
     anchors, valid, feature, sizes = probing_inputs()
-    patches, _, taken, candidate, overflow = check_probing([anchors, np.zeros_like(valid), feature, sizes], 3)
+    patches, _, taken, candidate, overflow = check_probing(run, [anchors, np.zeros_like(valid), feature, sizes], 3)
     assert not patches.any()
     assert not taken.any()
     assert not candidate.any()
     assert not overflow.any()
 
 
-def test_probing_never_selects_nan() -> None:
+@on_every_machine
+def test_probing_never_selects_nan(run: Run) -> None:
     anchors, valid, feature, sizes = probing_inputs()
     anchors[:, ::3, 4] = np.nan
     anchors[:, 1::7, 2] = np.nan
-    candidate = check_probing([anchors, valid, feature, sizes], 6)[3]
+    candidate = check_probing(run, [anchors, valid, feature, sizes], 6)[3]
     assert not candidate[:, ::3].any()
 
 
-def test_probing_suppresses_at_exactly_the_threshold() -> None:
+@on_every_machine
+def test_probing_suppresses_at_exactly_the_threshold(run: Run) -> None:
     # Equal squares of side 240 shifted by 144 along one axis share exactly a quarter of their union: kept.
     anchors, _, feature, sizes = probing_inputs(batch=1, count=40)
     anchors[...] = 0
     anchors[0, :3] = [(200, 200, 9, 9, 0.6), (344, 200, 9, 9, 0.5), (343.99, 200, 9, 9, 0.4)]
     valid = np.ones((1, 40), bool)
-    assert check_probing([anchors, valid, feature, sizes], 5)[2].sum() == 2
+    assert check_probing(run, [anchors, valid, feature, sizes], 5)[2].sum() == 2
 
 
+@on_every_machine
 @pytest.mark.parametrize("element", HALF_TYPES)
-def test_probing_crops_any_type(element: str) -> None:
+def test_probing_crops_any_type(run: Run, element: str) -> None:
     anchors, valid, feature, sizes = probing_inputs()
     expected = adaptive_probing_definition(*tensors(anchors, valid, feature, sizes), 16, 6)
     inputs = [anchors, valid, to_element(feature, element), sizes]
-    outputs = emulate("AdaptiveProbing", inputs, {"stride": 16, "capacity": 6}, element)
+    outputs = run("AdaptiveProbing", inputs, {"stride": 16, "capacity": 6}, element)
     np.testing.assert_array_equal(outputs[0], to_element(expected.patches.numpy(), element))
     np.testing.assert_array_equal(outputs[1], expected.corners.numpy())
 
 
-def check_gather(anchors: Array, selectable: Array, first: int, threshold: float, fewest: int, most: int) -> Array:
+def check_gather(
+    run: Run, anchors: Array, selectable: Array, first: int, threshold: float, fewest: int, most: int
+) -> Array:
     attributes = {"first": first, "keep_threshold": threshold, "fewest": fewest, "most": most}
-    boxes, valid = emulate("GatherAnchors", [anchors, selectable], attributes)
+    boxes, valid = run("GatherAnchors", [anchors, selectable], attributes)
     wanted_boxes, wanted_valid = gather_anchors_definition(*tensors(anchors, selectable), *attributes.values())
     found = wanted_valid.shape[1]  # fewer than `most` where there are fewer anchors
     np.testing.assert_array_equal(valid[:, :found], wanted_valid.numpy())
@@ -98,6 +121,7 @@ def check_gather(anchors: Array, selectable: Array, first: int, threshold: float
     return valid
 
 
+@on_every_machine
 @settings(deadline=None, max_examples=40)
 @given(
     seed=st.integers(0, 2**31), coarse=st.booleans(), share=st.sampled_from([0.0, 0.05, 0.3, 1.0]), nan=st.booleans()
@@ -107,53 +131,58 @@ def check_gather(anchors: Array, selectable: Array, first: int, threshold: float
     [(60, 0.1, 5, 20), (60, 0.6, 40, 100), (60, 0.05, 70, 100), (0, 0.5, 5, 7)],
 )
 def test_gather_equals_definition(
-    first: int, threshold: float, fewest: int, most: int, seed: int, coarse: bool, share: float, nan: bool
+    run: Run, first: int, threshold: float, fewest: int, most: int, seed: int, coarse: bool, share: float, nan: bool
 ) -> None:
     anchors, _, _, _ = probing_inputs(seed, count=160, coarse=coarse)
     random = np.random.default_rng(seed)
     if nan:
         anchors[random.random((2, 160)) < 0.3, 4] = np.nan
     anchors[random.random((2, 160)) < 0.1, 4] = 0.0
-    check_gather(anchors, random.random((2, 160)) < share, first, threshold, fewest, most)
+    check_gather(run, anchors, random.random((2, 160)) < share, first, threshold, fewest, most)
 
 
-def test_gather_with_a_negative_threshold_and_negative_confidences() -> None:
+@on_every_machine
+def test_gather_with_a_negative_threshold_and_negative_confidences(run: Run) -> None:
     anchors, valid, _, _ = probing_inputs(count=160)
     anchors[..., 4] -= 0.5
-    check_gather(anchors, valid, 60, -0.2, 5, 100)
-    check_gather(anchors, valid, 60, -0.2, 5, 20)
+    check_gather(run, anchors, valid, 60, -0.2, 5, 100)
+    check_gather(run, anchors, valid, 60, -0.2, 5, 20)
 
 
-def test_gather_of_fewer_anchors_than_places() -> None:
+@on_every_machine
+def test_gather_of_fewer_anchors_than_places(run: Run) -> None:
     anchors, valid, _, _ = probing_inputs(count=20)
-    assert check_gather(anchors, valid, 20, 0.1, 5, 50).any()
+    assert check_gather(run, anchors, valid, 20, 0.1, 5, 50).any()
 
 
+@on_every_machine
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("element", TOLERANCE)
-def test_align_equals_definition(element: str, channels_last: bool) -> None:
+def test_align_equals_definition(run: Run, element: str, channels_last: bool) -> None:
     random = np.random.default_rng(3)
     maps = [to_element(map_, element) for map_ in pyramid(random, 2, 12, (40, 56))]
     boxes = roi_boxes(random, 2, 24, 224)
     expected = pyramid_roi_align_definition(*tensors(*(to_float(map_, element) for map_ in maps), boxes)).numpy()
-    (rois,) = emulate("PyramidRoIAlign", [*maps, boxes], element=element, channels_last=channels_last)
+    (rois,) = run("PyramidRoIAlign", [*maps, boxes], element=element, channels_last=channels_last)
     assert_close(to_float(rois, element), expected, TOLERANCE[element])
 
 
+@on_every_machine
 @settings(deadline=None, max_examples=15)
 @given(seed=st.integers(0, 2**31), height=st.integers(1, 12), width=st.integers(1, 12))
-def test_align_of_any_map(seed: int, height: int, width: int) -> None:
+def test_align_of_any_map(run: Run, seed: int, height: int, width: int) -> None:
     random = np.random.default_rng(seed)
     inputs = [*pyramid(random, 1, 4, (height, width)), roi_boxes(random, 1, 10, 300)]
     expected = pyramid_roi_align_definition(*tensors(*inputs)).numpy()
-    assert_close(emulate("PyramidRoIAlign", inputs)[0], expected, 1e-4)
+    assert_close(run("PyramidRoIAlign", inputs)[0], expected, 1e-4)
 
 
-def test_align_counts_nan_boxes_as_the_finest_level() -> None:
+@on_every_machine
+def test_align_counts_nan_boxes_as_the_finest_level(run: Run) -> None:
     random = np.random.default_rng(0)
     boxes = roi_boxes(random, 1, 8, 100)
     boxes[0, 6, 0] = boxes[0, 7, 2] = np.nan
-    rois = emulate("PyramidRoIAlign", [*pyramid(random, 1, 4, (8, 8)), boxes])[0]
+    rois = run("PyramidRoIAlign", [*pyramid(random, 1, 4, (8, 8)), boxes])[0]
     assert not rois[0, 6].any()
     assert np.isfinite(rois).all()
 
@@ -164,35 +193,39 @@ def mixing_definition(inputs: list[Array], mixed: int, element: str) -> Array:
     return sampling_mixing_definition(*tensors(*as_float[0], points, as_float[1]), mixed).numpy()
 
 
+@on_every_machine
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("sizes", [DEMO, PUBLISHED], ids=["demo", "published"])
 @pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16", "float16 tensor cores", "bfloat16 tensor cores"])
-def test_mixing_equals_definition(kind: str, sizes: tuple[int, int, int, int], channels_last: bool) -> None:
+def test_mixing_equals_definition(run: Run, kind: str, sizes: tuple[int, int, int, int], channels_last: bool) -> None:
     element, cores = kind.split(maxsplit=1)[0], "tensor" in kind
     *maps, points, parameters = mixing_inputs(1, 2, 2, sizes, (16, 24))
     inputs = [*(to_element(map_, element) for map_ in maps), points, to_element(parameters, element)]
     expected = mixing_definition(inputs, sizes[3], element)
     attributes = {"mixed_points": sizes[3]}
-    (mixed,) = emulate("SamplingMixing", inputs, attributes, element, channels_last, cores)
+    (mixed,) = run("SamplingMixing", inputs, attributes, element, channels_last, cores)
     assert_close(to_float(mixed, element), expected, TOLERANCE[element])
 
 
+@on_every_machine
 @settings(deadline=None, max_examples=10)
 @given(seed=st.integers(0, 2**31), height=st.integers(1, 12), width=st.integers(1, 12))
-def test_mixing_of_any_map(seed: int, height: int, width: int) -> None:
+def test_mixing_of_any_map(run: Run, seed: int, height: int, width: int) -> None:
     inputs = mixing_inputs(seed, 1, 2, DEMO, (height, width))
-    (mixed,) = emulate("SamplingMixing", inputs, {"mixed_points": DEMO[3]})
+    (mixed,) = run("SamplingMixing", inputs, {"mixed_points": DEMO[3]})
     assert_close(mixed, mixing_definition(inputs, DEMO[3], "float32"), 1e-4)
 
 
-def test_mixing_of_points_outside_every_map_is_zero() -> None:
+@on_every_machine
+def test_mixing_of_points_outside_every_map_is_zero(run: Run) -> None:
     *maps, points, parameters = mixing_inputs(0, 1, 2, DEMO, (8, 8))
     points[..., :2] = -50
-    (mixed,) = emulate("SamplingMixing", [*maps, points, parameters], {"mixed_points": DEMO[3]})
+    (mixed,) = run("SamplingMixing", [*maps, points, parameters], {"mixed_points": DEMO[3]})
     assert not mixed.any()
 
 
-def test_mixing_reads_no_cell_outside() -> None:
+@on_every_machine
+def test_mixing_reads_no_cell_outside(run: Run) -> None:
     # Weights of cells outside are zero, but zero times infinity would show.
     *maps, points, parameters = mixing_inputs(0, 1, 2, DEMO, (8, 8))
     for map_ in maps:
@@ -200,7 +233,7 @@ def test_mixing_reads_no_cell_outside() -> None:
     points[..., :2] = points[..., :2].clip(2, 6)  # away from P2's first cell
     points[..., 2] = 0
     maps[1:] = [np.zeros_like(map_) for map_ in maps[1:]]
-    (mixed,) = emulate("SamplingMixing", [*maps, points, parameters], {"mixed_points": DEMO[3]})
+    (mixed,) = run("SamplingMixing", [*maps, points, parameters], {"mixed_points": DEMO[3]})
     assert np.isfinite(mixed).all()
 
 
@@ -214,18 +247,19 @@ def test_the_order_of_threads_does_not_show(cores: bool) -> None:
         for backwards in (False, True)
     ]
     assert runs[0].tobytes() == runs[1].tobytes()
-    check_probing(probing_inputs(count=300), 7, backwards=True)
+    check_probing(emulate, probing_inputs(count=300), 7, backwards=True)
     anchors, valid, _, _ = probing_inputs(count=300, coarse=True)
     attributes = {"first": 60, "keep_threshold": 0.1, "fewest": 50, "most": 40}
     forwards, back = (emulate("GatherAnchors", [anchors, valid], attributes, backwards=way) for way in (False, True))
     assert [array.tobytes() for array in forwards] == [array.tobytes() for array in back]
 
 
-def test_16_bit_floats_pass_through_unchanged() -> None:
+@on_every_machine
+def test_16_bit_floats_pass_through_unchanged(run: Run) -> None:
     # A one-cell map gives its own value, exactly: four equal samples, weights that add up to 1.
     values = np.array([0, 6e-8, 1e-7, 5.9e-5, 6.2e-5, 1.0009765, 0.3333, 2049, 65504, -7.7], np.float32)
     for element in HALF_TYPES:
         maps = [to_element(values.reshape(1, -1, 1, 1), element)] * 4
         boxes = np.array([[(2, 2, 4, 4)]], np.float32)
-        (rois,) = emulate("PyramidRoIAlign", [*maps, boxes], element=element)
+        (rois,) = run("PyramidRoIAlign", [*maps, boxes], element=element)
         np.testing.assert_array_equal(rois[0, 0, :, 3, 3], maps[0].reshape(-1))
