@@ -153,7 +153,12 @@ def _probing_layout(shapes: Sequence[Shape], attributes: dict[str, Any], element
         "CAPACITY": attributes["capacity"],
         "SLICES": slices,
     }
-    return _Layout(constants, (slices, anchors[0], 1), _threads_for(count, 4), (feature[2], feature[3]))
+    threads = min(512, _threads_for(count, 2))
+    if 8 * count + 4 * threads + 8 * (attributes["capacity"] + threads // 32) + 12 > STATIC_SHARED_LIMIT:
+        raise ValueError(
+            f"AdaptiveProbing of {count} anchors does not fit the shared memory of a block; use its ONNX body"
+        )
+    return _Layout(constants, (slices, anchors[0], 1), threads, (feature[2], feature[3]))
 
 
 def _probing_outputs(shapes: Sequence[Shape], attributes: Mapping[str, Any]) -> list[list[Dimension]]:

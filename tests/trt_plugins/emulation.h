@@ -167,6 +167,8 @@ inline unsigned __float_as_uint(float value) {
     std::memcpy(&bits, &value, sizeof(bits));
     return bits;
 }
+inline float __fdividef(float one, float other) { return one / other; }
+inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
 inline float __uint_as_float(unsigned bits) {
     float value;
     std::memcpy(&value, &bits, sizeof(value));

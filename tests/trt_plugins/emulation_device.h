@@ -43,6 +43,13 @@ struct Convert<BFloat16> {
     }
 };
 
+template <class Element>
+unsigned pack(Element, float first, float second) {
+    return unsigned(Convert<Element>::from(second).bits) << 16 | Convert<Element>::from(first).bits;
+}
+inline float approximate_tanh(float value) { return std::tanh(value); }
+inline float approximate_exp2(float value) { return std::exp2(value); }
+
 inline float warp_sum(float value) {
     return emulation::across_warp(value, [](float* values, unsigned lane) {
         // As the butterfly does it, so that rounding is the same.
@@ -52,6 +59,13 @@ inline float warp_sum(float value) {
             std::memcpy(values, next, sizeof(next));
         }
         return values[lane];
+    });
+}
+inline int warp_count(int value) {
+    return emulation::across_warp(value, [](int* values, unsigned) {
+        int sum = 0;
+        for (int lane = 0; lane < 32; ++lane) sum += values[lane];
+        return sum;
     });
 }
 inline unsigned warp_max(unsigned value) {

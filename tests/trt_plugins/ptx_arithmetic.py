@@ -53,6 +53,11 @@ def _fma(mode: str, a: Values, b: Values, c: Values) -> Values:
     return rounded
 
 
+def _cut(values: Values) -> Values:
+    """With the largest error that `tanh.approx` may have, 2^-11 of the value: the last 12 bits are lost."""
+    return (np.ascontiguousarray(values).view(np.uint32) & np.uint32(0xFFFFF000)).view(np.float32)
+
+
 def _wide(a: Values, b: Values) -> Values:
     wide = np.dtype(f"{a.dtype.kind}{2 * a.dtype.itemsize}")
     return a.astype(wide) * b.astype(wide)
@@ -90,6 +95,19 @@ def convert(value: Values, to: Any, modifiers: tuple[str, ...]) -> Values:
     return whole.astype(to)
 
 
+def pack_halves(upper: Values, lower: Values, kind: str) -> Values:
+    """`cvt` of two float32 to "f16x2" or "bf16x2", rounded to nearest even."""
+    if kind == "f16x2":
+        halves = [half.astype(np.float16).view(np.uint16) for half in (upper, lower)]
+    else:
+        bits = [half.view(np.uint32) for half in (upper, lower)]
+        halves = [((word + np.uint32(0x7FFF) + (word >> 16 & 1)) >> 16).astype(np.uint16) for word in bits]
+        halves = [
+            np.where(np.isnan(half), np.uint16(0x7FFF), word) for half, word in zip((upper, lower), halves, strict=True)
+        ]
+    return halves[0].astype(np.uint32) << np.uint32(16) | halves[1]
+
+
 # By first part of the instruction; operands have the instruction's type, the result has what comes out.
 ARITHMETIC: dict[str, Callable[..., Values]] = {
     "mov": lambda a: a,
@@ -98,6 +116,8 @@ ARITHMETIC: dict[str, Callable[..., Values]] = {
     "div": np.divide,
     "sqrt": np.sqrt,
     "rcp": lambda a: np.float32(1) / a,
+    "rsqrt": lambda a: np.float32(1) / np.sqrt(a),
+    "tanh": lambda a: _cut(np.tanh(a)),
     "ex2": lambda a: np.exp2(a.astype(np.float64)).astype(np.float32),
     "abs": np.abs,
     "neg": np.negative,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from ptx_arithmetic import COMPARISONS, DTYPES, convert, function_of
+from ptx_arithmetic import COMPARISONS, DTYPES, convert, function_of, pack_halves
 from ptx_memory import GlobalMemory, Lanes, SharedMemory, Values
 from ptx_program import Instruction
 from ptx_registers import Registers, items
@@ -150,11 +150,11 @@ class Instructions:
         return lambda lanes: write(lanes, np.where(chooser(lanes), one(lanes), other(lanes)))
 
     def _convert(self, parts: tuple[str, ...], operands: tuple[str, ...]) -> Step:
-        to, read, write = (
-            DTYPES[parts[-2]],
-            self.registers.reader(operands[1], parts[-1]),
-            self.registers.writer(operands[0]),
-        )
+        write = self.registers.writer(operands[0])
+        if parts[-2].endswith("x2"):
+            upper, lower = (self.registers.reader(operand, parts[-1]) for operand in operands[1:])
+            return lambda lanes: write(lanes, pack_halves(upper(lanes), lower(lanes), parts[-2]))
+        to, read = DTYPES[parts[-2]], self.registers.reader(operands[1], parts[-1])
         return lambda lanes: write(lanes, convert(read(lanes), to, parts[1:-2]))
 
     def _pack(self, parts: tuple[str, ...], operands: tuple[str, ...]) -> Step:

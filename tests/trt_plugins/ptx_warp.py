@@ -45,15 +45,15 @@ def _vote(registers: Registers, shared: SharedMemory, parts: Parts, operands: Pa
 
 
 def _reduce(registers: Registers, shared: SharedMemory, parts: Parts, operands: Parts) -> Step:
-    """`redux.max`: the largest value of the warp."""
-    assert parts[1:] == ("sync", "max", "u32"), parts
-    write, read = registers.writer(operands[0]), registers.reader(operands[1], "u32")
+    """`redux`: the largest value of the warp, or the sum."""
+    combine = {"max": np.max, "add": np.sum}[parts[2]]
+    write, read = registers.writer(operands[0]), registers.reader(operands[1], parts[3])
     whole = _whole_warp(registers, operands[2])
 
     def reduce(lanes: Lanes) -> None:
         whole(lanes)
         values = np.broadcast_to(read(lanes), lanes.shape).reshape(-1, WARP)
-        write(lanes, np.repeat(values.max(axis=1), WARP))
+        write(lanes, np.repeat(combine(values, axis=1).astype(values.dtype), WARP))
 
     return reduce
 

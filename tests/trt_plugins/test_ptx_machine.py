@@ -102,7 +102,7 @@ def test_reading_what_an_asynchronous_copy_has_not_brought_yet_is_found(plant: C
     [
         ("sampling_mixing.cu", "constexpr int PAD = 8;", "constexpr int PAD = 4;", "no multiple of 16"),
         ("sampling_mixing.cu", "wait_for_copies();", "if (threadIdx.x < 32) __syncthreads();", "for ever"),
-        ("sampling_mixing.cu", "taps + work * TAPS", "taps + (work + 1) * TAPS", "outside every shared variable"),
+        ("sampling_mixing.cu", "taps + work * 2", "taps + (work + 1) * 2", "outside every shared variable"),
         ("pyramid_roi_align.cu", "boxes[query * 4 + 2]", "boxes[query * 5 + 2]", "may not"),
         ("device.cuh", "__shfl_xor_sync(FULL_WARP", "__shfl_xor_sync(0xffff", "part of the warp"),
     ],

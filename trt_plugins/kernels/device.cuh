@@ -54,11 +54,57 @@ struct Convert<BFloat16> {
     }
 };
 
+// Two 16-bit floats in one word, the first in the lower half.
+__device__ __forceinline__ unsigned pack(Half, float first, float second) {
+#if __CUDA_ARCH__ >= 800
+    unsigned word;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+    return word;
+#else
+    return unsigned(Convert<Half>::from(second).bits) << 16 | Convert<Half>::from(first).bits;
+#endif
+}
+
+__device__ __forceinline__ unsigned pack(BFloat16, float first, float second) {
+#if __CUDA_ARCH__ >= 800
+    unsigned word;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+    return word;
+#else
+    return unsigned(Convert<BFloat16>::from(second).bits) << 16 | Convert<BFloat16>::from(first).bits;
+#endif
+}
+
+// Relative error up to 2^-11.
+__device__ __forceinline__ float approximate_tanh(float value) {
+    float result;
+    asm("tanh.approx.f32 %0, %1;" : "=f"(result) : "f"(value));
+    return result;
+}
+
+// 2^value with a relative error up to 2^-22; below 2^-126 it is 0.
+__device__ __forceinline__ float approximate_exp2(float value) {
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+    return result;
+}
+
 // All lanes get the result; all lanes must take part. The order of a sum is fixed, so its bits are.
 __device__ __forceinline__ float warp_sum(float value) {
 #pragma unroll
     for (int lane = WARP_SIZE / 2; lane > 0; lane /= 2) value += __shfl_xor_sync(FULL_WARP, value, lane);
     return value;
+}
+
+// Exact, and so without an order.
+__device__ __forceinline__ int warp_count(int value) {
+#if __CUDA_ARCH__ >= 800
+    return __reduce_add_sync(FULL_WARP, value);
+#else
+#pragma unroll
+    for (int lane = WARP_SIZE / 2; lane > 0; lane /= 2) value += __shfl_xor_sync(FULL_WARP, value, lane);
+    return value;
+#endif
 }
 
 __device__ __forceinline__ unsigned warp_max(unsigned value) {
@@ -152,3 +198,65 @@ template <class Element, int SIZE>
 struct alignas(SIZE * sizeof(Element)) Packet {
     Element items[SIZE];
 };
+
+__device__ __forceinline__ float item_of(float, unsigned word, int) { return __uint_as_float(word); }
+__device__ __forceinline__ float item_of(Half, unsigned word, int item) {
+    return to_float(Half{static_cast<unsigned short>(word >> 16 * item)});
+}
+__device__ __forceinline__ float item_of(BFloat16, unsigned word, int item) {
+    return __uint_as_float(item == 0 ? word << 16 : word & 0xffff0000u);
+}
+
+// Neighbouring elements that move together and become floats; in whole words where they fill some, which takes fewer steps.
+template <class Element, int COUNT, bool WHOLE_WORDS = COUNT * sizeof(Element) % 4 == 0>
+struct Bundle {
+    Packet<unsigned, COUNT * sizeof(Element) / 4> words;
+
+    __device__ void clear_unless(bool present) {
+#pragma unroll
+        for (unsigned& word : words.items) word = present ? word : 0;
+    }
+    __device__ float operator[](int item) const {
+        constexpr int PER_WORD = 4 / sizeof(Element);
+        return item_of(Element{}, words.items[item / PER_WORD], item % PER_WORD);
+    }
+};
+
+template <class Element>
+struct Bundle<Element, 1, false> {
+    Element element;
+
+    __device__ void clear_unless(bool present) { element.bits = present ? element.bits : 0; }
+    __device__ float operator[](int) const { return to_float(element); }
+};
+
+// Something to sort: by `high`, then by `low`.
+struct Keyed {
+    unsigned high, low;
+
+    __device__ bool operator<(const Keyed& other) const {
+        return high < other.high || (high == other.high && low < other.low);
+    }
+};
+
+// Sort in shared memory, rising: a bitonic network whose every comparison puts the smaller one first, so that any number
+// will do, as if the largest keys of all stood behind. All threads of the block take part; ends with a barrier.
+__device__ inline void sort(Keyed* list, unsigned count) {
+    for (unsigned width = 2; width < 2 * count; width *= 2) {
+        const unsigned pairs = ((count + width - 1) & ~(width - 1)) / 2;
+        for (unsigned step = width / 2; step > 0; step /= 2) {
+            for (unsigned pair = threadIdx.x; pair < pairs; pair += THREADS) {
+                const unsigned offset = pair & (step - 1), first = 2 * pair - offset;
+                // The first step of a width pairs its two sorted halves head to tail.
+                const unsigned second = step == width / 2 ? first + 2 * (step - offset) - 1 : first + step;
+                if (second >= count) continue;
+                const Keyed one = list[first], other = list[second];
+                if (other < one) {
+                    list[first] = other;
+                    list[second] = one;
+                }
+            }
+            __syncthreads();
+        }
+    }
+}

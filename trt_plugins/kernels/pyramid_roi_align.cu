@@ -9,6 +9,8 @@ constexpr int ROI_SIDE = 7;
 constexpr int BINS = ROI_SIDE * ROI_SIDE;
 constexpr int SAMPLES = 2 * ROI_SIDE;  // per axis
 constexpr int FIRST_STRIDE = 4;
+// float32: as the compiler sees fit. 16 bits: left alone, it saves registers until some spill.
+constexpr int BLOCKS_AT_ONCE = sizeof(ELEMENT) == 4 ? 0 : 4;
 
 static_assert(CHANNELS % CHUNK == 0, "a block takes a whole number of channels");
 
@@ -38,28 +40,30 @@ __device__ int pyramid_level(float width, float height) {
 
 // The 4 x 4 cells under a bin, and their weights.
 struct Taps {
-    int rows[4], columns[4];  // rows: y * width
+    unsigned rows[4], columns[4];  // elements from the map's first row and column
     float row_weights[4], column_weights[4];
 };
 
 __device__ Taps taps_of(const Place* rows, const Place* columns, int bin, int width) {
+    constexpr unsigned CELL_STEP = CHANNELS_LAST ? CHANNELS : 1;
+    const unsigned row_step = width * CELL_STEP;
     Taps taps;
 #pragma unroll
     for (int sample = 0; sample < 2; ++sample) {
         const Place row = rows[bin / ROI_SIDE * 2 + sample], column = columns[bin % ROI_SIDE * 2 + sample];
-        taps.rows[2 * sample] = row.before * width;
-        taps.rows[2 * sample + 1] = row.after * width;
+        taps.rows[2 * sample] = row.before * row_step;
+        taps.rows[2 * sample + 1] = row.after * row_step;
         taps.row_weights[2 * sample] = row.weight_before;
         taps.row_weights[2 * sample + 1] = row.weight_after;
-        taps.columns[2 * sample] = column.before;
-        taps.columns[2 * sample + 1] = column.after;
+        taps.columns[2 * sample] = column.before * CELL_STEP;
+        taps.columns[2 * sample + 1] = column.after * CELL_STEP;
         taps.column_weights[2 * sample] = column.weight_before;
         taps.column_weights[2 * sample + 1] = column.weight_after;
     }
     return taps;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
     pyramid_roi_align(const ELEMENT* __restrict__ p2, const ELEMENT* __restrict__ p3, const ELEMENT* __restrict__ p4,
                       const ELEMENT* __restrict__ p5, const float* __restrict__ boxes, int queries, int height2,
                       int width2, int height3, int width3, int height4, int width4, int height5, int width5,
@@ -93,19 +97,20 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     ELEMENT* target = rois + (query * CHANNELS + first_channel) * BINS;
 #if CHANNELS_LAST
     // Neighbouring threads read neighbouring channels; the results turn around in shared memory.
-    constexpr int TOGETHER = CHUNK % 4 == 0 ? 4 : 1, PIECES = CHUNK / TOGETHER;
-    __shared__ ELEMENT turned[CHUNK * BINS];
-    for (int work = thread; work < PIECES * BINS; work += THREADS) {
-        const int channel = work % PIECES * TOGETHER, bin = work / PIECES;
+    constexpr unsigned TOGETHER = PacketSize<ELEMENT, CHUNK>::value, PIECES = CHUNK / TOGETHER;
+    alignas(16) __shared__ ELEMENT turned[CHUNK * BINS];
+    map += first_channel;
+    for (unsigned work = thread; work < PIECES * BINS; work += THREADS) {
+        const unsigned channel = work % PIECES * TOGETHER, bin = work / PIECES;
         const Taps taps = taps_of(rows, columns, bin, width);
         float sums[TOGETHER] = {};
 #pragma unroll
         for (int tap = 0; tap < 16; ++tap) {
-            const auto values = *reinterpret_cast<const Packet<ELEMENT, TOGETHER>*>(
-                map + (long long)(taps.rows[tap / 4] + taps.columns[tap % 4]) * CHANNELS + first_channel + channel);
+            const unsigned place = taps.rows[tap / 4] + (taps.columns[tap % 4] + channel);
+            const auto values = *reinterpret_cast<const Bundle<ELEMENT, TOGETHER>*>(map + place);
             const float weight = taps.row_weights[tap / 4] * taps.column_weights[tap % 4];
 #pragma unroll
-            for (int item = 0; item < TOGETHER; ++item) sums[item] += weight * to_float(values.items[item]);
+            for (int item = 0; item < TOGETHER; ++item) sums[item] += weight * values[item];
         }
 #pragma unroll
         for (int item = 0; item < TOGETHER; ++item) {
@@ -113,7 +118,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
     }
     __syncthreads();
-    for (int work = thread; work < CHUNK * BINS; work += THREADS) target[work] = turned[work];
+    using Piece = Packet<ELEMENT, PacketSize<ELEMENT, CHUNK * BINS>::value>;
+    for (unsigned work = thread; work < sizeof(turned) / sizeof(Piece); work += THREADS) {
+        reinterpret_cast<Piece*>(target)[work] = reinterpret_cast<const Piece*>(turned)[work];
+    }
 #else
     // A thread keeps its bin, hence its cells and weights, over all its channels; neighbouring threads write neighbours.
     constexpr int TEAM = THREADS / BINS;

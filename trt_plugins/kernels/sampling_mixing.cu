@@ -21,21 +21,24 @@ constexpr int PAD = 0;
 // float32: as the compiler sees fit. 16 bits: left alone, it saves registers until some spill.
 constexpr int BLOCKS_AT_ONCE = sizeof(ELEMENT) == 4 ? 0 : 2;
 #endif
+#if CHANNELS_LAST
+constexpr int TOGETHER = PacketSize<ELEMENT, CHANNELS>::value;  // channels of a sample that one thread takes
+constexpr int CELL_STEP = GROUPS * CHANNELS;                    // elements between neighbouring cells
+#else
+constexpr int TOGETHER = 1, CELL_STEP = 1;
+#endif
 constexpr int CHANNEL_PITCH = CHANNELS + PAD;  // rows of x, M, y and z
 constexpr int POINT_PITCH = POINTS + PAD;      // rows of S
 
 static_assert(THREADS % WARP_SIZE == 0, "whole warps");
 static_assert(CHANNELS % 8 == 0 && POINTS % 8 == 0, "rows move in pieces of 16 bytes");
 
+// One cell under a sample. 32 bits are enough: a map of 2^32 elements would belong to an image of 65536 x 16384 pixels.
 struct Tap {
-    int cell;  // y * width + x
+    unsigned offset;  // elements from the map's first cell
     float weight;
 };
-
-struct Level {
-    const ELEMENT* map;
-    long long cell_step, channel_step;  // elements between neighbours
-};
+using TapPair = Packet<Tap, 2>;  // 16 bytes, which move at once
 
 __device__ constexpr int larger(int one, int other) { return one > other ? one : other; }
 constexpr int SAMPLE_ITEMS = POINTS * CHANNEL_PITCH;
@@ -43,36 +46,82 @@ constexpr int PARAMETER_ITEMS = CHANNELS * CHANNEL_PITCH + MIXED * POINT_PITCH;
 constexpr int RESULT_ITEMS = TENSOR_CORES ? MIXED * CHANNEL_PITCH : 0;
 constexpr int SHARED_ITEMS = SAMPLE_ITEMS + larger(PARAMETER_ITEMS, RESULT_ITEMS);
 
-// Sum over the block in a fixed order. `partial` must not be in use by another call.
-__device__ float block_sum(float value, float* partial) {
-    value = warp_sum(value);
-    if (threadIdx.x % WARP_SIZE == 0) partial[threadIdx.x / WARP_SIZE] = value;
-    __syncthreads();
-    float sum = 0.0f;
+// action(0), .., action(COUNT - 1), shared among the block's threads. Unsigned, so that dividing by a power of two is a shift.
+template <unsigned COUNT, class Action>
+__device__ __forceinline__ void for_each(Action action) {
 #pragma unroll
-    for (int warp = 0; warp < WARPS; ++warp) sum += partial[warp];
-    return sum;
+    for (unsigned first = 0; first < COUNT; first += THREADS) {
+        const unsigned index = first + threadIdx.x;
+        if (COUNT % THREADS == 0 || index < COUNT) action(index);
+    }
 }
 
-__device__ float gelu(float value) { return 0.5f * value * (1.0f + erff(value * 0.70710678118654752f)); }
+// Sums of the warps, on their way to becoming sums of the block.
+union Partial {
+    float both[2][WARPS];
+    struct {
+        float sum[1][WARPS], squares[1][WARPS];
+    };
+};
 
-// Layer norm over all values of the block, then the exact GELU. Ends with every thread past two barriers.
+// Sums over the block in a fixed order, with one barrier. `partial` must not be in use by another call.
 template <int COUNT>
-__device__ void normalize_and_activate(float (&values)[COUNT], float (&partial)[2][WARPS]) {
-    constexpr float SHARE = 1.0f / (COUNT * THREADS);
-    float sum = 0.0f;
-#pragma unroll
-    for (int index = 0; index < COUNT; ++index) sum += values[index];
-    const float mean = block_sum(sum, partial[0]) * SHARE;
-    float squares = 0.0f;
+__device__ void block_sums(float (&sums)[COUNT], float (&partial)[COUNT][WARPS]) {
 #pragma unroll
     for (int index = 0; index < COUNT; ++index) {
-        values[index] -= mean;
-        squares += values[index] * values[index];
+        sums[index] = warp_sum(sums[index]);
+        if (threadIdx.x % WARP_SIZE == 0) partial[index][threadIdx.x / WARP_SIZE] = sums[index];
     }
-    const float scale = 1.0f / sqrtf(block_sum(squares, partial[1]) * SHARE + EPSILON);
+    __syncthreads();
 #pragma unroll
-    for (int index = 0; index < COUNT; ++index) values[index] = gelu(values[index] * scale);
+    for (int index = 0; index < COUNT; ++index) {
+        sums[index] = 0.0f;
+#pragma unroll
+        for (int warp = 0; warp < WARPS; ++warp) sums[index] += partial[index][warp];
+    }
+}
+
+#if TENSOR_CORES
+// GELU of twice `half`, within 2.6e-5 but for the error of the tanh, less than the rounding to 16 bits that follows: erf is
+// replaced by the tanh of a polynomial fitted to it (minimax over -6..6, coefficients for half the argument).
+__device__ float gelu_of_twice(float half) {
+    const float square = half * half;
+    const float slope = 1.594994504f + square * (0.2961220544f + square * -0.01129844685f);
+    return half + half * approximate_tanh(half * slope);
+}
+#else
+__device__ float gelu_of_twice(float half) { return half + half * erff(half * 1.41421356237309505f); }
+#endif
+
+// Layer norm over all values of the block, then the GELU. Ends with every thread past a barrier.
+template <int COUNT>
+__device__ void normalize_and_activate(float (&values)[COUNT], Partial& partial) {
+    constexpr float SHARE = 1.0f / (COUNT * THREADS);
+#if TENSOR_CORES
+    // Variance as mean of squares less square of mean: one pass. What a mean far from zero costs in precision is less than
+    // the values lost already, as sums of products of 16-bit floats.
+    float sums[2] = {};
+#pragma unroll
+    for (int index = 0; index < COUNT; ++index) {
+        sums[0] += values[index];
+        sums[1] += values[index] * values[index];
+    }
+    block_sums(sums, partial.both);
+    const float mean = sums[0] * SHARE, variance = fmaxf(sums[1] * SHARE - mean * mean, 0.0f);
+#else
+    float sum[1] = {}, squares[1] = {};
+#pragma unroll
+    for (int index = 0; index < COUNT; ++index) sum[0] += values[index];
+    block_sums(sum, partial.sum);
+    const float mean = sum[0] * SHARE;
+#pragma unroll
+    for (int index = 0; index < COUNT; ++index) squares[0] += (values[index] - mean) * (values[index] - mean);
+    block_sums(squares, partial.squares);
+    const float variance = squares[0] * SHARE;
+#endif
+    const float half_scale = 0.5f * rsqrtf(variance + EPSILON), half_shift = -mean * half_scale;
+#pragma unroll
+    for (int index = 0; index < COUNT; ++index) values[index] = gelu_of_twice(values[index] * half_scale + half_shift);
 }
 
 // left[ROWS x DEPTH] * right[DEPTH x COLUMNS], both in shared memory, spread over the registers of the block.
@@ -115,6 +164,14 @@ struct Product {
 #pragma unroll
         for (int index = 0; index < COUNT; ++index) values[index] = sums[index / 4][index % 4];
     }
+
+    static __device__ void store(Stored* shared, const float (&values)[COUNT]) {
+#pragma unroll
+        for (int index = 0; index < COUNT; index += 2) {
+            *reinterpret_cast<unsigned*>(shared + row(index) * RIGHT_PITCH + column(index)) =
+                pack(ELEMENT{}, values[index], values[index + 1]);
+        }
+    }
 #else
     static constexpr int ROW_STEP = THREADS / COLUMNS;
     static_assert(ROW_STEP * COLUMNS == THREADS && ROWS % ROW_STEP == 0, "whole rows of threads");
@@ -125,7 +182,7 @@ struct Product {
     static __device__ void compute(const Stored* left, const Stored* right, float (&values)[COUNT]) {
 #pragma unroll
         for (int index = 0; index < COUNT; ++index) values[index] = 0.0f;
-#pragma unroll 4
+#pragma unroll 1
         for (int depth = 0; depth < DEPTH; depth += 4) {
             float column_values[4];
 #pragma unroll
@@ -138,98 +195,123 @@ struct Product {
             }
         }
     }
+
+    static __device__ void store(Stored* shared, const float (&values)[COUNT]) {
+#pragma unroll
+        for (int index = 0; index < COUNT; ++index) shared[row(index) * RIGHT_PITCH + column(index)] = values[index];
+    }
 #endif
 };
+
+// Neighbours in shared memory, from an address that is a multiple of what they fill, up to 16 bytes.
+template <int COUNT>
+__device__ void store_floats(Stored* shared, const float (&values)[COUNT]) {
+#if TENSOR_CORES
+    if constexpr (COUNT % 2 == 0) {
+        Packet<unsigned, COUNT / 2> words;
+#pragma unroll
+        for (int word = 0; word < COUNT / 2; ++word) words.items[word] = pack(ELEMENT{}, values[2 * word], values[2 * word + 1]);
+        *reinterpret_cast<Packet<unsigned, COUNT / 2>*>(shared) = words;
+    } else {
+        static_assert(COUNT == 1, "pairs or one alone");
+        shared[0] = Convert<Stored>::from(values[0]);
+    }
+#else
+    constexpr int TOGETHER = COUNT % 4 == 0 ? 4 : 1;
+#pragma unroll
+    for (int first = 0; first < COUNT; first += TOGETHER) {
+        Packet<float, TOGETHER> packet;
+#pragma unroll
+        for (int item = 0; item < TOGETHER; ++item) packet.items[item] = values[first + item];
+        *reinterpret_cast<Packet<float, TOGETHER>*>(shared + first) = packet;
+    }
+#endif
+}
 
 // Rows of a matrix from global to shared memory, `PITCH` apart; complete after wait_for_copies() and a barrier.
 template <int ROWS, int COLUMNS, int PITCH>
 __device__ void load_matrix(Stored* shared, const ELEMENT* global) {
     if constexpr (sizeof(Stored) == sizeof(ELEMENT)) {
-        constexpr int PIECE = 16 / sizeof(ELEMENT), PIECES = COLUMNS / PIECE;
-        for (int work = threadIdx.x; work < ROWS * PIECES; work += THREADS) {
-            const int row = work / PIECES, column = work % PIECES * PIECE;
-            copy_16_bytes(shared + row * PITCH + column, global + row * COLUMNS + column);
-        }
+        constexpr unsigned PIECE = 16 / sizeof(ELEMENT), PIECES = COLUMNS / PIECE;
+        for_each<ROWS * PIECES>([=](unsigned work) {
+            copy_16_bytes(shared + work / PIECES * PITCH + work % PIECES * PIECE, global + work * PIECE);
+        });
     } else {
-        for (int work = threadIdx.x; work < ROWS * COLUMNS; work += THREADS) {
-            shared[work / COLUMNS * PITCH + work % COLUMNS] = Convert<Stored>::from(to_float(global[work]));
-        }
+        constexpr unsigned PIECES = COLUMNS / 8;
+        for_each<ROWS * PIECES>([=](unsigned work) {
+            const auto piece = *reinterpret_cast<const Bundle<ELEMENT, 8>*>(global + work * 8);
+            float values[8];
+#pragma unroll
+            for (int item = 0; item < 8; ++item) values[item] = piece[item];
+            store_floats(shared + work / PIECES * PITCH + work % PIECES * 8, values);
+        });
     }
 }
 
-// Cells and weights of one sample on one level. In place of a cell outside the map stands cell 0 with weight 0.
-__device__ void find_taps(float x, float y, float z, int level, int height, int width, Tap* taps) {
-    float likeness[LEVELS], best = -3.402823466e38f, total = 0.0f;
+// Cells and weights of one sample on one level. In place of a cell outside the map stands the first, with weight 0.
+__device__ void find_taps(float x, float y, float z, int level, int height, int width, TapPair* pairs) {
+    // Softmax over the levels of -(z - level)^2 / 2, in powers of two.
+    constexpr float HALF_LOG2_E = 0.72134752044f;
+    float likeness[LEVELS], best = -3.402823466e38f, total = 0.0f, own = 0.0f;
 #pragma unroll
     for (int other = 0; other < LEVELS; ++other) {
-        likeness[other] = -(z - other) * (z - other) / 2;
+        likeness[other] = (z - other) * (z - other) * -HALF_LOG2_E;
         best = fmaxf(best, likeness[other]);
     }
-    float own = 0.0f;
 #pragma unroll
     for (int other = 0; other < LEVELS; ++other) {
-        const float weight = expf(likeness[other] - best);
+        const float weight = approximate_exp2(likeness[other] - best);
         total += weight;
         if (other == level) own = weight;
     }
-    own /= total;
+    own = __fdividef(own, total);
     // Points are in units of P2's cells. Far outside every weight is 0; the bound keeps the conversion to int defined.
-    const float scale = 1.0f / float(1 << level);
+    const float scale = __uint_as_float(unsigned(127 - level) << 23);  // 2^-level
     const float at_x = fmaxf(fminf(x * scale - 0.5f, 1e6f), -1e6f), at_y = fmaxf(fminf(y * scale - 0.5f, 1e6f), -1e6f);
     const float left = floorf(at_x), top = floorf(at_y);
+    const int cell_x = int(left), cell_y = int(top);
+    const float right_share = at_x - left, lower_share = at_y - top;
 #pragma unroll
-    for (int tap = 0; tap < TAPS; ++tap) {
-        const float cell_x = left + tap % 2, cell_y = top + tap / 2;
-        const bool inside = cell_x >= 0 && cell_x < width && cell_y >= 0 && cell_y < height;
-        const float weight = (1.0f - fabsf(at_x - cell_x)) * (1.0f - fabsf(at_y - cell_y));
-        taps[tap] = inside ? Tap{int(cell_y) * width + int(cell_x), weight * own} : Tap{0, 0.0f};
+    for (int below = 0; below < 2; ++below) {
+        TapPair pair;
+#pragma unroll
+        for (int beside = 0; beside < 2; ++beside) {
+            const bool inside = unsigned(cell_x + beside) < unsigned(width) && unsigned(cell_y + below) < unsigned(height);
+            const float weight = (beside ? right_share : 1.0f - right_share) * (below ? lower_share : 1.0f - lower_share);
+            const unsigned cell = unsigned(cell_y + below) * width + (cell_x + beside);
+            pair.items[beside] = inside ? Tap{cell * CELL_STEP, weight * own} : Tap{0, 0.0f};
+        }
+        pairs[below] = pair;
     }
 }
 
-// The block's samples [POINTS, CHANNELS] into shared memory. `levels` point at the group's first channel of the image.
-__device__ void sample(const Level (&levels)[LEVELS], const Tap* taps, Stored* samples) {
-#if CHANNELS_LAST
-    constexpr int TOGETHER = PacketSize<ELEMENT, CHANNELS>::value;
-#else
-    constexpr int TOGETHER = 1;
-#endif
-    constexpr int PIECES = CHANNELS / TOGETHER;
-    for (int work = threadIdx.x; work < POINTS * PIECES; work += THREADS) {
-        const int point = work / PIECES, channel = work % PIECES * TOGETHER;
+// The block's samples [POINTS, CHANNELS] into shared memory. `maps` point at the group's first channel of the image.
+__device__ void sample(const ELEMENT* const (&maps)[LEVELS], const unsigned (&channel_steps)[LEVELS], const TapPair* taps,
+                       Stored* samples) {
+    constexpr unsigned PIECES = CHANNELS / TOGETHER;
+    for_each<POINTS * PIECES>([&](unsigned work) {
+        const unsigned point = work / PIECES, channel = work % PIECES * TOGETHER;
         float sums[TOGETHER] = {};
 #pragma unroll
         for (int level = 0; level < LEVELS; ++level) {
+            const unsigned first = channel * channel_steps[level];
             // All loads of a level first, without a branch, so that they travel together.
-            Packet<ELEMENT, TOGETHER> values[TAPS];
-            Tap level_taps[TAPS];
+            const TapPair pairs[2] = {taps[(point * LEVELS + level) * 2], taps[(point * LEVELS + level) * 2 + 1]};
+            Bundle<ELEMENT, TOGETHER> cells[TAPS];
 #pragma unroll
             for (int tap = 0; tap < TAPS; ++tap) {
-                level_taps[tap] = taps[(point * LEVELS + level) * TAPS + tap];
-                values[tap] = *reinterpret_cast<const Packet<ELEMENT, TOGETHER>*>(
-                    levels[level].map + level_taps[tap].cell * levels[level].cell_step +
-                    channel * levels[level].channel_step);
+                cells[tap] = *reinterpret_cast<const Bundle<ELEMENT, TOGETHER>*>(maps[level] + (first + pairs[tap / 2].items[tap % 2].offset));
             }
 #pragma unroll
             for (int tap = 0; tap < TAPS; ++tap) {
+                const float weight = pairs[tap / 2].items[tap % 2].weight;
+                cells[tap].clear_unless(weight != 0.0f);  // what the first cell holds must not matter
 #pragma unroll
-                for (int item = 0; item < TOGETHER; ++item) {
-                    // Outside the map stands cell 0 with weight 0, and what it holds must not matter.
-                    const float value = level_taps[tap].weight == 0.0f ? 0.0f : to_float(values[tap].items[item]);
-                    sums[item] += level_taps[tap].weight * value;
-                }
+                for (int item = 0; item < TOGETHER; ++item) sums[item] += weight * cells[tap][item];
             }
         }
-#pragma unroll
-        for (int item = 0; item < TOGETHER; ++item) {
-            samples[point * CHANNEL_PITCH + channel + item] = Convert<Stored>::from(sums[item]);
-        }
-    }
-}
-
-__device__ Level group_of(const ELEMENT* map, int height, int width, long long image, int group) {
-    const long long cells = (long long)height * width;
-    map += image * GROUPS * CHANNELS * cells + (CHANNELS_LAST ? group * CHANNELS : group * CHANNELS * cells);
-    return CHANNELS_LAST ? Level{map, GROUPS * CHANNELS, 1} : Level{map, 1, cells};
+        store_floats(samples + point * CHANNEL_PITCH + channel, sums);
+    });
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
@@ -238,8 +320,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
                     const ELEMENT* __restrict__ parameters, int queries, int height2, int width2, int height3,
                     int width3, int height4, int width4, int height5, int width5, ELEMENT* __restrict__ output) {
     alignas(16) __shared__ Stored storage[SHARED_ITEMS];
-    __shared__ Tap taps[POINTS * LEVELS * TAPS];
-    __shared__ float partial[2][2][WARPS];
+    __shared__ TapPair taps[POINTS * LEVELS * TAPS / 2];
+    alignas(16) __shared__ Partial partial[2];
     Stored* const samples = storage;
     Stored* const channel_matrix = storage + SAMPLE_ITEMS;
     Stored* const point_matrix = channel_matrix + CHANNELS * CHANNEL_PITCH;
@@ -249,54 +331,53 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
     const long long place = image * queries * GROUPS + blockIdx.x;  // (image, query, group)
     parameters += place * (CHANNELS * CHANNELS + MIXED * POINTS);
     points += place * POINTS * 3;
-    output += place * MIXED * CHANNELS;
 
     load_matrix<CHANNELS, CHANNELS, CHANNEL_PITCH>(channel_matrix, parameters);
     load_matrix<MIXED, POINTS, POINT_PITCH>(point_matrix, parameters + CHANNELS * CHANNELS);
 
-    const Level levels[LEVELS] = {
-        group_of(p2, height2, width2, image, group), group_of(p3, height3, width3, image, group),
-        group_of(p4, height4, width4, image, group), group_of(p5, height5, width5, image, group)};
-    for (int work = threadIdx.x; work < POINTS * LEVELS; work += THREADS) {
+    const int heights[LEVELS] = {height2, height3, height4, height5}, widths[LEVELS] = {width2, width3, width4, width5};
+    const ELEMENT* maps[LEVELS] = {p2, p3, p4, p5};
+    unsigned channel_steps[LEVELS];
+#pragma unroll
+    for (int level = 0; level < LEVELS; ++level) {
+        const long long cells = (long long)heights[level] * widths[level];
+        channel_steps[level] = CHANNELS_LAST ? 1 : cells;
+        maps[level] += image * GROUPS * CHANNELS * cells + group * CHANNELS * channel_steps[level];
+    }
+    for_each<POINTS * LEVELS>([&](unsigned work) {
         const int level = work % LEVELS;
         const float* point = points + work / LEVELS * 3;
         const int height = level == 0 ? height2 : level == 1 ? height3 : level == 2 ? height4 : height5;
         const int width = level == 0 ? width2 : level == 1 ? width3 : level == 2 ? width4 : width5;
-        find_taps(point[0], point[1], point[2], level, height, width, taps + work * TAPS);
-    }
+        find_taps(point[0], point[1], point[2], level, height, width, taps + work * 2);
+    });
     __syncthreads();
-    sample(levels, taps, samples);
+    sample(maps, channel_steps, taps, samples);
     wait_for_copies();
     __syncthreads();
 
     using ByChannels = Product<POINTS, CHANNELS, CHANNELS, CHANNEL_PITCH, CHANNEL_PITCH>;
     float mixed[ByChannels::COUNT];
     ByChannels::compute(samples, channel_matrix, mixed);
-    normalize_and_activate(mixed, partial[0]);  // its barriers end the reading of the samples
-#pragma unroll
-    for (int index = 0; index < ByChannels::COUNT; ++index) {
-        samples[ByChannels::row(index) * CHANNEL_PITCH + ByChannels::column(index)] = Convert<Stored>::from(mixed[index]);
-    }
+    normalize_and_activate(mixed, partial[0]);  // its barrier ends the reading of the samples
+    ByChannels::store(samples, mixed);
     __syncthreads();
 
     using ByPoints = Product<MIXED, POINTS, CHANNELS, POINT_PITCH, CHANNEL_PITCH>;
     float result[ByPoints::COUNT];
     ByPoints::compute(point_matrix, samples, result);
     normalize_and_activate(result, partial[1]);  // and of the parameters
+    output += place * MIXED * CHANNELS;
 #if TENSOR_CORES
     // Through shared memory, over the parameters, so that whole rows leave in pieces of 16 bytes.
     Stored* const turned = channel_matrix;
-#pragma unroll
-    for (int index = 0; index < ByPoints::COUNT; ++index) {
-        turned[ByPoints::row(index) * CHANNEL_PITCH + ByPoints::column(index)] = Convert<Stored>::from(result[index]);
-    }
+    ByPoints::store(turned, result);
     __syncthreads();
-    constexpr int PIECES = CHANNELS / 8;
-    for (int work = threadIdx.x; work < MIXED * PIECES; work += THREADS) {
-        const int row = work / PIECES, column = work % PIECES * 8;
-        *reinterpret_cast<Packet<ELEMENT, 8>*>(output + row * CHANNELS + column) =
-            *reinterpret_cast<const Packet<ELEMENT, 8>*>(turned + row * CHANNEL_PITCH + column);
-    }
+    constexpr unsigned PIECES = CHANNELS / 8;
+    for_each<MIXED * PIECES>([=](unsigned work) {
+        *reinterpret_cast<Packet<unsigned, 4>*>(output + work * 8) =
+            *reinterpret_cast<const Packet<unsigned, 4>*>(turned + work / PIECES * CHANNEL_PITCH + work % PIECES * 8);
+    });
 #else
 #pragma unroll
     for (int index = 0; index < ByPoints::COUNT; ++index) {
