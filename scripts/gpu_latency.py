@@ -6,20 +6,31 @@ uint8 image on the device in, detections on the device out. Prints a table and w
 from __future__ import annotations
 
 import copy
-import datetime
-import json
-from collections.abc import Callable
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from asag.checkpoint import load_detector
 from asag.deploy import DeployedDetector
+from asag.ops.adaptive_probing import _adaptive_probing
 from asag.ops.cuda import register_cuda_kernels
+from asag.ops.gather_anchors import _gather_anchors
+from asag.ops.pyramid_roi_align import _pyramid_roi_align
+from asag.ops.sampling_mixing import _sampling_mixing
+from runtime.files import write_json
+from trt_plugins.report import describe_machine
+from trt_plugins.timing import ClockTimer, CudaTimer, Sampler, Spread, Timer, first_line, interleave, ratio
+
+EAGER = "eager"
+Way = Callable[[], Sampler]
 
 
 @click.command()
@@ -27,86 +38,118 @@ from asag.ops.cuda import register_cuda_kernels
 @click.option("--batch-size", default=1, show_default=True)
 @click.option("--rounds", default=50, show_default=True)
 @click.option("--half", is_flag=True, help="Backbone and neck in float16.")
+@click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True)
+@click.option("--compile/--no-compile", "compiled", default=True, show_default=True, help="Include torch.compile.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path))
-def main(checkpoint: Path, batch_size: int, rounds: int, half: bool, json_path: Path | None) -> None:
-    """Compare the ways to run CHECKPOINT."""
-    deployed = DeployedDetector(*load_detector(checkpoint)).cuda()
+def main(
+    checkpoint: Path, batch_size: int, rounds: int, half: bool, device: str, compiled: bool, json_path: Path | None
+) -> None:
+    """Compare the ways to run CHECKPOINT. A way that cannot run is named with the reason; the others still do."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise click.ClickException("needs an NVIDIA GPU; there is none here (--device cpu tries the script itself)")
+    deployed = DeployedDetector(*load_detector(checkpoint)).to(device)
+    timer = CudaTimer() if device == "cuda" else ClockTimer()
+    samplers: dict[str, Sampler] = {}
+    reasons: dict[str, str] = {}
+    for name, way in find_ways(deployed, device, timer, batch_size, half, compiled).items():
+        try:
+            samplers[name] = way()
+        except Exception as error:  # whatever a compiler or a capture raises: the other ways still run
+            reasons[name] = first_line(error)
+            print(f"{name}: {reasons[name]}", file=sys.stderr)
+    times = {name: [value / 1e3 for value in values] for name, values in interleave(samplers, rounds).items()}
+    report(times, reasons)
+    if json_path is not None:
+        content: dict[str, Any] = {
+            "machine": describe_machine(device),
+            "checkpoint": checkpoint.name,
+            "batch_size": batch_size,
+            "half": half,
+            "rounds": rounds,
+            "not_measured_because": reasons,
+            "milliseconds": {name: dataclasses.asdict(Spread.of(values)) for name, values in times.items()},
+            "of_eager": {
+                name: dataclasses.asdict(ratio(values, times[EAGER]))
+                for name, values in times.items()
+                if EAGER in times
+            },
+            "rounds_milliseconds": times,
+        }
+        write_json(json_path, content)
+
+
+def find_ways(
+    deployed: DeployedDetector, device: str, timer: Timer, batch_size: int, half: bool, compiled: bool
+) -> dict[str, Way]:
+    """What to compare by name; each way, once called, gives its sampler or raises."""
     height, width = deployed.input_size
-    images = torch.randint(0, 256, (batch_size, 3, height, width), dtype=torch.uint8, device="cuda")
-    sizes = torch.tensor([[height, width]] * batch_size, dtype=torch.float32, device="cuda")
+    images = torch.randint(0, 256, (batch_size, 3, height, width), dtype=torch.uint8, device=device)
+    sizes = torch.tensor([[height, width]] * batch_size, dtype=torch.float32, device=device)
 
     def run(model: torch.nn.Module) -> Callable[[], object]:
         def once() -> object:
-            with torch.inference_mode(), torch.autocast("cuda", torch.float16, enabled=half):
+            with torch.inference_mode(), torch.autocast(device, torch.float16, enabled=half):
                 return model(images, sizes)
 
         return once
 
     def features() -> object:
-        with torch.inference_mode(), torch.autocast("cuda", torch.float16, enabled=half):
+        with torch.inference_mode(), torch.autocast(device, torch.float16, enabled=half):
             return deployed.detector.features(deployed.normalize(images, sizes))
 
+    def compile_parts() -> Sampler:
+        model = copy.deepcopy(deployed)
+        model.detector.backbone.compile()
+        model.detector.neck.compile()
+        return with_definitions(lambda: timer.from_python(run(model)), device)
+
     eager = run(deployed)
-    compiled_model = copy.deepcopy(deployed)
-    compiled_model.detector.backbone.compile()
-    compiled_model.detector.neck.compile()
-    ways = {"eager": eager, "torch.compile of backbone and neck": run(compiled_model)}
-    for way in ways.values():
-        way()  # with the definitions, before the kernels replace them
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    measure(ways, times, rounds)
-    register_cuda_kernels()
-    with_kernels = {
-        "kernels": eager,
-        "kernels in a CUDA graph": captured(eager),
-        "backbone and neck alone, in a CUDA graph": captured(features),
-    }
-    times |= {name: [] for name in with_kernels}
-    measure(with_kernels, times, rounds)
+    ways: dict[str, Way] = {EAGER: lambda: with_definitions(lambda: timer.from_python(eager), device)}
+    if compiled:
+        ways["torch.compile of backbone and neck"] = compile_parts
+    if device == "cuda":
+        register_cuda_kernels()
+        ways["kernels"] = lambda: timer.from_python(eager)
+    ways["kernels in a CUDA graph"] = lambda: timer.in_graph(eager)
+    ways["backbone and neck alone, in a CUDA graph"] = lambda: timer.in_graph(features)
+    return ways
 
-    table = Table("way", "p50 ms", "p10", "p90", "of eager")
-    base = float(np.median(times["eager"]))
+
+def with_definitions(way: Way, device: str) -> Sampler:
+    """A sampler whose ops are the PyTorch definitions, also where kernels are registered."""
+    with definitions_only(device):
+        sampler = way()
+
+    def sample() -> float:
+        with definitions_only(device):
+            return sampler()
+
+    return sample
+
+
+@contextmanager
+def definitions_only(device: str) -> Iterator[None]:
+    """Set the kernels aside; on a CPU there are none."""
+    with ExitStack() as stack:
+        if device == "cuda":
+            for op in (_adaptive_probing, _gather_anchors, _pyramid_roi_align, _sampling_mixing):
+                stack.enter_context(op.set_kernel_enabled(device, enabled=False))
+        yield
+
+
+def report(times: dict[str, list[float]], reasons: dict[str, str]) -> None:
+    """Print the ways, the reasons for those that were not measured among them."""
+    table = Table("way", "p50 ms", "p10", "p90", "of eager", "p10", "p90")
     for name, values in times.items():
-        low, middle, high = np.percentile(values, [10, 50, 90])
-        table.add_row(name, f"{middle:.3f}", f"{low:.3f}", f"{high:.3f}", f"{middle / base:.2f}")
+        milliseconds = Spread.of(values)
+        cells = [f"{value:.3f}" for value in (milliseconds.median, milliseconds.low, milliseconds.high)]
+        if EAGER in times:
+            share = ratio(values, times[EAGER])
+            cells += [f"{value:.2f}" for value in (share.median, share.low, share.high)]
+        table.add_row(name, *cells)
+    for name, reason in reasons.items():
+        table.add_row(name, "not run", "", "", reason)
     Console().print(table)
-    if json_path is not None:
-        content = {
-            "device": torch.cuda.get_device_name(),
-            "torch": torch.__version__,
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
-            "checkpoint": checkpoint.name,
-            "batch_size": batch_size,
-            "half": half,
-            "milliseconds": times,
-        }
-        json_path.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def measure(ways: dict[str, Callable[[], object]], times: dict[str, list[float]], rounds: int) -> None:
-    """Milliseconds of each way, one after another in every round, after three that do not count."""
-    for number in range(-3, rounds):
-        for name, way in ways.items():
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            way()
-            end.record()
-            end.synchronize()
-            if number >= 0:
-                times[name].append(start.elapsed_time(end))
-
-
-def captured(way: Callable[[], object]) -> Callable[[], object]:
-    """The same work as one CUDA graph."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            way()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        way()
-    return graph.replay
 
 
 if __name__ == "__main__":
