@@ -122,9 +122,9 @@ class ResNet(nn.Module):
                 norm.eval()
         return self
 
-    def norms(self) -> Iterator[nn.BatchNorm2d]:
+    def norms(self) -> Iterator[nn.BatchNorm2d | nn.SyncBatchNorm]:
         """Every batch norm of the backbone."""
-        return (module for module in self.modules() if isinstance(module, nn.BatchNorm2d))
+        return (module for module in self.modules() if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm))
 
     def freeze_first_stages(self) -> None:
         """Exclude the stem and layer1 from training (specification section 2)."""

@@ -70,7 +70,7 @@ def train(
     Train the published recipe on COCO, on 8 GPUs:
         torchrun --nproc-per-node 8 -m asag_cli.main train \\
             --data coco --backbone-weights resnet50.pth -o runs/coco
-    Fine-tune the small preset on own images for 2000 steps:
+    Train the small preset on own images for 2000 steps:
         asag train --preset asag-a-tiny --data own --steps 2000 -o runs/own
     Repeat a run:
         asag train --config runs/own/config.json
@@ -79,9 +79,10 @@ def train(
     from train.processes import is_main_process
 
     given = {"preset": preset, "data": data, "output": output, **options, "initial_weights": weights}
-    given |= {"resume": resume or None, **_parse_settings(settings)}
+    given["resume"] = resume or None
     main = is_main_process()
-    result = run(resolve_config(config_file, given), progress=not quiet and main)
+    config = resolve_config(config_file, given, _parse_settings(settings))
+    result = run(config, progress=not quiet and main)
     if not main:
         return
     console.print(f"weights: {result.weights}", soft_wrap=True)
@@ -89,16 +90,17 @@ def train(
         console.print(f"next: asag export {result.weights} -o {result.output / 'model.onnx'}", soft_wrap=True)
 
 
-def resolve_config(config_file: Path | None, given: dict[str, Any]) -> Any:
-    """The TrainConfig of a file's values with the given ones, where they are not None, on top.
+def resolve_config(config_file: Path | None, given: dict[str, Any], settings: dict[str, Any] | None = None) -> Any:
+    """The TrainConfig of a file's values with the given ones, where they are not None, and the settings on top.
 
-    Raises click.UsageError where data or output are named by neither, and what reading the file raises.
+    A setting of None counts: it takes away what the file or the recipe says. Raises click.UsageError where data or
+    output are named by neither, and what reading the file raises.
     """
     from train.config import TrainConfig
     from train.config_file import read_config_file
 
     values = read_config_file(config_file) if config_file is not None else {}
-    given = {name: value for name, value in given.items() if value is not None}
+    given = {name: value for name, value in given.items() if value is not None} | (settings or {})
     if "epochs" in given and "steps" not in given:
         values["steps"] = None
     if given.get("resume") and config_file is not None and "output" not in given:

@@ -27,6 +27,17 @@ _TAKES_HOST_INDICES = {
     torch.ops.aten._unsafe_index.Tensor,
 }
 
+_NEEDS_VALUES = {
+    torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten.bincount.default,
+    torch.ops.aten.equal.default,
+    torch.ops.aten.is_nonzero.default,
+    torch.ops.aten.masked_select.default,
+    torch.ops.aten.nonzero.default,
+    torch.ops.aten.repeat_interleave.Tensor,
+}
+_waits: list[str] | None = None
+
 
 class OtherTensor(Tensor):
     """A tensor on the other device; `inner` holds its values on the CPU."""
@@ -51,8 +62,12 @@ class _Mode(TorchDispatchMode):
 
 
 @contextmanager
-def other_device() -> Iterator[torch.device]:
-    """While the block runs, tensors can be moved to and made on the returned device."""
+def other_device(waits: list[str] | None = None) -> Iterator[torch.device]:
+    """While the block runs, tensors can be moved to and made on the returned device.
+
+    `waits` gets the name of every operation for which the host would wait for a GPU: its result is needed here, or its
+    size depends on values there, or values go there without ``non_blocking``.
+    """
     make = torch.tensor
     autocast = torch.autocast
 
@@ -67,6 +82,7 @@ def other_device() -> Iterator[torch.device]:
         return nullcontext() if device_type == DEVICE.type else autocast(device_type, **options)
 
     with pytest.MonkeyPatch.context() as patch, _Mode():
+        patch.setattr("tests.other_device._waits", waits)
         patch.setattr(torch, "tensor", tensor)
         patch.setattr(Tensor, "new_tensor", new_tensor)
         patch.setattr(torch, "autocast", without_meta)
@@ -83,6 +99,8 @@ def other_device() -> Iterator[torch.device]:
 def _run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     others = [tensor for tensor in tensors if isinstance(tensor, OtherTensor)]
+    if _waits is not None and _host_waits(func, args, kwargs, others):
+        _waits.append(str(func))
     if others and func not in _MOVES | _TAKES_HOST_INDICES:
         on_host = [tensor for tensor in tensors if tensor.dim() > 0 and not isinstance(tensor, OtherTensor)]
         if on_host:
@@ -95,6 +113,18 @@ def _run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     else:
         stays = bool(others)
     return tree_map(lambda value: _outside(value, others), result) if stays else result
+
+
+def _host_waits(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], others: list[OtherTensor]) -> bool:
+    if func is torch.ops.aten._to_copy.default:
+        goes_there = torch.device(kwargs.get("device") or args[0].device).type == DEVICE.type
+        return goes_there != bool(others) and not (goes_there and kwargs.get("non_blocking"))
+    if func is torch.ops.aten.copy_.default:
+        return len(others) == 1
+    if others and func in _TAKES_HOST_INDICES:
+        indices = [leaf for leaf in tree_leaves(args[1]) if isinstance(leaf, Tensor)]
+        return any(index.dtype == torch.bool or not isinstance(index, OtherTensor) for index in indices)
+    return bool(others) and func in _NEEDS_VALUES
 
 
 def _inside(value: Any) -> Any:

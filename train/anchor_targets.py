@@ -12,6 +12,7 @@ from torch import Tensor
 from asag.config import PATCH_SIDE
 from asag.geometry import content_scale
 from train.matching import TargetGroups, box_corners, coarse_area_factor, object_area_factor
+from train.transfer import to_device
 
 FLIPS = ((False, False), (True, False), (False, True), (True, True))
 """The views of the P6 patch, each (mirrored left-right, mirrored top-bottom): identity, horizontal, vertical, both."""
@@ -41,7 +42,7 @@ def flip_groups(images: TargetGroups) -> TargetGroups:
 
 def quarter_groups(images: TargetGroups) -> TargetGroups:
     """Targets of the four P5 quarters of each image: B images of T objects -> 4B groups, image-major."""
-    corners = images.boxes.new_tensor(QUARTERS)[None, :, None]
+    corners = to_device(torch.tensor(QUARTERS), images.boxes.device)[None, :, None]
     size = images.boxes[:, None, :, 2:].expand(-1, len(QUARTERS), -1, -1) * 2
     local = torch.cat([images.boxes[:, None, :, :2] * 2 - corners, size], -1).flatten(0, 1)
     valid = images.valid.repeat_interleave(len(QUARTERS), 0) & _centre_inside(local)

@@ -113,9 +113,18 @@ def save_state(path: str | Path, state: TrainingState, computation: Mapping[str,
             stream.flush()
             # Renaming must not reach the disk before the content does.
             os.fsync(stream.fileno())
-    except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as a RuntimeError
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0]
-        raise OSError(f"cannot write {path}: {reason}") from error
+    except (OSError, RuntimeError) as error:
+        raise OSError(f"cannot write {path}: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """Why writing failed: torch's writer hides the system's error, a full disk for example, behind one of its own."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return str(error).splitlines()[0]
 
 
 def remove_leftovers(folder: str | Path) -> None:

@@ -101,7 +101,7 @@ class TrainConfig:
     """What the scale loses every epoch."""
     precision: str = "auto"
     """What backbone and neck compute in: `float32`, `bfloat16`, `float16` (the loss is then scaled), or `auto` for
-    bfloat16 on a GPU and float32 on a CPU. All that follows is float32."""
+    bfloat16 on a GPU (float16 on one that lacks it) and float32 on a CPU. All that follows is float32."""
     compile: bool = False
     """Compile backbone and neck with torch.compile."""
     channels_last: bool | None = None
@@ -136,7 +136,8 @@ class TrainConfig:
     checkpoint_interval: int = 500
     """Steps between two checkpoints; the last step always gets one."""
     evaluation_interval: int | None = None
-    """Steps between two evaluations; None evaluates once, at the end; 0 never."""
+    """Steps between two evaluations; 0 never; None after every epoch, in long runs after several: a dozen times at
+    most. The last step always gets one."""
     evaluation_images: int | None = None
     """Evaluate on the first images only; None takes all."""
     keep_checkpoints: int = 2

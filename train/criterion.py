@@ -14,6 +14,7 @@ from train.denoising import repetition_matches
 from train.matching import Matches, TargetGroups, assign, matching_costs, pad_targets
 from train.query_weighting import GroupLosses, anchor_losses, query_losses
 from train.timing import PartTimer
+from train.transfer import to_device
 
 _Value = TypeVar("_Value")
 
@@ -43,7 +44,7 @@ class BatchTotals:
 
 def count_totals(objects: int, patches: int, device: torch.device, images: int = 1) -> BatchTotals:
     """Totals from this process's counts, added up over the processes where ``torch.distributed`` is initialized."""
-    counts = torch.tensor([objects, patches, images], dtype=torch.float32, device=device)
+    counts = to_device(torch.tensor([objects, patches, images], dtype=torch.float32), device)
     processes = 1
     if distributed.is_available() and distributed.is_initialized():
         distributed.all_reduce(counts)

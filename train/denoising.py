@@ -14,6 +14,7 @@ from torch import Tensor
 
 from train.matching import Matches
 from train.randomness import Generators, generator_of
+from train.transfer import to_device
 
 SLOTS = 200
 PADDING_GROUP = -1
@@ -62,25 +63,24 @@ def noised_queries(
     """Repeat and move each image's ``boxes`` [n, 4] (``cxcywh``, fractions of the content).
 
     The centre moves uniformly by up to ``scale`` times half the size, the size by up to ``scale`` times itself; the
-    four numbers are then clamped to [0, 1]. ``generator``: one for all images, or one for each. The random numbers are
-    drawn on the generator's device, so a CPU generator gives the same queries on every device.
+    four numbers are then clamped to [0, 1]. ``generator``: one for all images, or one for each. All is drawn and
+    computed on the CPU, where the result is, so the same generator gives the same queries for every device.
     """
-    device = targets[0]["boxes"].device if targets else torch.device("cpu")
-    objects, group = (index.to(device) for index in assign_slots([len(t["boxes"]) for t in targets], slots))
-    boxes = torch.tensor([0.5, 0.5, 1.0, 1.0], device=device).repeat(len(targets), slots, 1)
-    noise = [_draw(slots, generator_of(generator, image), device) for image in range(len(targets))]
+    objects, group = assign_slots([len(target["boxes"]) for target in targets], slots)
+    boxes = torch.tensor([0.5, 0.5, 1.0, 1.0]).repeat(len(targets), slots, 1)
+    noise = [_draw(slots, generator_of(generator, image)) for image in range(len(targets))]
     for image, target in enumerate(targets):
         used = group[image] != PADDING_GROUP
-        clean = target["boxes"].to(torch.float32)[objects[image, used]]
+        clean = target["boxes"].to("cpu", torch.float32)[objects[image, used]]
         reach = torch.cat([clean[:, 2:] / 2, clean[:, 2:]], 1)
         boxes[image, used] = (clean + noise[image][used] * scale * reach).clamp(0, 1)
     return NoisedQueries(boxes, group)
 
 
-def _draw(slots: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+def _draw(slots: int, generator: torch.Generator | None) -> Tensor:
     """Uniform numbers from -1 to 1, [slots, 4]."""
-    drawn_on = generator.device if generator is not None else device
-    return torch.rand(slots, 4, generator=generator, device=drawn_on).to(device) * 2 - 1
+    drawn_on = generator.device if generator is not None else None
+    return torch.rand(slots, 4, generator=generator, device=drawn_on).cpu() * 2 - 1
 
 
 def denoising_attention_mask(group: Tensor, valid: Tensor) -> Tensor:
@@ -102,5 +102,5 @@ def repetition_matches(counts: Sequence[int], slots: int, device: torch.device) 
     objects, group = assign_slots(counts, slots)
     valid = group != PADDING_GROUP
     image, slot = valid.nonzero(as_tuple=True)
-    matches = Matches(image.to(device), slot.to(device), objects[image, slot].to(device))
-    return valid.to(device), matches
+    pairs = to_device(torch.stack([image, slot, objects[image, slot]]), device)
+    return to_device(valid, device), Matches(*pairs.unbind(0))

@@ -11,9 +11,11 @@ import torch
 
 from runtime.backends.pytorch_session import PyTorchSession
 from runtime.coco_evaluation import CocoFolder, CocoResult, evaluate, open_coco
+from runtime.errors import one_line
 from runtime.metadata import ModelMetadata
 from runtime.postprocessing import Detections
 from train.crowdhuman_evaluation import CrowdHumanResult, evaluate_crowdhuman
+from train.dataset import MOST_CHECKED_SIZES, missing_files, spread, upright_size
 from train.processes import Processes
 
 if TYPE_CHECKING:
@@ -73,6 +75,33 @@ def check_categories(folder: CocoFolder, categories: Mapping[int, str]) -> CocoF
             raise ValueError(
                 f"{folder.annotations_path} calls category {category_id} {name!r}, the training images call it"
                 f" {categories[category_id]!r}: both splits must list the same ones"
+            )
+    return folder
+
+
+def check_images(folder: CocoFolder, images: int | None = None) -> CocoFolder:
+    """The folder itself, once its images, or the first `images` of them, are known to be there in the stated size.
+
+    Sizes are compared of all or, of many, of evenly spread ones; only headers are read. Raises FileNotFoundError or
+    ValueError: before training, not when it is over.
+    """
+    image_ids = folder.image_ids[:images]
+    missing = missing_files(folder.images_dir, [folder.images[image_id]["file_name"] for image_id in image_ids])
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} images of {folder.annotations_path} are missing in {folder.images_dir}, the first is"
+            f" {missing[0]}: complete them, or take them out of the file"
+        )
+    for image_id in spread(image_ids, MOST_CHECKED_SIZES):
+        record, path = folder.images[image_id], folder.path(image_id)
+        try:
+            width, height = upright_size(path)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ValueError(f"cannot read image {path}: {one_line(error)}") from None
+        if (width, height) != (record["width"], record["height"]):
+            raise ValueError(
+                f"{path} is {width} x {height} pixels, but {folder.annotations_path.name} says {record['width']} x"
+                f" {record['height']}: the annotations belong to another picture"
             )
     return folder
 

@@ -23,12 +23,12 @@ from asag.config import HEADS
 from asag.detector import Detector
 from asag.geometry import content_scale
 from asag.ops import adaptive_probing_definition, crop_patches
+from asag.ops.adaptive_probing import probe_candidates
 from asag.proposals import attention_allowed
 from train.denoising import denoising_attention_mask, noised_queries
 from train.probing import TrainingPatches, four_flips, training_patches
 from train.randomness import Generators
-
-_DRAWN_QUERIES = 1024
+from train.transfer import to_device
 
 
 @dataclass
@@ -67,18 +67,20 @@ def training_outputs(
     targets: per image `boxes` [n, 4] (normalized `cxcywh`) and `labels` [n]; epoch: from 0, which takes its patches
     from ground truth; generator: source of every random draw, one or one for each image; denoising_scale: adds noised
     queries (None for none); feature_precision: run backbone and neck in that type under autocast.
+
+    Sizes and targets belong on the CPU, where patches are chosen: on a GPU they would have to be waited for.
     """
     with torch.autocast(images.device.type, dtype=feature_precision, enabled=feature_precision is not None):
         features = detector.features(images)
-    outputs: dict[str, Any] = {"image_sizes_hw": sizes}
-    boxes, valid = _training_anchors(detector.anchor_generator, features, sizes, targets, epoch, generator, outputs)
+    boxes, valid, outputs = _training_anchors(detector.anchor_generator, features, sizes, targets, epoch, generator)
+    sizes = outputs["image_sizes_hw"]
     outputs |= {"anchors": boxes, "valid": valid}
 
     allowed = attention_allowed(valid)
     if denoising_scale is not None:
         noised = noised_queries(targets, denoising_scale, generator)
-        boxes = torch.cat((noised.boxes * content_scale(sizes), boxes), dim=1)
-        allowed = ~denoising_attention_mask(noised.group, valid).unsqueeze(1)
+        boxes = torch.cat((to_device(noised.boxes, boxes.device) * content_scale(sizes), boxes), dim=1)
+        allowed = ~denoising_attention_mask(to_device(noised.group, boxes.device), valid).unsqueeze(1)
         outputs["denoising_queries"] = noised.boxes.shape[1]
     proposals = detector.proposals(features, boxes, allowed, sizes)
     outputs |= {"proposal_logits": proposals.logits, "proposal_boxes": proposals.boxes}
@@ -111,8 +113,7 @@ def count_patches(
     finally:
         for norm in learning:
             norm.track_running_stats = True
-    found: dict[str, Any] = {}
-    _training_anchors(detector.anchor_generator, features, sizes, targets, epoch, generator, found)
+    found = _training_anchors(detector.anchor_generator, features, sizes, targets, epoch, generator)[2]
     return sum(len(found[name]) for name in ("p4_image_index", "p3_image_index") if name in found)
 
 
@@ -123,73 +124,86 @@ def _training_anchors(
     targets: Sequence[Mapping[str, Tensor]],
     epoch: int,
     generator: Generators,
-    outputs: dict[str, Any],
-) -> tuple[Tensor, Tensor]:
-    """Predict every patch of this step into `outputs`; return the queries' boxes [B, Q, 4] and valid [B, Q]."""
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """The queries' boxes [B, Q, 4] and valid [B, Q], and the outputs of every patch of this step by their names."""
+    contents = sizes.cpu()
+    sizes = to_device(sizes, features[0].device)
     p5_map, p6_map = anchors.fixed_maps(features, sizes)
     p5 = anchors.predict(split_quarters(p5_map), "P5")
     p6 = anchors.predict(four_flips(p6_map).flatten(3).transpose(2, 3), "P5")
-    outputs |= {"p5_anchors": p5, "p6_anchors": p6}
+    outputs: dict[str, Any] = {"image_sizes_hw": sizes, "p5_anchors": p5, "p6_anchors": p6}
     with torch.no_grad():
         pixels = fixed_anchors_to_pixels(p5, p6[:, :1], sizes)
     level = _Explored(pixels, torch.ones_like(pixels[..., 0], dtype=torch.bool))
     collected, selectable = [], []
     for name in anchors.config.probed_levels:
-        finer, candidate = _probe(anchors, name, features, level, sizes, targets, epoch, generator, outputs)
+        stride, limit = LEVEL_STRIDES[name], anchors.config.budget.patch_limit
         collected.append(level.anchors)
-        # In epoch 0 the probed patches come from ground truth, so a candidate is not explored: it stays a query.
-        selectable.append(level.valid if epoch == 0 else level.valid & ~candidate)
-        level = finer
+        if epoch == 0:
+            # The probed patches come from ground truth, so no candidate is explored: all of them stay queries.
+            predicted = torch.empty((0, 2), dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+            selectable.append(level.valid)
+        else:
+            predicted = _predicted_patches(level, contents, stride, limit)
+            selectable.append(level.valid & ~probe_candidates(level.anchors, level.valid, stride))
+        objects = [target["boxes"] for target in targets]
+        patches = training_patches(*predicted, objects, contents, stride, epoch, generator, most=limit)
+        level = _explore(anchors, name, features, patches, sizes, outputs)
     collected.append(level.anchors)
     selectable.append(level.valid)
     with torch.no_grad():
         boxes, chosen = anchors.gather(collected, selectable)
         used = int(chosen.sum(dim=1).max())
-    return boxes[:, :used], chosen[:, :used]
+    return boxes[:, :used], chosen[:, :used], outputs
 
 
-def _probe(
+@torch.no_grad()
+def _predicted_patches(coarser: _Explored, contents: Tensor, stride: int, limit: int | None) -> tuple[Tensor, Tensor]:
+    """Corners [N, 2] and image index [N], on the CPU, of the patches that the coarser level's anchors ask for.
+
+    Suppression looks after every patch whether another one is left, and a GPU would have to be waited for each time. So
+    the anchors come to the CPU, once. `contents` [B, 2] (height, width) in pixels, on the CPU.
+    """
+    asking = torch.cat((coarser.anchors, coarser.valid.unsqueeze(-1)), dim=-1).cpu()
+    no_cells = asking.new_empty((len(asking), 0, 1, 1))  # only the places are wanted, not what a map holds there
+    found = adaptive_probing_definition(asking[..., :5], asking[..., 5] > 0, no_cells, contents, stride, limit)
+    return found.corners[found.valid], found.valid.nonzero()[:, 0]
+
+
+def _explore(
     anchors: AnchorGenerator,
     name: str,
     features: list[Tensor],
-    coarser: _Explored,
+    patches: TrainingPatches,
     sizes: Tensor,
-    targets: Sequence[Mapping[str, Tensor]],
-    epoch: int,
-    generator: Generators,
     outputs: dict[str, Any],
-) -> tuple[_Explored, Tensor]:
-    """Predict the patches of one level; returns its explored anchors and which coarser ones asked for them."""
-    stride, limit = LEVEL_STRIDES[name], anchors.config.budget.patch_limit
+) -> _Explored:
+    """Predict the patches of one level into `outputs`; returns its explored anchors."""
     feature = anchors.compressed(name, features)
-    with torch.no_grad():
-        found = adaptive_probing_definition(coarser.anchors, coarser.valid, feature, sizes, stride, limit)
-    predicted = found.valid.nonzero()[:, 0]
-    boxes = [target["boxes"] for target in targets]
-    patches = training_patches(
-        found.corners[found.valid], predicted, boxes, sizes, stride, epoch, generator, most=limit
-    )
-    cells = crop_patches(feature, patches.image_index, patches.corners)
-    predictions = anchors.predict(cells, name)
+    corners, image_index = (to_device(part, feature.device) for part in (patches.corners, patches.image_index))
+    predictions = anchors.predict(crop_patches(feature, image_index, corners), name)
     prefix = name.lower()
     outputs |= {
         f"{prefix}_anchors": predictions,
-        f"{prefix}_crop_xy": patches.corners,
-        f"{prefix}_image_index": patches.image_index,
+        f"{prefix}_crop_xy": corners,
+        f"{prefix}_image_index": image_index,
     }
     with torch.no_grad():
-        pixels = probed_anchors_to_pixels(predictions, patches.corners, stride, sizes[patches.image_index].unsqueeze(1))
-        return _explored_anchors(pixels, patches, len(targets)), found.candidate
+        content = sizes[image_index].unsqueeze(1)
+        pixels = probed_anchors_to_pixels(predictions, corners, LEVEL_STRIDES[name], content)
+        return _explored_anchors(pixels, patches, len(sizes))
 
 
 def _explored_anchors(pixels: Tensor, patches: TrainingPatches, batch: int) -> _Explored:
     """Anchors [N, k, 5] of patches, laid out per image; patches that serve the loss alone are left out."""
-    image_index = patches.image_index[patches.explored]
-    counts = torch.bincount(image_index, minlength=batch)
+    explored = patches.explored.nonzero()[:, 0]
+    image = patches.image_index[explored]
+    counts = torch.bincount(image, minlength=batch)
     places = max(int(counts.max()), 1)  # one that is not valid where no image explores: probing needs an axis
-    place = torch.arange(len(image_index), device=pixels.device) - (counts.cumsum(0) - counts)[image_index]
+    place = torch.arange(len(image)) - (counts.cumsum(0) - counts)[image]
+    explored, image, place = (to_device(index, pixels.device) for index in (explored, image, place))
     laid_out = pixels.new_zeros((batch, places, *pixels.shape[1:]))
-    laid_out[image_index, place] = pixels[patches.explored]
+    laid_out[image, place] = pixels[explored]
     valid = torch.zeros((batch, places), dtype=torch.bool, device=pixels.device)
-    valid[image_index, place] = True
+    valid[image, place] = True
     return _Explored(laid_out.flatten(1, 2), valid.repeat_interleave(pixels.shape[1], dim=1))

@@ -24,14 +24,15 @@ from train.config import TrainConfig
 from train.criterion import DetectionCriterion
 from train.crowdhuman_evaluation import CrowdHumanResult
 from train.dataset import DetectionDataset, open_training_split
-from train.evaluation import Evaluation, check_categories, detect, evaluate_detector, open_validation
+from train.devices import check_gpus, resolve_device
+from train.evaluation import Evaluation, check_categories, check_images, detect, evaluate_detector, open_validation
 from train.initialization import starting_detector
 from train.loading import StepSampler, make_loader, steps_per_epoch
 from train.pictures import pictured_images, write_curves, write_grid
 from train.processes import Processes, joined_processes
 from train.record import git_revision, versions
 from train.reporting import EVALUATIONS_FILE, LOSSES_FILE, TrainingReport
-from train.schedule import build_optimizer, build_schedule
+from train.schedule import build_optimizer, build_schedule, evaluation_interval
 from train.step import Piece, StepMaker, feature_precision, prepare_detector
 from train.transforms import RandomCrop, TrainingTransform
 
@@ -107,17 +108,14 @@ def train(config: TrainConfig, progress: bool = True) -> TrainResult:
     with joined_processes() as processes:
         run = _prepare(config, processes)
         began = time.perf_counter()
-        with TrainingReport(
-            config.output,
-            run.criterion.weights,
-            run.total_steps,
-            run.state.step,
-            progress,
-            processes,
-            config.tensorboard,
-        ) as report:
+        folder, weights, total = config.output, run.criterion.weights, run.total_steps
+        with TrainingReport(folder, weights, total, run.state.step, progress, processes, config.tensorboard) as report:
             _announce(run, report)
-            evaluation = _make_steps(run, report, began)
+            try:
+                evaluation = _make_steps(run, report, began)
+            except KeyboardInterrupt:
+                _say_what_is_kept(run, report)
+                raise
         return TrainResult(
             output=config.output,
             weights=config.output / WEIGHTS_FILE,
@@ -130,29 +128,17 @@ def train(config: TrainConfig, progress: bool = True) -> TrainResult:
         )
 
 
-def resolve_device(name: str) -> torch.device:
-    """The torch device called `name`, with ``auto`` for a GPU where there is one. ValueError when it is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"unknown device {name!r}: choose auto, cpu or cuda") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name} asked for, but torch sees no GPU: choose cpu")
-    return device
-
-
 def _prepare(config: TrainConfig, processes: Processes) -> _Run:
     """Check the data, then build the detector and all that trains it, at the start or where the run stood."""
     device = resolve_device(config.device)
+    check_gpus(device, processes)
     if has_run(config.output) and not config.resume:
         raise ValueError(f"{config.output} already holds a training run: resume it or name another folder")
     dataset = _training_data(config)
     validation = _validation_data(config, dataset)
     torch.manual_seed(config.seed)
     detector, info = starting_detector(config, dataset)
-    prepare_detector(detector, config, device)
+    prepare_detector(detector, config, device, processes)
     per_epoch = steps_per_epoch(len(dataset), config.batch_size)
     total = config.steps if config.steps is not None else max(1, round(config.epochs * per_epoch))
     optimizer = build_optimizer(detector, config)
@@ -167,12 +153,23 @@ def _prepare(config: TrainConfig, processes: Processes) -> _Run:
     run = _Run(config, processes, dataset, validation, info, state, criterion, device, total, per_epoch)
     if config.resume:
         resume_state(config.output, state, run.computation())
+        _check_same_step(processes, state.step)
     if processes.is_main:
         remove_leftovers(config.output)
         if not config.resume:
             (config.output / BEST_RECORD).unlink(missing_ok=True)
         _write_configuration(run)
     return run
+
+
+def _check_same_step(processes: Processes, step: int) -> None:
+    """Check that all processes go on from the same state. Raises ValueError."""
+    steps = sorted(set(processes.gather(step)))
+    if len(steps) > 1:
+        raise ValueError(
+            f"the processes found states of different steps ({', '.join(map(str, steps))}): the run's folder must be"
+            " the same one for all of them"
+        )
 
 
 def _training_data(config: TrainConfig) -> DetectionDataset:
@@ -190,22 +187,34 @@ def _validation_data(config: TrainConfig, dataset: DetectionDataset) -> CocoFold
     categories = dict(zip(dataset.category_ids, dataset.category_names, strict=True))
     if config.val_annotations is not None:
         folder = CocoFolder(config.val_images or config.val_annotations.parent, config.val_annotations)
-        return check_categories(folder, categories)
-    if config.data is not None:
-        return open_validation(config.data, config.val_split, categories)
-    return None
+        check_categories(folder, categories)
+    elif config.data is not None:
+        folder = open_validation(config.data, config.val_split, categories)
+    else:
+        return None
+    return check_images(folder, config.evaluation_images)
 
 
 def _announce(run: _Run, report: TrainingReport) -> None:
-    config, count = run.config, run.processes.count
-    report.say(f"training images: {run.dataset.counts.sentence()}")
+    config, count, found = run.config, run.processes.count, run.dataset.counts
+    # What was wrong has had its line when the file was read.
+    told = f"{found.images} images with {found.objects} objects" if found.wrong else found.sentence()
+    report.say(f"training images: {told}")
     names = run.dataset.category_names
     report.say(f"{len(names)} classes: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}")
     if run.validation is None:
         report.say("no evaluation: no validation images were named, or none was asked for")
     cut = f" in {count} processes" if count > 1 else ""
     cut += f", {config.accumulate} pieces each" if config.accumulate > 1 else ""
+    if run.state.step:
+        report.say(f"resumed after step {run.state.step}")
     report.say(f"{run.total_steps} steps of {min(config.batch_size, len(run.dataset))} images{cut} on {run.device}")
+
+
+def _say_what_is_kept(run: _Run, report: TrainingReport) -> None:
+    kept = kept_states(run.config.output)
+    state = f"resume the run to go on from step {kept[-1][0]}" if kept else "there was no checkpoint yet"
+    report.say(f"interrupted after step {run.state.step}; {state}")
 
 
 def _make_steps(run: _Run, report: TrainingReport, began: float) -> Evaluation | None:
@@ -213,6 +222,7 @@ def _make_steps(run: _Run, report: TrainingReport, began: float) -> Evaluation |
     config, state = run.config, run.state
     last = run.total_steps if config.stop_after is None else min(run.total_steps, config.stop_after)
     maker = StepMaker(state, run.criterion, config, run.processes, run.device)
+    evaluating = evaluation_interval(config, run.total_steps, run.steps_per_epoch)
     evaluation, evaluated, saved, waited, worked = None, False, False, 0.0, 0.0
     started = time.perf_counter()
     for pieces in _steps(run, last):
@@ -234,9 +244,9 @@ def _make_steps(run: _Run, report: TrainingReport, began: float) -> Evaluation |
         if stopping or step % config.checkpoint_interval == 0:
             _save(run, report, required=stopping)
             saved = True
-        if run.validation is not None and _due(step, run.total_steps, config.evaluation_interval):
+        if run.validation is not None and _due(step, run.total_steps, evaluating):
             evaluation, evaluated = _evaluate(run, run.validation, report), True
-        if run.validation is not None and _due(step, run.total_steps, config.picture_interval or None):
+        if run.validation is not None and _due(step, run.total_steps, config.picture_interval):
             _picture(run, run.validation, report)
         if stopping:
             break
@@ -291,8 +301,8 @@ def _cause(error: Exception) -> str:
     return last.removeprefix(f"{type(error).__name__}: ")
 
 
-def _due(step: int, total_steps: int, interval: int | None) -> bool:
-    return step == total_steps or (interval is not None and step % interval == 0)
+def _due(step: int, total_steps: int, interval: int) -> bool:
+    return interval > 0 and (step == total_steps or step % interval == 0)
 
 
 def _save(run: _Run, report: TrainingReport, required: bool) -> None:

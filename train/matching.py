@@ -15,6 +15,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from train.transfer import to_device
+
 CLASS_COST = 2.0
 L1_COST = 5.0
 GIOU_COST = 2.0
@@ -67,24 +69,26 @@ def coarse_area_factor(boxes: Tensor) -> Tensor:
 
 
 def pad_targets(targets: Sequence[Mapping[str, Tensor]], device: torch.device) -> TargetGroups:
-    """Gather the images' objects into one padded group per image.
+    """Gather the images' objects into one padded group per image, on ``device``.
 
-    Each target holds ``boxes`` [n, 4] (``cxcywh``, fractions of the content) and ``labels`` [n] int64.
+    Each target holds ``boxes`` [n, 4] (``cxcywh``, fractions of the content) and ``labels`` [n] int64. They are padded
+    on the CPU, so that targets which are there reach a GPU in one piece.
     """
     counts = [int(target["boxes"].shape[0]) for target in targets]
     most = max(counts, default=0)
-    boxes = torch.zeros(len(targets), most, 4, device=device)
-    labels = torch.zeros(len(targets), most, dtype=torch.int64, device=device)
+    boxes = torch.zeros(len(targets), most, 4)
+    labels = torch.zeros(len(targets), most, dtype=torch.int64)
     for image, (target, count) in enumerate(zip(targets, counts, strict=True)):
         if target["labels"].shape != (count,) or target["boxes"].shape != (count, 4):
             raise ValueError(
                 f"target {image}: boxes must be [n, 4] and labels [n], got "
                 f"{tuple(target['boxes'].shape)} and {tuple(target['labels'].shape)}"
             )
-        boxes[image, :count] = target["boxes"].to(device, torch.float32)
-        labels[image, :count] = target["labels"].to(device)
+        boxes[image, :count] = target["boxes"]
+        labels[image, :count] = target["labels"]
     valid = torch.arange(most) < torch.tensor(counts, dtype=torch.int64).reshape(-1, 1)
-    return TargetGroups(boxes, labels, valid.to(device), object_area_factor(boxes))
+    boxes, labels, valid = (to_device(part, device) for part in (boxes, labels, valid))
+    return TargetGroups(boxes, labels, valid, object_area_factor(boxes))
 
 
 def box_corners(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -148,7 +152,7 @@ def assign(costs: Sequence[Tensor]) -> list[Matches]:
     for cost in costs:
         solved.append(_solve(flat[start : start + cost.numel()].reshape(cost.shape)))
         start += cost.numel()
-    indices = torch.from_numpy(np.concatenate(solved, axis=1)).to(device)
+    indices = to_device(torch.from_numpy(np.concatenate(solved, axis=1)), device)
     parts = indices.split([part.shape[1] for part in solved], dim=1)
     return [Matches(*part.unbind(0)) for part in parts]
 

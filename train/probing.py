@@ -1,7 +1,8 @@
 """Where the anchor generator looks while it trains (specification section 7, "Patches").
 
 Corners are cells (x, y) of the level's map, int64; boxes and content sizes are pixels of the resized image. All is
-drawn and computed on the CPU: a few dozen boxes per image, and the same seed gives the same patches on every device.
+drawn and computed on the CPU and stays there: a few dozen boxes per image, and the same seed gives the same patches on
+every device.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ SUPPRESSION_IOU = 0.25
 
 @dataclass(frozen=True)
 class TrainingPatches:
-    """The patches of one level that a training step predicts, sorted by image.
+    """The patches of one level that a training step predicts, sorted by image; on the CPU.
 
     ``corners`` [N, 2] int64 (x, y) cells; ``image_index`` [N] int64; ``explored`` [N] bool, False for a patch that
     serves the loss only: its anchors are neither output anchors nor candidates for the next level.
@@ -120,7 +121,6 @@ def training_patches(
     explores ground-truth patches alone, at most ``most`` of an image; later epochs explore the predicted ones and
     top up images that have few. ``generator``: one for all images, or one for each.
     """
-    device = corners.device
     predicted, owner = corners.cpu(), image_index.cpu()
     contents = image_sizes.cpu().tolist()
     parts, explored, owners = [], [], []
@@ -136,7 +136,7 @@ def training_patches(
         parts += [first, added]
         explored += [torch.ones(len(first), dtype=torch.bool), torch.zeros(len(added), dtype=torch.bool)]
         owners.append(torch.full((len(first) + len(added),), image))
-    return TrainingPatches(torch.cat(parts).to(device), torch.cat(owners).to(device), torch.cat(explored).to(device))
+    return TrainingPatches(torch.cat(parts), torch.cat(owners), torch.cat(explored))
 
 
 def _random_cells(most: Tensor, generator: torch.Generator | None) -> Tensor:

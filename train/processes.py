@@ -7,10 +7,14 @@ import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
+
+# The others wait while the first process evaluates or writes alone; PyTorch's ten minutes with NCCL can be too few.
+_LONGEST_WAIT = timedelta(minutes=30)
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -22,6 +26,8 @@ class Processes:
     rank: int = 0
     count: int = 1
     local_rank: int = 0
+    local_count: int = 1
+    """How many of them run on this machine."""
 
     @property
     def is_main(self) -> bool:
@@ -58,6 +64,9 @@ class Processes:
         return values
 
 
+ALONE = Processes()
+
+
 def is_main_process() -> bool:
     """Whether this process is alone or the first of those that torchrun started. Needs no PyTorch set-up."""
     return os.environ.get("RANK", "0") == "0"
@@ -68,21 +77,23 @@ def joined_processes() -> Iterator[Processes]:
     """The processes of this run, connected while the block runs.
 
     Where torchrun's variables are set they are connected, unless the caller has done so already: NCCL for tensors on
-    GPUs, gloo for those on the CPU. Warnings of all but the first are silenced.
+    GPUs, gloo for those on the CPU. Warnings of all but the first are silenced. After an error they stay connected:
+    they can only part together, and one that failed must end without waiting for the others, so that torchrun ends
+    those.
     """
+    local_rank, local_count = (int(os.environ.get(f"LOCAL_{name}", "0")) for name in ("RANK", "WORLD_SIZE"))
     if distributed.is_available() and distributed.is_initialized():
-        yield Processes(distributed.get_rank(), distributed.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+        yield Processes(distributed.get_rank(), distributed.get_world_size(), local_rank, max(local_count, 1))
         return
     if not all(name in os.environ for name in _VARIABLES):
-        yield Processes()
+        yield ALONE
         return
-    processes = Processes(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]))
+    processes = Processes(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), local_rank, max(local_count, 1))
     if torch.cuda.is_available():
         torch.cuda.set_device(processes.local_rank % torch.cuda.device_count())
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    distributed.init_process_group(backend, timeout=_LONGEST_WAIT)
     if not processes.is_main:
         logging.getLogger("train").setLevel(logging.ERROR)
-    try:
-        yield processes
-    finally:
-        distributed.destroy_process_group()
+    yield processes
+    distributed.destroy_process_group()

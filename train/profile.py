@@ -19,8 +19,8 @@ from runtime.files import write_json
 from train.checkpointing import TrainingState
 from train.config import TrainConfig
 from train.criterion import DetectionCriterion
+from train.devices import resolve_device
 from train.initialization import untrained_detector
-from train.loop import resolve_device
 from train.processes import Processes
 from train.reporting import peak_memory
 from train.schedule import build_optimizer, build_schedule

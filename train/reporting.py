@@ -221,9 +221,9 @@ class TrainingReport:
 
 
 def peak_memory() -> int:
-    """Bytes at most used so far: of the GPU by torch where there is one, else by this process."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
+    """Bytes at most used so far: of the GPU's memory by torch, or by this process where torch uses no GPU."""
+    if torch.cuda.is_available() and (allocated := torch.cuda.max_memory_allocated()):
+        return int(allocated)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

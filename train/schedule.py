@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from train.config import TrainConfig
 
 BACKBONE_PREFIX = "backbone."
+EVALUATIONS = 12
 
 
 def build_optimizer(detector: nn.Module, config: TrainConfig) -> AdamW:
@@ -46,6 +47,14 @@ def learning_rate_factor(config: TrainConfig, total_steps: int, steps_per_epoch:
         return config.decay_factor**passed
 
     return lambda step: warmup(step) * decay(step)
+
+
+def evaluation_interval(config: TrainConfig, total_steps: int, steps_per_epoch: int) -> int:
+    """Steps between two evaluations: the configuration's or, where it leaves that open, whole epochs, as few as give
+    no more than `EVALUATIONS` in a run; 0 for no evaluation."""
+    if config.evaluation_interval is not None:
+        return config.evaluation_interval
+    return steps_per_epoch * math.ceil(total_steps / steps_per_epoch / EVALUATIONS)
 
 
 def build_schedule(optimizer: AdamW, config: TrainConfig, total_steps: int, steps_per_epoch: int) -> LambdaLR:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
+import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from asag.detector import Detector
 from asag.normalization import ImageNormalization
 from train.checkpointing import TrainingState
 from train.config import TrainConfig
@@ -18,18 +22,29 @@ from train.criterion import BatchTotals, DetectionCriterion, count_totals
 from train.dataset import Target
 from train.denoising import noise_scale
 from train.forward import TrainingForward, count_patches
-from train.processes import Processes
+from train.processes import ALONE, Processes
 from train.randomness import Place, image_generators
 from train.timing import PartTimer
+from train.transfer import to_device
 from train.transforms import Batch
 
+logger = logging.getLogger(__name__)
+
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# The name of DistributedDataParallel's option from PyTorch 2.14 on, and before.
+_OPTIONS = inspect.signature(DistributedDataParallel).parameters
+_BUFFERS_STAY: dict[str, Any] = {
+    "forward_sync_buffers" if "forward_sync_buffers" in _OPTIONS else "broadcast_buffers": False
+}
 
 
 def feature_precision(config: TrainConfig, device: torch.device) -> torch.dtype | None:
     """What backbone and neck compute in under autocast; None for float32."""
     if config.precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" else None
+        if device.type != "cuda":
+            return None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return PRECISIONS[config.precision]
 
 
@@ -71,6 +86,7 @@ class StepMaker:
         device: torch.device,
     ) -> None:
         self._state, self._criterion, self._config, self._device = state, criterion, config, device
+        self._processes = processes
         self._normalize = ImageNormalization().to(device)
         self._precision = feature_precision(config, device)
         self.timer = PartTimer(enabled=device.type == "cpu")
@@ -85,8 +101,11 @@ class StepMaker:
                 # With all levels every parameter has a gradient, even in a step without patches.
                 find_unused_parameters=len(detector.config.probed_levels) < 2,
                 gradient_as_bucket_view=True,
+                # Frozen statistics are equal; those that learn are kept so by `synchronize_norms` or after every step.
+                **_BUFFERS_STAY,
             )
             self._forward = self._synchronized
+        self._separate_statistics = _separate_statistics(detector) if processes.several else []
 
     def make(self, pieces: Sequence[Piece], epoch: int) -> StepResult:
         """One step on the pieces of this process. Raises ValueError when the loss is not finite."""
@@ -104,6 +123,7 @@ class StepMaker:
             state.scaler.step(state.optimizer)
             state.scaler.update()
             _advance(state)
+            self._average_statistics()
             if state.average is not None:
                 state.average.update_parameters(state.detector)
         return StepResult(losses, gradient_norm)
@@ -152,14 +172,21 @@ class StepMaker:
         return count_totals(objects, patches, self._device, images_of_step)
 
     def _inputs(self, piece: Piece) -> tuple[Tensor, Tensor, list[Target]]:
-        """Normalized images, sizes and targets on the device."""
-        images = piece.batch.images.to(self._device, non_blocking=True)
-        sizes = piece.batch.sizes.to(self._device, non_blocking=True)
-        targets = [{name: value.to(self._device) for name, value in target.items()} for target in piece.batch.targets]
-        images = self._normalize(images, sizes)
+        """Normalized images on the device; sizes and targets, by which patches are chosen, stay on the CPU."""
+        batch = piece.batch
+        images = batch.images.to(self._device, non_blocking=True)
+        images = self._normalize(images, to_device(batch.sizes, self._device))
         if self._channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        return images, sizes, targets
+        return images, batch.sizes, batch.targets
+
+    def _average_statistics(self) -> None:
+        """Make running statistics that each process learned on its own images alike in all of them."""
+        own = self._separate_statistics
+        if own:
+            means = self._processes.mean(torch.cat(own)).split([len(statistics) for statistics in own])
+            for statistics, mean in zip(own, means, strict=True):
+                statistics.copy_(mean)
 
     def _exchange(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """Gradients of the processes are exchanged once, with those of the last piece."""
@@ -181,9 +208,12 @@ def _advance(state: TrainingState) -> None:
         state.schedule.step()
 
 
-def prepare_detector(detector: nn.Module, config: TrainConfig, device: torch.device) -> None:
+def prepare_detector(
+    detector: Detector, config: TrainConfig, device: torch.device, processes: Processes = ALONE
+) -> None:
     """Move a detector to the device, in the layout and with the compilation that the configuration asks for."""
     detector.to(device).train()
+    synchronize_norms(detector, device, processes)
     channels_last = uses_channels_last(config, device)
     for name in ("backbone", "neck"):
         part = detector.get_submodule(name)
@@ -191,3 +221,27 @@ def prepare_detector(detector: nn.Module, config: TrainConfig, device: torch.dev
             part.to(memory_format=torch.channels_last)
         if config.compile:
             part.compile()
+
+
+def synchronize_norms(detector: Detector, device: torch.device, processes: Processes) -> None:
+    """Let norms that learn their statistics see the images of all processes, on a GPU. Tensors and names stay.
+
+    PyTorch has such norms for GPUs alone. On a CPU each process normalizes by its own images; the running statistics
+    are averaged after every step (`StepMaker`), and a warning says so.
+    """
+    if not processes.several or not detector.config.train_batch_statistics:
+        return
+    if device.type == "cuda":
+        detector.backbone = nn.SyncBatchNorm.convert_sync_batchnorm(detector.backbone)
+    elif processes.is_main:
+        logger.warning(
+            "norms that learn see the images of one process at a time on a CPU: the gradients differ from those of a"
+            " single process"
+        )
+
+
+def _separate_statistics(detector: Detector) -> list[Tensor]:
+    """The running statistics [C] that a process learns on its own images."""
+    norms = [norm for norm in detector.backbone.norms() if norm.training and isinstance(norm, nn.BatchNorm2d)]
+    found = [statistics for norm in norms for statistics in (norm.running_mean, norm.running_var)]
+    return [statistics for statistics in found if statistics is not None]

@@ -1,6 +1,7 @@
 """A training run in a process of its own, for tests that need several or kill one: ``child_run.py config.json``.
 
-With the variable ASAG_TEST_GRADIENTS the first process writes the gradients of every step to that folder.
+With the variable ASAG_TEST_GRADIENTS the first process writes the gradients of every step to that folder; with
+ASAG_TEST_BUFFERS every process writes the buffers of its detector and of the average after every step.
 """
 
 from __future__ import annotations
@@ -60,6 +61,22 @@ def record_gradients(folder: Path) -> None:
     StepMaker.make = recording  # type: ignore[method-assign]
 
 
+def record_buffers(path: Path) -> None:
+    """From now on every step of this process writes the buffers of its detector, and its average whole, to a file."""
+    from train.step import StepMaker
+
+    make = StepMaker.make
+
+    def recording(self, pieces, epoch):  # type: ignore[no-untyped-def]
+        result = make(self, pieces, epoch)
+        found = dict(self._state.detector.named_buffers())
+        found |= {f"average.{name}": value for name, value in self._state.average.state_dict().items()}
+        torch.save(found, path)
+        return result
+
+    StepMaker.make = recording  # type: ignore[method-assign]
+
+
 def main() -> None:
     from train.loop import train
 
@@ -69,6 +86,8 @@ def main() -> None:
     folder = os.environ.get("ASAG_TEST_GRADIENTS")
     if folder and os.environ.get("RANK") == "0":
         record_gradients(Path(folder))
+    if buffers := os.environ.get("ASAG_TEST_BUFFERS"):
+        record_buffers(Path(buffers) / f"buffers-{os.environ['RANK']}.pt")
     print("losses", json.dumps(train(TrainConfig(**values), progress=True).losses))
 
 

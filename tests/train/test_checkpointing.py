@@ -2,6 +2,8 @@ import dataclasses
 import errno
 import os
 import pickle
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -159,6 +161,14 @@ def test_a_full_disk_keeps_the_older_states(micro_preset, config, tmp_path, monk
     assert "\n" not in str(error.value)
     assert [number for number, _ in kept_states(tmp_path)] == [1, 2]
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+
+
+def test_the_system_tells_why_a_state_could_not_be_written(micro_preset, config, tmp_path, monkeypatch):
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full, a disk without space")
+    monkeypatch.setattr("train.checkpointing.atomic_path", lambda path: nullcontext(Path("/dev/full")))
+    with pytest.raises(OSError, match=r"^cannot write .*state-0*0\.pt: No space left on device$"):
+        keep_state(tmp_path, make_state(config, seed=1), {}, keep=2)
 
 
 def test_leftovers_of_a_killed_run_are_removed(micro_preset, config, tmp_path):

@@ -57,6 +57,14 @@ def test_files_that_are_no_configuration_are_refused_in_one_line(tmp_path, name,
     assert "\n" not in str(error.value)
 
 
+def test_a_setting_of_null_takes_a_value_away(tmp_path):
+    given = {"preset": "asag-a-tiny", "data": tmp_path, "output": tmp_path, "seed": None}
+    assert resolve_config(None, given).ema_decay == 0.998
+    assert resolve_config(None, given, {"ema_decay": None}).ema_decay is None
+    with pytest.raises(ValueError, match="learning_rate is None"):
+        resolve_config(None, given, {"learning_rate": None})
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.yaml"):
         read_config_file(tmp_path / "none.yaml")

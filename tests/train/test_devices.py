@@ -25,19 +25,26 @@ from train.step import StepMaker, prepare_detector
 CPU = torch.device("cpu")
 
 
-def one_step(decoder: str, accumulate: int, epoch: int, elsewhere: bool) -> list[float]:
-    """Losses, the gradient's norm, and the sum of all weights after the step."""
+def one_step(
+    decoder: str, accumulate: int, epoch: int, elsewhere: bool, batch_size: int = 4, waits: list[str] | None = None
+) -> list[float]:
+    """Losses, the gradient's norm, and the sum of all weights after the step; nothing where `waits` gets the step's."""
     detector = random_detector(small_config(decoder=decoder))
-    config = TrainConfig.for_preset("asag-a-tiny", ".", ".", batch_size=4, accumulate=accumulate, denoising_scale=0.4)
+    sizes = {"batch_size": batch_size, "accumulate": accumulate}
+    config = TrainConfig.for_preset("asag-a-tiny", ".", ".", denoising_scale=0.4, **sizes)
     pieces = random_pieces(config, 160, 192, detector.config.classes)
-    with other_device() if elsewhere else nullcontext(CPU) as device:
+    with other_device(waits) if elsewhere else nullcontext(CPU) as device:
         prepare_detector(detector, config, device)
         optimizer = build_optimizer(detector, config)
         schedule = build_schedule(optimizer, config, 2, 2)
         state = TrainingState(detector, None, optimizer, schedule, GradScaler("cpu", enabled=False))
         criterion = DetectionCriterion(detector.config.classes).to(device)
         maker = StepMaker(state, criterion, config, Processes(), device)
+        before = len(waits or ())
         result = maker.make(pieces, epoch)
+        if waits is not None:
+            del waits[:before]
+            return []
         weights = sum(parameter.detach().double().sum() for parameter in detector.parameters())
         return [float(value) for value in (*result.losses.values(), result.gradient_norm, weights)]
 
@@ -47,6 +54,41 @@ def one_step(decoder: str, accumulate: int, epoch: int, elsewhere: bool) -> list
 def test_a_training_step(decoder: str, accumulate: int, epoch: int) -> None:
     expected = one_step(decoder, accumulate, epoch, elsewhere=False)
     assert one_step(decoder, accumulate, epoch, elsewhere=True) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("batch_size", [2, 7])
+@pytest.mark.parametrize(
+    # Four for the levels of a RoIAlign; the others: candidates of each level, the number of queries, the costs, and
+    # whether the loss is finite.
+    ("decoder", "epoch", "most"),
+    [("adamixer", 0, 4 + 3), ("adamixer", 1, 4 + 5), ("sparse_rcnn", 1, 5 * 4 + 5)],
+)
+def test_the_host_seldom_waits_for_a_gpu(decoder: str, epoch: int, most: int, batch_size: int) -> None:
+    waits: list[str] = []
+    one_step(decoder, 1, epoch, elsewhere=True, batch_size=batch_size, waits=waits)
+    assert len(waits) <= most, waits
+
+
+def test_waits_are_seen() -> None:
+    waits: list[str] = []
+    with other_device(waits) as device:
+        there = torch.arange(3).to(device, non_blocking=True)
+        assert not waits
+        there.to(device)
+        there[there + 0]
+        assert not waits
+        for wait in (
+            there.cpu,
+            lambda: torch.ones(2).to(device),
+            lambda: int(there.max()),
+            lambda: there[there > 1],
+            there.nonzero,
+            lambda: there[torch.tensor([1])],
+            lambda: torch.tensor([1], device=device),
+        ):
+            waits.clear()
+            wait()
+            assert len(waits) == 1, waits
 
 
 @pytest.mark.parametrize("decoder", ["adamixer", "sparse_rcnn"])

@@ -30,27 +30,6 @@ from train.reporting import EVALUATIONS_FILE, LOSSES_FILE, group_losses
 from train.synthetic import write_synthetic_dataset
 
 
-@pytest.fixture
-def config(micro_preset, shapes, tmp_path):
-    return TrainConfig(
-        preset=micro_preset,
-        data=shapes,
-        output=tmp_path / "run",
-        steps=6,
-        batch_size=2,
-        learning_rate=1e-3,
-        backbone_learning_rate=1e-3,
-        gradient_clip=5.0,
-        warmup_steps=2,
-        milestones=(1,),
-        workers=0,
-        device="cpu",
-        log_interval=2,
-        checkpoint_interval=2,
-        evaluation_interval=0,
-    )
-
-
 def weights_of(folder):
     return safetensors.torch.load_file(folder / WEIGHTS_FILE)
 

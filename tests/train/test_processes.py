@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import signal
 import socket
@@ -15,13 +16,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch import distributed
 
 from tests.train import child_run
 from train.checkpointing import kept_states
 from train.config import TrainConfig
+from train.devices import check_gpus
 from train.loading import StepSampler
 from train.loop import CONFIG_FILE, WEIGHTS_FILE, train
 from train.pictures import read_table
+from train.processes import Processes, joined_processes
 from train.reporting import LOSSES_FILE
 from train.step import StepMaker
 
@@ -80,6 +84,21 @@ def gradients(monkeypatch):
     return found
 
 
+def run_two(run, folder, **variables):
+    """What two processes print that run a configuration together."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    variables |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    children = [
+        child_run.start(run, folder / f"child{rank}", RANK=str(rank), LOCAL_RANK=str(rank), **variables)
+        for rank in (0, 1)
+    ]
+    printed = [child.communicate(timeout=240)[0] for child in children]
+    assert [child.returncode for child in children] == [0, 0], printed
+    return printed
+
+
 def assert_gradients_close(found, expected):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -89,26 +108,10 @@ def assert_gradients_close(found, expected):
 
 def test_two_processes_make_the_step_of_one(config, gradients, tmp_path):
     whole = train(config, progress=False)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     folder = tmp_path / "gradients"
     folder.mkdir()
     output = tmp_path / "two"
-    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    variables["ASAG_TEST_GRADIENTS"] = str(folder)
-    children = [
-        child_run.start(
-            dataclasses.replace(config, output=output),
-            tmp_path / f"child{rank}",
-            RANK=rank,
-            LOCAL_RANK=rank,
-            **variables,
-        )
-        for rank in ("0", "1")
-    ]
-    printed = [child.communicate(timeout=240)[0] for child in children]
-    assert [child.returncode for child in children] == [0, 0], printed
+    printed = run_two(dataclasses.replace(config, output=output), tmp_path, ASAG_TEST_GRADIENTS=str(folder))
     for step in (0, 1):
         assert_gradients_close(torch.load(folder / f"{step}.pt", weights_only=True), gradients[step])
     # Only the first one writes and prints, and what it tells is of the whole batch.
@@ -119,6 +122,54 @@ def test_two_processes_make_the_step_of_one(config, gradients, tmp_path):
     for name in whole.losses:
         assert rows[0][name] == pytest.approx(expected[0][name], rel=1e-3), name
     assert json.loads((output / CONFIG_FILE).read_text())["processes"] == 2
+
+
+def test_two_processes_end_with_the_same_statistics_of_norms_that_learn(config, micro_preset, tmp_path):
+    learning = dataclasses.replace(config, preset=micro_preset, output=tmp_path / "two", ema_decay=0.5)
+    printed = run_two(learning, tmp_path, ASAG_TEST_BUFFERS=str(tmp_path))
+    first, second = (torch.load(tmp_path / f"buffers-{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert first.keys() == second.keys()
+    assert any("running_mean" in name for name in first)
+    assert not [name for name, value in first.items() if not torch.equal(second[name], value)]
+    # What is written is what all of them have, here the average of the weights.
+    written = safetensors.torch.load_file(learning.output / WEIGHTS_FILE)
+    averaged = {name.removeprefix("average.module."): value for name, value in first.items() if "average." in name}
+    assert averaged
+    assert not [name for name, value in averaged.items() if name in written and not torch.equal(written[name], value)]
+    assert sum("norms that learn see the images of one process" in text for text in printed) == 1
+
+
+def test_a_resumed_run_has_one_folder_for_all_processes(config, monkeypatch):
+    train(dataclasses.replace(config, stop_after=1), progress=False)
+    monkeypatch.setattr(Processes, "gather", lambda self, value: [value, 4, value])
+    with pytest.raises(ValueError, match=r"states of different steps \(1, 4\): the run's folder must be the same"):
+        train(dataclasses.replace(config, resume=True), progress=False)
+
+
+def test_after_an_error_a_process_does_not_wait_for_the_others(monkeypatch):
+    calls = []
+    for name in ("init_process_group", "destroy_process_group"):
+        monkeypatch.setattr(distributed, name, lambda *_, name=name, **__: calls.append(name))
+    for name, value in {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "MASTER_ADDR": "here", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(logging.getLogger("train"), "level", logging.WARNING)
+    with joined_processes() as processes:
+        assert (processes.rank, processes.count) == (1, 2)
+    assert calls == ["init_process_group", "destroy_process_group"]
+    with pytest.raises(ValueError, match="mine"), joined_processes():
+        raise ValueError("mine")
+    assert calls[2:] == ["init_process_group"]
+
+
+def test_every_process_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    check_gpus(torch.device("cuda"), Processes(count=8, local_count=4))
+    check_gpus(torch.device("cuda:1"), Processes())
+    check_gpus(torch.device("cpu"), Processes(count=8, local_count=8))
+    with pytest.raises(ValueError, match=r"8 processes on a machine where torch sees 4 GPUs.*--nproc-per-node 4"):
+        check_gpus(torch.device("cuda"), Processes(count=8, local_count=8))
+    with pytest.raises(ValueError, match="cuda:1 is one GPU for 2 processes"):
+        check_gpus(torch.device("cuda:1"), Processes(count=2, local_count=2))
 
 
 def test_pieces_make_the_step_of_the_whole(config, gradients, tmp_path):
