@@ -8,8 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,7 @@ from rich.table import Table
 
 from asag.checkpoint import load_detector
 from asag.deploy import DeployedDetector
-from asag.ops.adaptive_probing import _adaptive_probing
-from asag.ops.cuda import register_cuda_kernels
-from asag.ops.gather_anchors import _gather_anchors
-from asag.ops.pyramid_roi_align import _pyramid_roi_align
-from asag.ops.sampling_mixing import _sampling_mixing
+from asag.ops import definitions_only
 from runtime.files import write_json
 from trt_plugins.report import describe_machine
 from trt_plugins.timing import ClockTimer, CudaTimer, Sampler, Spread, Timer, first_line, interleave, ratio
@@ -101,40 +96,29 @@ def find_ways(
         model = copy.deepcopy(deployed)
         model.detector.backbone.compile()
         model.detector.neck.compile()
-        return with_definitions(lambda: timer.from_python(run(model)), device)
+        return with_definitions(lambda: timer.from_python(run(model)))
 
     eager = run(deployed)
-    ways: dict[str, Way] = {EAGER: lambda: with_definitions(lambda: timer.from_python(eager), device)}
+    ways: dict[str, Way] = {EAGER: lambda: with_definitions(lambda: timer.from_python(eager))}
     if compiled:
         ways["torch.compile of backbone and neck"] = compile_parts
     if device == "cuda":
-        register_cuda_kernels()
         ways["kernels"] = lambda: timer.from_python(eager)
     ways["kernels in a CUDA graph"] = lambda: timer.in_graph(eager)
     ways["backbone and neck alone, in a CUDA graph"] = lambda: timer.in_graph(features)
     return ways
 
 
-def with_definitions(way: Way, device: str) -> Sampler:
+def with_definitions(way: Way) -> Sampler:
     """A sampler whose ops are the PyTorch definitions, also where kernels are registered."""
-    with definitions_only(device):
+    with definitions_only():
         sampler = way()
 
     def sample() -> float:
-        with definitions_only(device):
+        with definitions_only():
             return sampler()
 
     return sample
-
-
-@contextmanager
-def definitions_only(device: str) -> Iterator[None]:
-    """Set the kernels aside; on a CPU there are none."""
-    with ExitStack() as stack:
-        if device == "cuda":
-            for op in (_adaptive_probing, _gather_anchors, _pyramid_roi_align, _sampling_mixing):
-                stack.enter_context(op.set_kernel_enabled(device, enabled=False))
-        yield
 
 
 def report(times: dict[str, list[float]], reasons: dict[str, str]) -> None:

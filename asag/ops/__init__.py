@@ -1,11 +1,12 @@
 """The four operations of the detector that no standard operator expresses well.
 
 Each op has one plain-PyTorch *definition* here. `torch.ops.asag.<name>` is the same op for inference: a node that the
-exporter sees as one operation and that a CUDA kernel may serve. The functions exported from this package choose: where
-gradients are needed they call the definition (differentiable), otherwise the op.
+exporter sees as one operation and that a CUDA kernel serves on a GPU (`asag.ops.cuda`). The functions exported from
+this package choose: where gradients are needed they call the definition (differentiable), otherwise the op.
 """
 
 from asag.ops.adaptive_probing import adaptive_probing, adaptive_probing_definition, crop_patches, probe_candidates
+from asag.ops.cuda import definitions_only, register_cuda_kernels
 from asag.ops.gather_anchors import gather_anchors, gather_anchors_definition
 from asag.ops.pyramid_roi_align import pyramid_roi_align, pyramid_roi_align_definition
 from asag.ops.sampling_mixing import sampling_mixing, sampling_mixing_definition
@@ -14,6 +15,7 @@ __all__ = [
     "adaptive_probing",
     "adaptive_probing_definition",
     "crop_patches",
+    "definitions_only",
     "gather_anchors",
     "gather_anchors_definition",
     "probe_candidates",
@@ -22,3 +24,5 @@ __all__ = [
     "sampling_mixing",
     "sampling_mixing_definition",
 ]
+
+register_cuda_kernels()

@@ -1,12 +1,16 @@
 """The custom ops on a CUDA device: the kernels of `trt_plugins`, for inference.
 
-Not registered by default: the kernels have passed their emulation on a CPU and compile for every architecture, but have
-not run on a GPU yet. Call :func:`register_cuda_kernels` to use them.
+They serve `torch.ops.asag.*` on CUDA tensors by themselves. The first call of each compiled kernel runs the definition
+too: where the kernel cannot run or gives something else, a warning says so and the definition stays in use.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,52 +20,152 @@ from asag.ops.gather_anchors import _gather_anchors, gather_anchors_definition
 from asag.ops.pyramid_roi_align import _pyramid_roi_align, pyramid_roi_align_definition
 from asag.ops.sampling_mixing import _sampling_mixing, sampling_mixing_definition
 
+if TYPE_CHECKING:
+    from trt_plugins.plan import Operation
+
+_OPS: dict[str, tuple[Any, Callable[..., Any]]] = {
+    "AdaptiveProbing": (_adaptive_probing, adaptive_probing_definition),
+    "GatherAnchors": (_gather_anchors, gather_anchors_definition),
+    "PyramidRoIAlign": (_pyramid_roi_align, pyramid_roi_align_definition),
+    "SamplingMixing": (_sampling_mixing, sampling_mixing_definition),
+}
+
+_TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 0.1}
+"""How far a kernel may be from the definition, of the largest value; whole numbers and flags must be the same."""
+
+
+class KernelOp:
+    """One op: its kernel where that serves, else its definition; takes what the definition does.
+
+    Feature maps may be float16 or bfloat16 beside float32 coordinates; results have the maps' type either way.
+    """
+
+    def __init__(self, name: str, definition: Callable[..., Any]) -> None:
+        self._name, self._definition = name, definition
+        self._serves: dict[Hashable, bool] = {}
+
+    @cached_property
+    def _operation(self) -> Operation:
+        from trt_plugins.plan import OPERATIONS
+
+        return OPERATIONS[self._name]
+
+    def __call__(self, *arguments: Any, **named: Any) -> tuple[Tensor, ...] | Tensor:
+        """The op's outputs, one tensor where it has one."""
+        count = len(self._operation.inputs)
+        names = (name for name, _ in self._operation.attributes)
+        attributes = dict(zip(names, arguments[count:], strict=False)) | named
+        outputs = self._run(arguments[:count], attributes)
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    def _run(self, tensors: Sequence[Tensor], attributes: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        given = list(zip(self._operation.inputs, tensors, strict=True))
+        element = next((_type(tensor) for what, tensor in given if what.type == "element"), "float32")
+        maps = [tensor for what, tensor in given if what.pyramid]
+        channels_last = bool(maps) and all(map_.is_contiguous(memory_format=torch.channels_last) for map_ in maps)
+        shapes = tuple(tuple(tensor.shape) for tensor in tensors)
+        constants = _constants(self._name, shapes, tuple(attributes.items()), element, channels_last)
+        kernel = tensors[0].device, constants
+        if constants is None or not self._serves.get(kernel, True):
+            return self._defined(tensors, attributes, element)
+        if kernel in self._serves:
+            return self._launched(tensors, attributes, element, channels_last)
+        expected = self._defined(tensors, attributes, element)
+        try:
+            complaint = _complaint(self._launched(tensors, attributes, element, channels_last), expected, element)
+        except ValueError as error:  # no compiler, or CUDA refuses
+            complaint = str(error)
+        self._serves[kernel] = complaint is None
+        if complaint is not None:
+            warnings.warn(f"{self._name} runs as its PyTorch definition for {element}: {complaint}", stacklevel=2)
+        return expected
+
+    def _defined(self, tensors: Sequence[Tensor], attributes: Mapping[str, Any], element: str) -> tuple[Tensor, ...]:
+        """The definition's results, worked out in float32."""
+        wide = [
+            tensor.float() if what.type == "element" else tensor
+            for what, tensor in zip(self._operation.inputs, tensors, strict=True)
+        ]
+        found = self._definition(*wide, *attributes.values())
+        outputs = (found,) if isinstance(found, Tensor) else tuple(found)
+        kind = getattr(torch, element)
+        return tuple(
+            output.to(kind) if what.type == "element" else output
+            for what, output in zip(self._operation.outputs, outputs, strict=True)
+        )
+
+    def _launched(
+        self, tensors: Sequence[Tensor], attributes: Mapping[str, Any], element: str, channels_last: bool
+    ) -> tuple[Tensor, ...]:
+        """The kernel's results, on the current stream. Raises ValueError where there is no compiler or CUDA refuses."""
+        inputs = [
+            tensor if what.pyramid and channels_last else tensor.to(getattr(torch, what.resolve(element))).contiguous()
+            for what, tensor in zip(self._operation.inputs, tensors, strict=True)
+        ]
+        shapes = self._operation.output_shapes([tuple(tensor.shape) for tensor in tensors], attributes)
+        outputs = tuple(
+            torch.empty(tuple(shape), dtype=getattr(torch, what.resolve(element)), device=inputs[0].device)
+            for what, shape in zip(self._operation.outputs, shapes, strict=True)
+        )
+        _launch(self._name, inputs, outputs, attributes)
+        return outputs
+
 
 def register_cuda_kernels() -> None:
-    """Let `torch.ops.asag.*` run as kernels on CUDA tensors. Types that have no kernel keep the definition."""
-    for op, name, definition in (
-        (_adaptive_probing, "AdaptiveProbing", adaptive_probing_definition),
-        (_gather_anchors, "GatherAnchors", gather_anchors_definition),
-        (_pyramid_roi_align, "PyramidRoIAlign", pyramid_roi_align_definition),
-        (_sampling_mixing, "SamplingMixing", sampling_mixing_definition),
-    ):
-        op.register_kernel("cuda")(_implementation(name, definition))
+    """Let `torch.ops.asag.*` run as kernels on CUDA tensors; importing `asag.ops` does so."""
+    for name, (op, definition) in _OPS.items():
+        op.register_kernel("cuda")(KernelOp(name, definition))
 
 
-def _implementation(name: str, definition: Any) -> Any:
-    def run(*arguments: Any, **named: Any) -> Any:
-        from trt_plugins.launch import launch
-        from trt_plugins.plan import OPERATIONS, make_plan
+@contextmanager
+def definitions_only() -> Iterator[None]:
+    """Leave the kernels aside while the block runs, for comparisons."""
+    with ExitStack() as stack:
+        for op, _ in _OPS.values():
+            stack.enter_context(op.set_kernel_enabled("cuda", enabled=False))
+        yield
 
-        operation = OPERATIONS[name]
-        count = len(operation.inputs)
-        tensors = list(arguments[:count])
-        attributes = dict(zip((key for key, _ in operation.attributes), arguments[count:], strict=False)) | named
-        element = next(
-            (_type(t) for given, t in zip(operation.inputs, tensors, strict=True) if given.type == "element"), "float32"
-        )
-        shapes = [tuple(tensor.shape) for tensor in tensors]
-        try:
-            make_plan(name, shapes, attributes, element)
-        except ValueError:
-            return definition(*arguments, **named)
-        maps_last = operation.has_pyramid and all(
-            tensor.is_contiguous(memory_format=torch.channels_last) for tensor in tensors[:4]
-        )
-        for index, given in enumerate(operation.inputs):
-            if not (given.pyramid and maps_last):
-                tensors[index] = tensors[index].to(getattr(torch, given.resolve(element))).contiguous()
-        device = tensors[0].device
-        outputs = [
-            torch.empty(tuple(shape), dtype=getattr(torch, given.resolve(element)), device=device)
-            for given, shape in zip(operation.outputs, operation.output_shapes(shapes, attributes), strict=True)
-        ]
-        with torch.cuda.device(device):
-            stream = torch.cuda.current_stream(device).cuda_stream
-            launch(name, [_describe(t) for t in tensors], [_describe(t) for t in outputs], attributes, stream)
-        return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
-    return run
+@lru_cache(maxsize=1024)
+def _constants(
+    name: str,
+    shapes: tuple[tuple[int, ...], ...],
+    attributes: tuple[tuple[str, Any], ...],
+    element: str,
+    channels_last: bool,
+) -> tuple[tuple[str, str], ...] | None:
+    """What is compiled into the kernel for these sizes; None where it has none for them."""
+    from trt_plugins.plan import make_plan
+
+    try:
+        return make_plan(name, shapes, dict(attributes), element, channels_last).defines
+    except ValueError:
+        return None
+
+
+def _complaint(found: Sequence[Tensor], expected: Sequence[Tensor], element: str) -> str | None:
+    """How a kernel's results differ from the definition's, or None."""
+    for ours, theirs in zip(found, expected, strict=True):
+        if ours.shape != theirs.shape:
+            return f"its kernel gives {tuple(ours.shape)} in place of {tuple(theirs.shape)}"
+        if not ours.dtype.is_floating_point:
+            if not torch.equal(ours, theirs):
+                return "its kernel gives other indices or flags"
+        elif ours.numel():
+            difference = float((ours.float() - theirs.float()).abs().max())
+            largest = float(theirs.float().abs().max())
+            if not difference <= _TOLERANCE[element] * largest:
+                return f"its kernel is off by {difference:.2g} where the largest value is {largest:.2g}"
+    return None
+
+
+def _launch(name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], attributes: Mapping[str, Any]) -> None:
+    from trt_plugins.launch import launch
+
+    device = inputs[0].device
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream(device).cuda_stream
+        launch(name, [_describe(t) for t in inputs], [_describe(t) for t in outputs], attributes, stream)
 
 
 def _type(tensor: Tensor) -> str:

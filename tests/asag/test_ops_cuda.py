@@ -1,13 +1,108 @@
-"""The CUDA kernels behind the PyTorch ops."""
+"""The CUDA kernels behind the PyTorch ops. Without a GPU, the choice between kernel and definition on CPU tensors."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
+import asag.ops.cuda
 from asag.deploy import DeployedDetector
-from asag.ops.cuda import register_cuda_kernels
+from asag.ops import definitions_only, gather_anchors_definition, sampling_mixing_definition
+from asag.ops.cuda import KernelOp
 from tests.builders import random_detector, random_picture, small_info, uint8_batch
+
+ATTRIBUTES = (4, 0.1, 2, 6)
+"""first, keep_threshold, fewest and most."""
+
+
+class PlayedLaunch:
+    """In place of a kernel of GatherAnchors: the definition, `error` added to the boxes or raised."""
+
+    def __init__(self, error: float | ValueError = 0.0) -> None:
+        self.error, self.launches = error, 0
+
+    def __call__(
+        self, name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], attributes: Mapping[str, Any]
+    ) -> None:
+        self.launches += 1
+        if isinstance(self.error, ValueError):
+            raise self.error
+        boxes, valid = gather_anchors_definition(*inputs, *attributes.values())  # type: ignore[arg-type]
+        outputs[0].copy_(boxes + self.error)
+        outputs[1].copy_(valid)
+
+
+class CountedDefinition:
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, *arguments: Any) -> Any:
+        self.calls += 1
+        return gather_anchors_definition(*arguments)
+
+
+def gather_inputs(count: int = 12) -> tuple[Tensor, Tensor]:
+    anchors = torch.rand((2, count, 5), generator=torch.Generator().manual_seed(0))
+    return anchors * torch.tensor([100, 100, 30, 30, 1.0]), torch.ones((2, count), dtype=torch.bool)
+
+
+def calls(
+    monkeypatch: pytest.MonkeyPatch, error: float | ValueError, times: int = 3
+) -> tuple[PlayedLaunch, CountedDefinition]:
+    launch, definition = PlayedLaunch(error), CountedDefinition()
+    monkeypatch.setattr(asag.ops.cuda, "_launch", launch)
+    op, inputs = KernelOp("GatherAnchors", definition), gather_inputs()
+    expected = gather_anchors_definition(*inputs, *ATTRIBUTES)
+    for _ in range(times):
+        for found, wanted in zip(op(*inputs, *ATTRIBUTES), expected, strict=True):
+            assert torch.equal(found, wanted)
+    return launch, definition
+
+
+def test_a_kernel_that_agrees_once_serves_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        launch, definition = calls(monkeypatch, 0.0)
+    assert (launch.launches, definition.calls) == (3, 1)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [(5.0, "its kernel is off by 5"), (float("nan"), "off by nan"), (ValueError("CUDA refused"), "CUDA refused")],
+)
+def test_a_kernel_that_does_not_is_left_with_one_warning(
+    error: float | ValueError, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.warns(
+        UserWarning, match=f"GatherAnchors runs as its PyTorch definition for float32: .*{message}"
+    ) as told:
+        launch, definition = calls(monkeypatch, error)
+    assert (launch.launches, definition.calls, len(told)) == (1, 3, 1)
+
+
+def test_every_compiled_kernel_is_tried_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch, definition = PlayedLaunch(), CountedDefinition()
+    monkeypatch.setattr(asag.ops.cuda, "_launch", launch)
+    op = KernelOp("GatherAnchors", definition)
+    for count in (12, 12, 20):
+        op(*gather_inputs(count), *ATTRIBUTES)
+    op(*(tensor[:1] for tensor in gather_inputs(20)), *ATTRIBUTES)  # another batch size, the same machine code
+    assert (launch.launches, definition.calls) == (4, 2)
+
+
+def test_sizes_without_a_kernel_run_as_the_definition_in_the_type_of_the_maps() -> None:
+    maps = [torch.rand((1, 4, 8 >> level, 8 >> level)).half() for level in range(4)]  # one channel per group
+    points, parameters = torch.rand((1, 2, 4, 8, 3)), torch.rand((1, 2, 4 * (1 + 8 * 8))).half()
+    op = KernelOp("SamplingMixing", sampling_mixing_definition)
+    found = op(*maps, points, parameters, mixed_points=8)
+    wide = sampling_mixing_definition(*(map_.float() for map_ in maps), points, parameters.float(), 8)
+    assert isinstance(found, Tensor)
+    assert torch.equal(found, wide.half())
 
 
 @pytest.mark.gpu
@@ -15,15 +110,19 @@ def test_the_detector_gives_the_same_detections_with_kernels() -> None:
     deployed = DeployedDetector(random_detector(), small_info((160, 192)))
     images, sizes = uint8_batch([random_picture(seed, 150, 180) for seed in range(3)], 160, 192)
     expected = deployed(images, sizes)
-    register_cuda_kernels()
-    found = deployed.cuda()(images.cuda(), sizes.cuda())
-    torch.testing.assert_close(found[1].cpu(), expected[1], atol=1e-4, rtol=0)
-    assert torch.equal(found[3].cpu(), expected[3])
+    deployed.cuda()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of a kernel that is left aside
+        runs = [deployed(images.cuda(), sizes.cuda()) for _ in range(2)]
+    with definitions_only():
+        runs.append(deployed(images.cuda(), sizes.cuda()))
+    for found in runs:
+        torch.testing.assert_close(found[1].cpu(), expected[1], atol=1e-4, rtol=0)
+        assert torch.equal(found[3].cpu(), expected[3])
 
 
 @pytest.mark.gpu
 def test_a_cuda_graph_holds_the_whole_model() -> None:
-    register_cuda_kernels()
     deployed = DeployedDetector(random_detector(), small_info((160, 192))).cuda()
     images, sizes = (tensor.cuda() for tensor in uint8_batch([random_picture(0, 150, 180)], 160, 192))
     stream = torch.cuda.Stream()

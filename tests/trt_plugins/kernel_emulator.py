@@ -6,7 +6,7 @@ import ctypes
 import hashlib
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -24,6 +24,8 @@ HERE = Path(__file__).parent
 KERNELS = Path(trt_plugins.__file__).parent / "kernels"
 GUARD = 64
 """Bytes on either side of an output that must stay as they were."""
+
+Arrays = Sequence[DeviceArray]
 
 # bfloat16 travels as its bits.
 NUMPY_TYPES = {
@@ -83,25 +85,33 @@ def emulate(
 
     Also checks that every output element is written and nothing around the outputs is.
     """
+
+    def launch(given: Arrays, wanted: Arrays) -> None:
+        call = prepare_call(name, given, wanted, attributes or {}, tensor_cores)
+        assert dict(call.plan.defines).get("CHANNELS_LAST", "0") == str(int(channels_last))
+        grid = (ctypes.c_uint * 3)(*call.plan.grid)
+        library = _library(call.plan.kernel, call.plan.defines)
+        failure = library.emulate(grid, call.plan.threads, call.arguments(), int(backwards))
+        assert failure is None, failure.decode()
+
     runs = [
-        _run(name, inputs, attributes or {}, element, channels_last, tensor_cores, backwards, fill)
-        for fill in (0xA5, 0x5A)
+        run_on_arrays(launch, name, inputs, attributes or {}, element, channels_last, fill) for fill in (0xA5, 0x5A)
     ]
     for first, second in zip(*runs, strict=True):
         assert first.tobytes() == second.tobytes(), f"{name} leaves part of an output unwritten"
     return runs[0]
 
 
-def _run(
+def run_on_arrays(
+    launch: Callable[[Arrays, Arrays], None],
     name: str,
     inputs: Sequence[NDArray[Any]],
     attributes: Mapping[str, Any],
     element: str,
     channels_last: bool,
-    tensor_cores: bool,
-    backwards: bool,
-    fill: int,
+    fill: int = 0xA5,
 ) -> list[NDArray[Any]]:
+    """The outputs of `launch`, which gets inputs and outputs as arrays in the memory of this process."""
     operation = OPERATIONS[name]
     memories, given = [], []
     for tensor, array in zip(operation.inputs, inputs, strict=True):
@@ -121,13 +131,7 @@ def _run(
         memory = _aligned(np.full(size + 2 * GUARD, fill, np.uint8))
         outputs.append((memory, size, dtype, shape))
         wanted.append(DeviceArray(memory.ctypes.data + GUARD, tuple(shape), kind))
-    call = prepare_call(name, given, wanted, attributes, tensor_cores)
-    constants = dict(call.plan.defines)
-    assert constants.get("CHANNELS_LAST", "0") == str(int(channels_last))
-    grid = (ctypes.c_uint * 3)(*call.plan.grid)
-    arguments = call.arguments()
-    failure = _library(call.plan.kernel, call.plan.defines).emulate(grid, call.plan.threads, arguments, int(backwards))
-    assert failure is None, failure.decode()
+    launch(given, wanted)
     arrays = []
     for memory, size, dtype, shape in outputs:
         around = np.concatenate((memory[:GUARD], memory[GUARD + size :]))

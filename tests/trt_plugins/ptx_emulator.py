@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from kernel_emulator import NUMPY_TYPES
+from kernel_emulator import Arrays, run_on_arrays
 from numpy.typing import NDArray
 from ptx_machine import Machine
 from ptx_memory import GlobalMemory
@@ -18,8 +19,8 @@ from ptx_program import Program, parse
 from ptx_work import Work
 
 from trt_plugins.compile import FIRST_WITH_TENSOR_CORES, compile_plan, supported_capabilities
-from trt_plugins.launch import DeviceArray, prepare_call
-from trt_plugins.plan import OPERATIONS, Plan
+from trt_plugins.launch import ITEM_SIZES, Call, DeviceArray, prepare_call
+from trt_plugins.plan import Plan
 
 
 @cache
@@ -56,35 +57,34 @@ def run_ptx(
     """Run op `name` as compiled for `capability`; feature maps are given as [B, C, H, W].
 
     work: where instructions and memory accesses are counted.
-
     Raises KernelFaultError for what a GPU leaves undefined, and where a byte of an output is not written exactly once.
     """
+
+    def launch(given: Arrays, wanted: Arrays) -> None:
+        launch_ptx(name, given, wanted, attributes or {}, tensor_cores, capability, work)
+
+    return run_on_arrays(launch, name, inputs, attributes or {}, element, channels_last)
+
+
+def launch_ptx(
+    name: str,
+    inputs: Arrays,
+    outputs: Arrays,
+    attributes: Mapping[str, Any],
+    tensor_cores: bool = True,
+    capability: int = 90,
+    work: Work | None = None,
+) -> None:
+    """As `trt_plugins.launch.launch`, on arrays in the memory of this process."""
     tensor_cores = tensor_cores and capability >= FIRST_WITH_TENSOR_CORES
-    operation = OPERATIONS[name]
-    contents, axes = [], (0, 2, 3, 1)
-    for tensor, array in zip(operation.inputs, inputs, strict=True):
-        assert array.dtype == NUMPY_TYPES[tensor.resolve(element)], tensor.name
-        contents.append(np.ascontiguousarray(array.transpose(axes) if tensor.pyramid and channels_last else array))
-    shapes = operation.output_shapes([array.shape for array in inputs], attributes or {})
-    dtypes = [np.dtype(NUMPY_TYPES[tensor.resolve(element)]) for tensor in operation.outputs]
-    sizes = [int(np.prod(shape)) * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True)]
-    memory = GlobalMemory(contents, sizes, work)
-    given = [
-        DeviceArray(pointer, array.shape, tensor.resolve(element))
-        for tensor, array, pointer in zip(operation.inputs, inputs, memory.pointers, strict=False)
-    ]
-    if channels_last:
-        given = [
-            array.as_channels_last() if tensor.pyramid else array
-            for tensor, array in zip(operation.inputs, given, strict=True)
-        ]
-    wanted = [
-        DeviceArray(pointer, tuple(shape), tensor.resolve(element))
-        for tensor, shape, pointer in zip(operation.outputs, shapes, memory.pointers[len(inputs) :], strict=True)
-    ]
-    call = prepare_call(name, given, wanted, attributes or {}, tensor_cores)
-    Machine(compiled(call.plan, capability), call.plan.grid, call.plan.threads, memory).run(call.arguments())
-    return [
-        memory.output(index).view(dtype).reshape(shape)
-        for index, (dtype, shape) in enumerate(zip(dtypes, shapes, strict=True))
-    ]
+    call = prepare_call(name, inputs, outputs, attributes, tensor_cores)
+    contents = [np.frombuffer(ctypes.string_at(array.pointer, _size(array)), np.uint8) for array in inputs]
+    memory = GlobalMemory(contents, [_size(array) for array in outputs], work)
+    placed = Call(call.plan, tuple(memory.pointers[: len(inputs)]), tuple(memory.pointers[len(inputs) :]))
+    Machine(compiled(call.plan, capability), call.plan.grid, call.plan.threads, memory).run(placed.arguments())
+    for index, array in enumerate(outputs):
+        ctypes.memmove(array.pointer, memory.output(index).tobytes(), _size(array))
+
+
+def _size(array: DeviceArray) -> int:
+    return int(np.prod(array.shape)) * ITEM_SIZES[array.type]

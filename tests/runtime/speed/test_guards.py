@@ -81,9 +81,6 @@ def test_operations_that_start_kernels_for_an_image(decoder: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("decoder", ["adamixer", "sparse_rcnn"])
 def test_kernels_launched_for_an_image(decoder: str) -> None:
-    from asag.ops.cuda import register_cuda_kernels
-
-    register_cuda_kernels()
     deployed, (shape, _) = deployed_and_shapes(decoder)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda")
     sizes = torch.tensor([shape[2:]], dtype=torch.float32, device="cuda")

@@ -1,0 +1,51 @@
+"""A whole detector whose custom ops run as their kernels' PTX, called as on a GPU."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from ptx_emulator import launch_ptx
+from torch import Tensor
+
+import asag.ops.cuda
+from asag.deploy import DeployedDetector
+from asag.ops.cuda import _OPS, KernelOp, _describe
+from tests.builders import random_detector, random_picture, small_info, uint8_batch
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_detector_with_kernels_detects_the_same(channels_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[str] = []
+
+    def launch(name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], attributes: Mapping[str, Any]) -> None:
+        launched.append(name)
+        launch_ptx(
+            name, [_describe(tensor) for tensor in inputs], [_describe(tensor) for tensor in outputs], attributes
+        )
+
+    monkeypatch.setattr(asag.ops.cuda, "_launch", launch)
+    deployed = DeployedDetector(random_detector(), small_info((160, 192))).eval()
+    if channels_last:
+        deployed = deployed.to(memory_format=torch.channels_last)
+    images, sizes = uint8_batch([random_picture(seed, 150, 180) for seed in range(2)], 160, 192)
+    with torch.inference_mode():
+        expected = deployed(images, sizes)
+        for name, (op, definition) in _OPS.items():
+            op.register_kernel("cpu")(KernelOp(name, definition))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # of a kernel that is left aside
+                deployed(images, sizes)  # tries the kernels
+                tried = len(launched)
+                found = deployed(images, sizes)
+        finally:
+            for op, _ in _OPS.values():
+                op.register_kernel("cpu")(op._init_fn)
+    assert set(launched[:tried]) == set(_OPS)
+    assert launched[tried:] == launched[:tried]
+    assert torch.equal(found[3], expected[3])
+    torch.testing.assert_close(found[1], expected[1], atol=1e-5, rtol=0)
