@@ -32,9 +32,11 @@ def pyramid_roi_align_definition(p2: Tensor, p3: Tensor, p4: Tensor, p5: Tensor,
     image_index = torch.arange(batch, device=boxes.device).repeat_interleave(queries)
     rois = torch.cat((image_index.unsqueeze(1).to(corners.dtype), corners), dim=1)
     levels = pyramid_level(boxes).flatten()
+    # How many boxes each level has is asked for once, not level by level: on a GPU every answer is waited for.
+    counts = (levels == torch.arange(len(STRIDES), device=boxes.device).unsqueeze(1)).sum(dim=1).cpu().tolist()
+    by_level = levels.argsort(stable=True).split(counts)
     result = p2.new_zeros((batch * queries, p2.shape[1], ROI_SIDE, ROI_SIDE))
-    for level, (feature, stride) in enumerate(zip((p2, p3, p4, p5), STRIDES, strict=True)):
-        chosen = (levels == level).nonzero().squeeze(1)
+    for feature, stride, chosen in zip((p2, p3, p4, p5), STRIDES, by_level, strict=True):
         pooled = roi_align(feature, rois[chosen].to(feature.dtype), ROI_SIDE, 1 / stride, SAMPLING_RATIO, aligned=False)
         result = result.index_copy(0, chosen, pooled)
     return result.unflatten(0, (batch, queries))

@@ -58,10 +58,10 @@ def test_a_training_step(decoder: str, accumulate: int, epoch: int) -> None:
 
 @pytest.mark.parametrize("batch_size", [2, 7])
 @pytest.mark.parametrize(
-    # Four for the levels of a RoIAlign; the others: candidates of each level, the number of queries, the costs, and
-    # whether the loss is finite.
+    # One for each RoIAlign; the others: candidates of each level, the number of queries, the costs, and whether the loss
+    # is finite.
     ("decoder", "epoch", "most"),
-    [("adamixer", 0, 4 + 3), ("adamixer", 1, 4 + 5), ("sparse_rcnn", 1, 5 * 4 + 5)],
+    [("adamixer", 0, 1 + 3), ("adamixer", 1, 1 + 5), ("sparse_rcnn", 1, 5 + 5)],
 )
 def test_the_host_seldom_waits_for_a_gpu(decoder: str, epoch: int, most: int, batch_size: int) -> None:
     waits: list[str] = []
