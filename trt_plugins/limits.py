@@ -176,9 +176,8 @@ def _aligned_values(inputs: Sequence[NDArray[Any]]) -> int:
 def _sampled_values(inputs: Sequence[NDArray[Any]]) -> int:
     points = inputs[4].astype(np.float64)
     batch, _, groups = points.shape[:3]
-    owner = (np.arange(batch)[:, None] * groups + np.arange(groups))[
-        :, None, :, None
-    ]  # a group has channels of its own
+    # A group has channels of its own.
+    owner = np.arange(batch * groups).reshape(batch, 1, groups, 1)
     count = 0
     for level, map_ in enumerate(inputs[:4]):
         shape = (batch * groups, *map_.shape[1:])

@@ -64,6 +64,9 @@ def _wide(a: Values, b: Values) -> Values:
 
 
 def _high(a: Values, b: Values) -> Values:
+    if a.dtype.itemsize == 8:
+        products = a.astype(object) * b.astype(object)
+        return np.array([int(product) >> 64 for product in np.atleast_1d(products)]).astype(a.dtype)
     return (_wide(a, b) >> (8 * a.dtype.itemsize)).astype(a.dtype)
 
 

@@ -12,6 +12,7 @@ _ENTRY = re.compile(r"\.visible \.entry (\w+)\((.*?)\)([^{]*)\{(.*)\}\s*$", re.D
 _PARAMETER = re.compile(r"\.param (?:\.align \d+ )?\.(\w+)\s+(?:\.ptr[^,]*? )?(\w+)\s*(?:,|$)")
 _REGISTERS = re.compile(r"\.reg \.(\w+)\s+(%\w+)<(\d+)>")
 _SHARED = re.compile(r"\.shared \.align (\d+) \.[a-z](\d+) (\w+)(?:\[(\d+)\])?")
+_UNUSED_HALF = re.compile(r"\{ \.reg \.b16 tmp; mov\.b32 \{tmp, ([^;]*;) \}")
 _INSTRUCTION = re.compile(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*)", re.DOTALL)
 _OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+")
 
@@ -46,6 +47,7 @@ class Program:
 def parse(text: str) -> Program:
     """The kernel of a PTX module. Raises ValueError for what this reader does not know."""
     text = re.sub(r"//[^\n]*|/\*.*?\*/", "", text.rstrip("\0"), flags=re.DOTALL)
+    text = _UNUSED_HALF.sub(r"mov.b32 {_, \1", text)
     entry = _ENTRY.search(text)
     if entry is None:
         raise ValueError("this PTX has no single kernel")

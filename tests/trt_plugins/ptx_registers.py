@@ -51,6 +51,8 @@ class Registers:
 
     def writer(self, operand: str) -> Write:
         """Writes a register; a narrower value is extended by zeros or its sign."""
+        if operand == "_":
+            return lambda lanes, values: None
         row = self.rows[operand]
         bits = row.dtype
 

@@ -53,11 +53,17 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def refuse_to_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """On a CPU, where the tensor is there already, no operation is dispatched for this."""
+    raise NotCapturableError("waits for aten._to_copy.default")
+
+
 class StandInTimer(ClockTimer):
     """The clock for all three ways to time; refuses to capture what a CUDA graph could not hold."""
 
     def in_graph(self, run: Callable[[], Any]) -> Sampler:
-        with NoWaiting():
+        with NoWaiting(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.Tensor, "cpu", refuse_to_copy)
             run()
         return self.from_python(run)
 

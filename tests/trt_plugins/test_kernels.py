@@ -34,6 +34,8 @@ on_every_machine = pytest.mark.parametrize(
         # The first has neither tensor cores of the kernels' kind nor asynchronous copies.
         pytest.param(partial(run_ptx, capability=75), id="PTX 7.5"),
         pytest.param(partial(run_ptx, capability=90), id="PTX 9.0"),
+        # From 10.0 on NVRTC writes PTX with another compiler.
+        pytest.param(partial(run_ptx, capability=120), id="PTX 12.0"),
     ],
 )
 

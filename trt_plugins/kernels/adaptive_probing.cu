@@ -1,8 +1,8 @@
 // AdaptiveProbing: thresholds, suppression in confidence order and the crops, one launch for all images.
 //
-// Grid (SLICES, images). Every block of an image makes the same choice, which is cheap, and crops its share of the places;
-// slice 0 writes what there is once per image. Candidates are sorted in shared memory and taken 32 at a time: all warps
-// compare them with the squares chosen so far and with each other, then one warp settles who stays. Compile-time
+// Grid (SLICES, images). Every block of an image makes the same choice, which is cheap, and crops its share of the
+// places; slice 0 writes what there is once per image. Candidates are sorted in shared memory and taken 32 at a time: all
+// warps compare them with the squares chosen so far and with each other, then one warp settles who stays. Compile-time
 // constants: ELEMENT, ANCHORS, CHANNELS, STRIDE, CAPACITY, THREADS, SLICES.
 #include "device.cuh"
 

@@ -207,7 +207,8 @@ __device__ __forceinline__ float item_of(BFloat16, unsigned word, int item) {
     return __uint_as_float(item == 0 ? word << 16 : word & 0xffff0000u);
 }
 
-// Neighbouring elements that move together and become floats; in whole words where they fill some, which takes fewer steps.
+// Neighbouring elements that move together and become floats; in whole words where they fill some: that takes fewer
+// steps.
 template <class Element, int COUNT, bool WHOLE_WORDS = COUNT * sizeof(Element) % 4 == 0>
 struct Bundle {
     Packet<unsigned, COUNT * sizeof(Element) / 4> words;

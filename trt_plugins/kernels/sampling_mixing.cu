@@ -1,8 +1,8 @@
 // SamplingMixing: 3D sampling and both adaptive mixings of one query and group per block, without leaving the chip.
 //
-// Grid (queries * GROUPS, images). While the two parameter matrices travel to shared memory, the block samples the pyramid;
-// then y = gelu(norm(x M)) and z = gelu(norm(S y)). Compile-time constants: ELEMENT, GROUPS, CHANNELS (of a group), POINTS,
-// MIXED, THREADS, CHANNELS_LAST, and TENSOR_CORES (16-bit elements on compute capability 8.0 and later).
+// Grid (queries * GROUPS, images). While the two parameter matrices travel to shared memory, the block samples the
+// pyramid; then y = gelu(norm(x M)) and z = gelu(norm(S y)). Compile-time constants: ELEMENT, GROUPS, CHANNELS (of a
+// group), POINTS, MIXED, THREADS, CHANNELS_LAST, and TENSOR_CORES (16-bit elements, compute capability 8.0 and later).
 #include "device.cuh"
 
 constexpr int WARPS = THREADS / WARP_SIZE;
@@ -33,7 +33,7 @@ constexpr int POINT_PITCH = POINTS + PAD;      // rows of S
 static_assert(THREADS % WARP_SIZE == 0, "whole warps");
 static_assert(CHANNELS % 8 == 0 && POINTS % 8 == 0, "rows move in pieces of 16 bytes");
 
-// One cell under a sample. 32 bits are enough: a map of 2^32 elements would belong to an image of 65536 x 16384 pixels.
+// One cell under a sample. 32 bits are enough: 2^32 elements are 256 channels for an image of 16384 x 16384 pixels.
 struct Tap {
     unsigned offset;  // elements from the map's first cell
     float weight;
@@ -46,7 +46,8 @@ constexpr int PARAMETER_ITEMS = CHANNELS * CHANNEL_PITCH + MIXED * POINT_PITCH;
 constexpr int RESULT_ITEMS = TENSOR_CORES ? MIXED * CHANNEL_PITCH : 0;
 constexpr int SHARED_ITEMS = SAMPLE_ITEMS + larger(PARAMETER_ITEMS, RESULT_ITEMS);
 
-// action(0), .., action(COUNT - 1), shared among the block's threads. Unsigned, so that dividing by a power of two is a shift.
+// action(0), .., action(COUNT - 1), shared among the block's threads. Unsigned, so that dividing by a power of two is a
+// shift.
 template <unsigned COUNT, class Action>
 __device__ __forceinline__ void for_each(Action action) {
 #pragma unroll
@@ -82,8 +83,8 @@ __device__ void block_sums(float (&sums)[COUNT], float (&partial)[COUNT][WARPS])
 }
 
 #if TENSOR_CORES
-// GELU of twice `half`, within 2.6e-5 but for the error of the tanh, less than the rounding to 16 bits that follows: erf is
-// replaced by the tanh of a polynomial fitted to it (minimax over -6..6, coefficients for half the argument).
+// GELU of twice `half`, within 2.6e-5 but for the error of the tanh, less than the rounding to 16 bits that follows: erf
+// is replaced by the tanh of a polynomial fitted to it (minimax over -6..6, coefficients for half the argument).
 __device__ float gelu_of_twice(float half) {
     const float square = half * half;
     const float slope = 1.594994504f + square * (0.2961220544f + square * -0.01129844685f);
@@ -98,8 +99,8 @@ template <int COUNT>
 __device__ void normalize_and_activate(float (&values)[COUNT], Partial& partial) {
     constexpr float SHARE = 1.0f / (COUNT * THREADS);
 #if TENSOR_CORES
-    // Variance as mean of squares less square of mean: one pass. What a mean far from zero costs in precision is less than
-    // the values lost already, as sums of products of 16-bit floats.
+    // Variance as mean of squares less square of mean: one pass. What a mean far from zero costs in precision is less
+    // than the values lost already, as sums of products of 16-bit floats.
     float sums[2] = {};
 #pragma unroll
     for (int index = 0; index < COUNT; ++index) {
@@ -189,7 +190,8 @@ struct Product {
             for (int step = 0; step < 4; ++step) column_values[step] = right[(depth + step) * RIGHT_PITCH + column(0)];
 #pragma unroll
             for (int index = 0; index < COUNT; ++index) {
-                const auto row_values = *reinterpret_cast<const Packet<float, 4>*>(left + row(index) * LEFT_PITCH + depth);
+                const auto row_values =
+                    *reinterpret_cast<const Packet<float, 4>*>(left + row(index) * LEFT_PITCH + depth);
 #pragma unroll
                 for (int step = 0; step < 4; ++step) values[index] += row_values.items[step] * column_values[step];
             }
@@ -210,7 +212,9 @@ __device__ void store_floats(Stored* shared, const float (&values)[COUNT]) {
     if constexpr (COUNT % 2 == 0) {
         Packet<unsigned, COUNT / 2> words;
 #pragma unroll
-        for (int word = 0; word < COUNT / 2; ++word) words.items[word] = pack(ELEMENT{}, values[2 * word], values[2 * word + 1]);
+        for (int word = 0; word < COUNT / 2; ++word) {
+            words.items[word] = pack(ELEMENT{}, values[2 * word], values[2 * word + 1]);
+        }
         *reinterpret_cast<Packet<unsigned, COUNT / 2>*>(shared) = words;
     } else {
         static_assert(COUNT == 1, "pairs or one alone");
@@ -269,16 +273,17 @@ __device__ void find_taps(float x, float y, float z, int level, int height, int 
     const float scale = __uint_as_float(unsigned(127 - level) << 23);  // 2^-level
     const float at_x = fmaxf(fminf(x * scale - 0.5f, 1e6f), -1e6f), at_y = fmaxf(fminf(y * scale - 0.5f, 1e6f), -1e6f);
     const float left = floorf(at_x), top = floorf(at_y);
-    const int cell_x = int(left), cell_y = int(top);
+    const int left_cell = int(left), top_cell = int(top);
     const float right_share = at_x - left, lower_share = at_y - top;
 #pragma unroll
     for (int below = 0; below < 2; ++below) {
         TapPair pair;
 #pragma unroll
         for (int beside = 0; beside < 2; ++beside) {
-            const bool inside = unsigned(cell_x + beside) < unsigned(width) && unsigned(cell_y + below) < unsigned(height);
+            const unsigned cell_x = left_cell + beside, cell_y = top_cell + below;
+            const bool inside = cell_x < unsigned(width) && cell_y < unsigned(height);  // less than 0 is very large
             const float weight = (beside ? right_share : 1.0f - right_share) * (below ? lower_share : 1.0f - lower_share);
-            const unsigned cell = unsigned(cell_y + below) * width + (cell_x + beside);
+            const unsigned cell = cell_y * width + cell_x;
             pair.items[beside] = inside ? Tap{cell * CELL_STEP, weight * own} : Tap{0, 0.0f};
         }
         pairs[below] = pair;
@@ -297,10 +302,12 @@ __device__ void sample(const ELEMENT* const (&maps)[LEVELS], const unsigned (&ch
             const unsigned first = channel * channel_steps[level];
             // All loads of a level first, without a branch, so that they travel together.
             const TapPair pairs[2] = {taps[(point * LEVELS + level) * 2], taps[(point * LEVELS + level) * 2 + 1]};
-            Bundle<ELEMENT, TOGETHER> cells[TAPS];
+            using Cell = Bundle<ELEMENT, TOGETHER>;
+            Cell cells[TAPS];
 #pragma unroll
             for (int tap = 0; tap < TAPS; ++tap) {
-                cells[tap] = *reinterpret_cast<const Bundle<ELEMENT, TOGETHER>*>(maps[level] + (first + pairs[tap / 2].items[tap % 2].offset));
+                const unsigned place = first + pairs[tap / 2].items[tap % 2].offset;
+                cells[tap] = *reinterpret_cast<const Cell*>(maps[level] + place);
             }
 #pragma unroll
             for (int tap = 0; tap < TAPS; ++tap) {
