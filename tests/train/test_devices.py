@@ -58,8 +58,8 @@ def test_a_training_step(decoder: str, accumulate: int, epoch: int) -> None:
 
 @pytest.mark.parametrize("batch_size", [2, 7])
 @pytest.mark.parametrize(
-    # One for each RoIAlign; the others: candidates of each level, the number of queries, the costs, and whether the loss
-    # is finite.
+    # One for each RoIAlign; the others: candidates of each level, the number of queries, the costs, and whether the
+    # loss is finite.
     ("decoder", "epoch", "most"),
     [("adamixer", 0, 1 + 3), ("adamixer", 1, 1 + 5), ("sparse_rcnn", 1, 5 + 5)],
 )

@@ -210,6 +210,22 @@ def test_mixing_equals_definition(run: Run, kind: str, sizes: tuple[int, int, in
 
 
 @on_every_machine
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    ("sizes", "cores"),
+    [((2, 8, 8, 16), False), ((1, 24, 16, 24), False), ((3, 48, 16, 48), True), ((8, 16, 32, 64), True)],
+)
+@pytest.mark.parametrize("element", ["float32", "float16"])
+def test_mixing_of_other_sizes(
+    run: Run, element: str, sizes: tuple[int, int, int, int], cores: bool, channels_last: bool
+) -> None:
+    *maps, points, parameters = mixing_inputs(2, 1, 1, sizes, (5, 9))
+    inputs = [*(to_element(map_, element) for map_ in maps), points, to_element(parameters, element)]
+    (mixed,) = run("SamplingMixing", inputs, {"mixed_points": sizes[3]}, element, channels_last, cores)
+    assert_close(to_float(mixed, element), mixing_definition(inputs, sizes[3], element), TOLERANCE[element])
+
+
+@on_every_machine
 @settings(deadline=None, max_examples=10)
 @given(seed=st.integers(0, 2**31), height=st.integers(1, 12), width=st.integers(1, 12))
 def test_mixing_of_any_map(run: Run, seed: int, height: int, width: int) -> None:
