@@ -70,10 +70,10 @@ class Instructions:
 
         def load(lanes: Lanes) -> None:
             if parts[1] == "global":
-                items = self.memory.load(address(lanes), size, count, lanes)
+                found = self.memory.load(address(lanes), size, count, lanes)
             else:
-                items = self.shared.load(address(lanes), size, count, lanes)
-            for write, values in zip(writers, items, strict=True):
+                found = self.shared.load(address(lanes), size, count, lanes)
+            for write, values in zip(writers, found, strict=True):
                 write(lanes, values.view(dtype))
 
         if parts[1] not in ("global", "shared"):
@@ -86,11 +86,11 @@ class Instructions:
         readers = [self.registers.reader(item, bits) for item in items(operands[1])]
 
         def store(lanes: Lanes) -> None:
-            items = [np.broadcast_to(read(lanes), lanes.shape) for read in readers]
+            given = [np.broadcast_to(read(lanes), lanes.shape) for read in readers]
             if parts[1] == "global":
-                self.memory.store(address(lanes), DTYPES[bits].itemsize, items, lanes)
+                self.memory.store(address(lanes), DTYPES[bits].itemsize, given, lanes)
             else:
-                self.shared.store(address(lanes), DTYPES[bits].itemsize, items, lanes)
+                self.shared.store(address(lanes), DTYPES[bits].itemsize, given, lanes)
 
         if parts[1] not in ("global", "shared"):
             raise ValueError(f"unknown PTX memory: {'.'.join(parts)}")
