@@ -156,7 +156,8 @@ def _probing_layout(shapes: Sequence[Shape], attributes: dict[str, Any], element
     threads = min(512, _threads_for(count, 2))
     if 8 * count + 4 * threads + 8 * (attributes["capacity"] + threads // 32) + 12 > STATIC_SHARED_LIMIT:
         raise ValueError(
-            f"AdaptiveProbing of {count} anchors does not fit the shared memory of a block; choose fewer patches or its ONNX body"
+            f"AdaptiveProbing of {count} anchors does not fit the shared memory of a block; use the op's ONNX body or "
+            "fewer patches"
         )
     return _Layout(constants, (slices, anchors[0], 1), threads, (feature[2], feature[3]))
 

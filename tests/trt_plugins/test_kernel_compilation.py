@@ -14,7 +14,7 @@ from trt_plugins.compile import (
     resource_usage,
     supported_capabilities,
 )
-from trt_plugins.plan import OPERATIONS, STATIC_SHARED_LIMIT, make_plan
+from trt_plugins.plan import OPERATIONS, STATIC_SHARED_LIMIT, Plan, make_plan
 from trt_plugins.resources import DEMO, PUBLISHED, Case, cases, resource_rows, signature
 
 pytestmark = pytest.mark.usefixtures("kernel_cache")
@@ -101,6 +101,18 @@ def test_sizes_without_a_kernel_are_refused(groups: int, points: int, mixed: int
     shapes, attributes = signature("SamplingMixing", sizes)
     with pytest.raises(ValueError, match=message):
         make_plan("SamplingMixing", shapes, attributes)
+
+
+def test_probing_takes_as_many_anchors_as_shared_memory_holds() -> None:
+    def plan(count: int) -> Plan:
+        return make_plan(
+            "AdaptiveProbing", [(1, count, 5), (1, count), (1, 8, 40, 40), (1, 2)], {"stride": 8, "capacity": 128}
+        )
+
+    most = next(count for count in range(6000, 0, -1) if 8 * count + 3212 <= STATIC_SHARED_LIMIT)
+    assert STATIC_SHARED_LIMIT - 256 <= resource_usage(plan(most), 90).shared_bytes <= STATIC_SHARED_LIMIT
+    with pytest.raises(ValueError, match=f"of {most + 1} anchors does not fit .* use the op's ONNX body"):
+        plan(most + 1)
 
 
 def test_calls_that_do_not_exist_are_refused() -> None:
