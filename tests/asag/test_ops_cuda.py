@@ -85,6 +85,19 @@ def test_a_kernel_that_does_not_is_left_with_one_warning(
     assert (launch.launches, definition.calls, len(told)) == (1, 3, 1)
 
 
+def test_what_is_no_number_in_both_is_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = PlayedLaunch()
+    monkeypatch.setattr(asag.ops.cuda, "_launch", launch)
+    op, (anchors, selectable) = KernelOp("GatherAnchors", gather_anchors_definition), gather_inputs()
+    anchors[..., 0] = torch.nan
+    anchors[..., 1] = torch.inf
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            op(anchors, selectable, *ATTRIBUTES)
+    assert launch.launches == 2
+
+
 def test_every_compiled_kernel_is_tried_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     launch, definition = PlayedLaunch(), CountedDefinition()
     monkeypatch.setattr(asag.ops.cuda, "_launch", launch)
