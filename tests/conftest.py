@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,12 @@ def goldens() -> Path:
 def coco_tiny() -> Path:
     """Folder of a small COCO dataset of photographs."""
     return _shared("data/coco_tiny")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    # A test that asked PyTorch for more threads must not leave them to the next: sums would be added in another order.
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -18,8 +18,8 @@ constexpr int BLOCKS_AT_ONCE = 3;
 #else
 using Stored = float;
 constexpr int PAD = 0;
-// float32: as the compiler sees fit. 16 bits: left alone, it saves registers until some spill.
-constexpr int BLOCKS_AT_ONCE = sizeof(ELEMENT) == 4 ? 0 : 2;
+// Left alone, some versions of the compiler save registers until a few spill.
+constexpr int BLOCKS_AT_ONCE = 2;
 #endif
 #if CHANNELS_LAST
 constexpr int TOGETHER = PacketSize<ELEMENT, CHANNELS>::value;  // channels of a sample that one thread takes
