@@ -132,7 +132,7 @@ compare() { # NAME FILE...: the checkpoint against those of the files in work/ t
 }
 
 describe='import json, torch
-from trt_plugins.report import describe_machine
+from trt_plugins.benchmark.report import describe_machine
 print(json.dumps(describe_machine("cuda" if torch.cuda.is_available() else "cpu"), indent=1))'
 if ! timeout 120 "$python" -c "$describe" >"$work/machine.json" 2>"$output/logs/machine.log"; then
     rm "$work/machine.json"

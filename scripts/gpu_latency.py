@@ -21,8 +21,8 @@ from asag.checkpoint import load_detector
 from asag.deploy import DeployedDetector
 from asag.ops import definitions_only
 from runtime.files import write_json
-from trt_plugins.report import describe_machine
-from trt_plugins.timing import ClockTimer, CudaTimer, Sampler, Spread, Timer, first_line, interleave, ratio
+from trt_plugins.benchmark.report import describe_machine
+from trt_plugins.benchmark.timing import ClockTimer, CudaTimer, Sampler, Spread, Timer, first_line, interleave, ratio
 
 EAGER = "eager"
 Way = Callable[[], Sampler]

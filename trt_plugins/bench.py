@@ -17,14 +17,14 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from trt_plugins.contenders import Device, describe, find_contenders, op_model, random_inputs
+from trt_plugins.benchmark.contenders import Device, describe, find_contenders, op_model, random_inputs
+from trt_plugins.benchmark.limits import Limits, least_work, measure_limits
+from trt_plugins.benchmark.report import describe_machine, to_json, to_markdown
+from trt_plugins.benchmark.results import Result, Timing
+from trt_plugins.benchmark.timing import CudaTimer, first_line, interleave
 from trt_plugins.launch import launch
-from trt_plugins.limits import Limits, least_work, measure_limits
 from trt_plugins.plan import OPERATIONS
-from trt_plugins.report import describe_machine, to_json, to_markdown
 from trt_plugins.resources import DEMO, PUBLISHED, Case, Sizes, cases
-from trt_plugins.results import Result, Timing
-from trt_plugins.timing import CudaTimer, first_line, interleave
 
 __all__ = ["case_groups", "describe", "main", "measure", "op_model"]
 

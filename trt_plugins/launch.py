@@ -141,7 +141,7 @@ def prepare_call(
     )
     shapes = [array.shape for array in given]
     channels_last = _lies_channels_last(operation, given)
-    plan = _plan(name, tuple(shapes), tuple(attributes.items()), element, channels_last, tensor_cores)
+    plan = plan_for(name, tuple(shapes), tuple(attributes.items()), element, channels_last, tensor_cores)
     expected = operation.output_shapes(shapes, attributes)
     for tensor, array in zip(operation.inputs, given, strict=True):
         _check_array(operation, tensor, array, element, channels_last)
@@ -153,14 +153,15 @@ def prepare_call(
 
 
 @lru_cache(maxsize=1024)
-def _plan(
+def plan_for(
     name: str,
     shapes: tuple[tuple[int, ...], ...],
     attributes: tuple[tuple[str, Any], ...],
     element: str,
     channels_last: bool,
-    tensor_cores: bool,
+    tensor_cores: bool = False,
 ) -> Plan:
+    """:func:`trt_plugins.plan.make_plan` of arguments that can be remembered; it raises the same ValueError."""
     return make_plan(name, shapes, dict(attributes), element, channels_last, tensor_cores)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,14 +59,19 @@ class KernelOp:
         return outputs[0] if len(outputs) == 1 else outputs
 
     def _run(self, tensors: Sequence[Tensor], attributes: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        from trt_plugins.launch import plan_for
+
         given = list(zip(self._operation.inputs, tensors, strict=True))
         element = next((_type(tensor) for what, tensor in given if what.type == "element"), "float32")
         maps = [tensor for what, tensor in given if what.pyramid]
         channels_last = bool(maps) and all(map_.is_contiguous(memory_format=torch.channels_last) for map_ in maps)
         shapes = tuple(tuple(tensor.shape) for tensor in tensors)
-        constants = _constants(self._name, shapes, tuple(attributes.items()), element, channels_last)
-        kernel = tensors[0].device, constants
-        if constants is None or not self._serves.get(kernel, True):
+        try:
+            plan = plan_for(self._name, shapes, tuple(attributes.items()), element, channels_last)
+        except ValueError:  # sizes or a type without a kernel
+            return self._defined(tensors, attributes, element)
+        kernel = tensors[0].device, plan.defines
+        if not self._serves.get(kernel, True):
             return self._defined(tensors, attributes, element)
         if kernel in self._serves:
             return self._launched(tensors, attributes, element, channels_last)
@@ -128,23 +133,6 @@ def definitions_only() -> Iterator[None]:
         for op, _ in _OPS.values():
             stack.enter_context(op.set_kernel_enabled("cuda", enabled=False))
         yield
-
-
-@lru_cache(maxsize=1024)
-def _constants(
-    name: str,
-    shapes: tuple[tuple[int, ...], ...],
-    attributes: tuple[tuple[str, Any], ...],
-    element: str,
-    channels_last: bool,
-) -> tuple[tuple[str, str], ...] | None:
-    """What is compiled into the kernel for these sizes; None where it has none for them."""
-    from trt_plugins.plan import make_plan
-
-    try:
-        return make_plan(name, shapes, dict(attributes), element, channels_last).defines
-    except ValueError:
-        return None
 
 
 def _complaint(found: Sequence[Tensor], expected: Sequence[Tensor], element: str) -> str | None:

@@ -14,7 +14,7 @@ from kernel_cases import to_element
 from ptx_emulator import run_ptx
 from ptx_work import Work
 
-from trt_plugins.contenders import random_inputs
+from trt_plugins.benchmark.contenders import random_inputs
 from trt_plugins.plan import OPERATIONS
 from trt_plugins.resources import PUBLISHED, Case, cases
 

@@ -20,7 +20,7 @@ from asag.ops import adaptive_probing_definition, pyramid_roi_align_definition
 from asag.ops.sampling_mixing import sample_pyramid
 from trt_plugins import bench
 from trt_plugins.bench import case_groups, main
-from trt_plugins.contenders import (
+from trt_plugins.benchmark.contenders import (
     COLD,
     DEFINITION,
     GRAPH,
@@ -31,12 +31,20 @@ from trt_plugins.contenders import (
     Device,
     random_inputs,
 )
+from trt_plugins.benchmark.limits import (
+    Limits,
+    Work,
+    float_rate,
+    least_work,
+    measure_limits,
+    nvidia_smi,
+    touched_values,
+)
+from trt_plugins.benchmark.results import Result, Timing, check_aims
+from trt_plugins.benchmark.timing import ClockTimer, NotCapturableError, Sampler, Spread, interleave
 from trt_plugins.launch import ITEM_SIZES, DeviceArray, prepare_call
-from trt_plugins.limits import Limits, Work, float_rate, least_work, measure_limits, nvidia_smi, touched_values
 from trt_plugins.plan import OPERATIONS
 from trt_plugins.resources import DEMO, PUBLISHED, Case, Sizes, cases
-from trt_plugins.results import Result, Timing, check_aims
-from trt_plugins.timing import ClockTimer, NotCapturableError, Sampler, Spread, interleave
 
 SMALL = dataclasses.replace(
     DEMO, name="published", finest=(24, 40), first=40, anchors_per_patch=5, capacity=(4, 6), queries=12
@@ -333,10 +341,10 @@ def test_the_driver_is_asked_for_the_clock(tmp_path: Path, monkeypatch: pytest.M
     )
     command.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr("trt_plugins.limits._identity", lambda: "")
+    monkeypatch.setattr("trt_plugins.benchmark.limits._identity", lambda: "")
     assert nvidia_smi("driver_version", "clocks.max.sm") == ["580.95.05", "1980"]
     assert command.with_suffix(".asked").read_text() == "--query-gpu=uuid,driver_version,clocks.max.sm\n"
-    monkeypatch.setattr("trt_plugins.limits._identity", lambda: "2")
+    monkeypatch.setattr("trt_plugins.benchmark.limits._identity", lambda: "2")
     assert nvidia_smi("driver_version", "clocks.max.sm") == ["580.95.05", "1700"]
     assert nvidia_smi("driver_version") is None
     command.unlink()

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trt_plugins.benchmark.timing import ClockTimer, Sampler, Timer, first_line
 from trt_plugins.launch import DeviceArray
 from trt_plugins.plan import OPERATIONS, Tensor
 from trt_plugins.resources import Case
-from trt_plugins.timing import ClockTimer, Sampler, Timer, first_line
 
 KERNEL, DEFINITION, TORCHVISION, ONNX_BODY = "kernel", "PyTorch definition", "torchvision", "ONNX body"
 PYTHON, GRAPH, COLD = "from Python", "in a graph", "in a graph, caches empty"

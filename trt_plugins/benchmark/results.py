@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from trt_plugins.contenders import COLD, DEFINITION, GRAPH, KERNEL, TORCHVISION, Contender
-from trt_plugins.limits import Limits, Work
+from trt_plugins.benchmark.contenders import COLD, DEFINITION, GRAPH, KERNEL, TORCHVISION, Contender
+from trt_plugins.benchmark.limits import Limits, Work
+from trt_plugins.benchmark.timing import Spread, ratio
 from trt_plugins.resources import PUBLISHED, Case
-from trt_plugins.timing import Spread, ratio
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trt_plugins.benchmark.contenders import COLD, GRAPH, KERNEL, PYTHON
+from trt_plugins.benchmark.limits import Limits, nvidia_smi
+from trt_plugins.benchmark.results import Aim, Result, Timing, check_aims
+from trt_plugins.benchmark.timing import Spread
 from trt_plugins.compile import nvrtc_version
-from trt_plugins.contenders import COLD, GRAPH, KERNEL, PYTHON
-from trt_plugins.limits import Limits, nvidia_smi
-from trt_plugins.results import Aim, Result, Timing, check_aims
-from trt_plugins.timing import Spread
 
 
 def describe_machine(device: str) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trt_plugins.benchmark.timing import Timer, interleave
 from trt_plugins.plan import OPERATIONS, ROI_SIDE
 from trt_plugins.resources import Case
-from trt_plugins.timing import Timer, interleave
 
 FLOAT_LANES = {75: 64, 80: 64, 86: 128, 87: 128, 89: 128, 90: 128, 100: 128, 103: 128, 120: 128}
 """Float32 multiply-adds per clock and multiprocessor, by compute capability times ten.
