@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from trt_plugins.benchmark.contenders import Device, describe, find_contenders, op_model, random_inputs
+from trt_plugins.benchmark.contenders import Device, find_contenders, op_model, random_inputs
 from trt_plugins.benchmark.limits import Limits, least_work, measure_limits
 from trt_plugins.benchmark.report import describe_machine, to_json, to_markdown
 from trt_plugins.benchmark.results import Result, Timing
@@ -26,7 +26,7 @@ from trt_plugins.launch import launch
 from trt_plugins.plan import OPERATIONS
 from trt_plugins.resources import DEMO, PUBLISHED, Case, Sizes, cases
 
-__all__ = ["case_groups", "describe", "main", "measure", "op_model"]
+__all__ = ["case_groups", "main", "measure", "op_model"]
 
 MIXING_QUERIES = (100, 200)
 """Numbers of queries that SamplingMixing is timed with beside the published sizes' own."""

@@ -48,6 +48,12 @@ class DeviceArray:
             raise ValueError(f"arrays of type {description['typestr']} have no kernel")
         return cls(description["data"][0], tuple(description["shape"]), kind, description.get("strides"))
 
+    @classmethod
+    def of_tensor(cls, tensor: Any) -> DeviceArray:
+        """From a PyTorch tensor, also of types that `__cuda_array_interface__` has no name for."""
+        strides = tuple(step * tensor.element_size() for step in tensor.stride())
+        return cls(tensor.data_ptr(), tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), strides)
+
     def is_row_major(self) -> bool:
         """Whether the last axis moves fastest and there are no gaps."""
         return self._has_order(range(len(self.shape)))

@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
-PATCH_CELLS = 15 * 15
+PATCH_SIDE = 15
+"""Cells along the side of a probed patch."""
+
 ROI_SIDE = 7
 ELEMENT_TYPES = {"float32": "float", "float16": "Half", "bfloat16": "BFloat16"}
 """Types of feature maps, and their names in the kernels."""
@@ -165,7 +167,13 @@ def _probing_layout(shapes: Sequence[Shape], attributes: dict[str, Any], element
 def _probing_outputs(shapes: Sequence[Shape], attributes: Mapping[str, Any]) -> list[list[Dimension]]:
     anchors, _, feature, _ = shapes
     batch, places = anchors[0], attributes["capacity"]
-    return [[batch, places, PATCH_CELLS, feature[1]], [batch, places, 2], [batch, places], [batch, anchors[1]], [batch]]
+    return [
+        [batch, places, PATCH_SIDE**2, feature[1]],
+        [batch, places, 2],
+        [batch, places],
+        [batch, anchors[1]],
+        [batch],
+    ]
 
 
 def _gather_layout(shapes: Sequence[Shape], attributes: dict[str, Any], element: str, tensor_cores: bool) -> _Layout:

@@ -157,20 +157,13 @@ def _largest_difference(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
 
 
 def _launch(name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], attributes: Mapping[str, Any]) -> None:
-    from trt_plugins.launch import launch
+    from trt_plugins.launch import DeviceArray, launch
 
     device = inputs[0].device
+    given, wanted = ([DeviceArray.of_tensor(tensor) for tensor in tensors] for tensors in (inputs, outputs))
     with torch.cuda.device(device):
-        stream = torch.cuda.current_stream(device).cuda_stream
-        launch(name, [_describe(t) for t in inputs], [_describe(t) for t in outputs], attributes, stream)
+        launch(name, given, wanted, attributes, torch.cuda.current_stream(device).cuda_stream)
 
 
 def _type(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
-
-
-def _describe(tensor: Tensor) -> Any:
-    from trt_plugins.launch import DeviceArray
-
-    strides = tuple(step * tensor.element_size() for step in tensor.stride())
-    return DeviceArray(tensor.data_ptr(), tuple(tensor.shape), _type(tensor), strides)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 from ptx_arithmetic import COMPARISONS, DTYPES, convert, function_of, pack_halves
 from ptx_memory import GlobalMemory, Lanes, SharedMemory, Values
 from ptx_program import Instruction
 from ptx_registers import Registers, items
-from ptx_warp import WARP_WIDE
+from ptx_warp import WARP_WIDE, Step
 
-Step = Callable[[Lanes], None]
 TURNS = ("bra", "ret", "bar")
 """Instructions that decide who runs next, which the machine itself handles."""
 

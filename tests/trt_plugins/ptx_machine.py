@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 from ptx_arithmetic import DTYPES
-from ptx_instructions import TURNS, Instructions, Step
+from ptx_instructions import TURNS, Instructions
 from ptx_memory import GlobalMemory, KernelFaultError, Lanes, SharedMemory
 from ptx_program import Instruction, Program
 from ptx_registers import Registers
-from ptx_warp import WARP, WARP_WIDE
+from ptx_warp import WARP_WIDE, Step
+from ptx_work import WARP
 
 RUNNING, IN_WARP, AT_BARRIER, DONE = range(4)
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
-from ptx_work import Work
+from ptx_work import Values, Work
 
-Values = NDArray[Any]
 Lanes = NDArray[np.intp]
 
 BASE = 0x7F12_0000_0000

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 from ptx_memory import KernelFaultError, Lanes, SharedMemory, Values
 from ptx_registers import Registers, items
+from ptx_work import WARP
 
-WARP = 32
 Parts = tuple[str, ...]
 Step = Callable[[Lanes], None]
 

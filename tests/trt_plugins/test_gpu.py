@@ -38,8 +38,8 @@ from runtime import open_session
 from runtime.engines.backend import TENSORRT
 from runtime.engines.build import BuildOptions, build_engine
 from tests.builders import random_detector, small_info
-from trt_plugins.bench import describe, op_model
-from trt_plugins.launch import current_capability, launch
+from trt_plugins.bench import op_model
+from trt_plugins.launch import DeviceArray, current_capability, launch
 from trt_plugins.plan import OPERATIONS
 from trt_plugins.plugins import register_plugins
 
@@ -78,7 +78,7 @@ def run(
             output.view(torch.uint8).fill_(fill) if dtype != torch.bool else output.fill_(fill == 0xA5)
             outputs.append(output)
         stream = torch.cuda.current_stream().cuda_stream
-        arrays = [describe(value) for value in on_gpu], [describe(value) for value in outputs]
+        arrays = [[DeviceArray.of_tensor(value) for value in values] for values in (on_gpu, outputs)]
         launch(name, *arrays, attributes, stream, tensor_cores)
         torch.cuda.synchronize()
         runs.append([output.cpu() for output in outputs])

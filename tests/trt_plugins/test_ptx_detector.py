@@ -13,8 +13,9 @@ from torch import Tensor
 
 import asag.ops.cuda
 from asag.deploy import DeployedDetector
-from asag.ops.cuda import _OPS, KernelOp, _describe
+from asag.ops.cuda import _OPS, KernelOp
 from tests.builders import random_detector, random_picture, small_info, uint8_batch
+from trt_plugins.launch import DeviceArray
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -23,9 +24,8 @@ def test_a_detector_with_kernels_detects_the_same(channels_last: bool, monkeypat
 
     def launch(name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], attributes: Mapping[str, Any]) -> None:
         launched.append(name)
-        launch_ptx(
-            name, [_describe(tensor) for tensor in inputs], [_describe(tensor) for tensor in outputs], attributes
-        )
+        arrays = [[DeviceArray.of_tensor(tensor) for tensor in tensors] for tensors in (inputs, outputs)]
+        launch_ptx(name, *arrays, attributes)
 
     monkeypatch.setattr(asag.ops.cuda, "_launch", launch)
     deployed = DeployedDetector(random_detector(), small_info((160, 192))).eval()

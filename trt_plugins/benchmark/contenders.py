@@ -100,12 +100,6 @@ def random_inputs(case: Case) -> list[NDArray[Any]]:
     return arrays
 
 
-def describe(tensor: Any) -> DeviceArray:
-    """A PyTorch tensor's memory, also of types that `__cuda_array_interface__` has no name for."""
-    strides = tuple(step * tensor.element_size() for step in tensor.stride())
-    return DeviceArray(tensor.data_ptr(), tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), strides)
-
-
 def definition(case: Case, tensors: Sequence[Any]) -> Callable[[], Any]:
     """The op's PyTorch definition on `tensors`."""
     from asag import ops
@@ -184,7 +178,7 @@ def _kernel(case: Case, tensors: Sequence[Any], device: Device) -> Callable[[], 
     ]
 
     def run() -> None:
-        arrays = [describe(value) for value in given], [describe(value) for value in outputs]
+        arrays = [[DeviceArray.of_tensor(value) for value in values] for values in (given, outputs)]
         stream = torch.cuda.current_stream().cuda_stream if device.name == "cuda" else 0
         device.launch(case.name, *arrays, case.attributes, stream, case.tensor_cores)
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_plugins.benchmark.timing import Timer, interleave
-from trt_plugins.plan import OPERATIONS, ROI_SIDE
+from trt_plugins.plan import OPERATIONS, PATCH_SIDE, ROI_SIDE
 from trt_plugins.resources import Case
 
 FLOAT_LANES = {75: 64, 80: 64, 86: 128, 87: 128, 89: 128, 90: 128, 100: 128, 103: 128, 120: 128}
@@ -20,9 +20,6 @@ FLOAT_LANES = {75: 64, 80: 64, 86: 128, 87: 128, 89: 128, 90: 128, 100: 128, 103
 
 CUDA C++ Programming Guide, "Throughput of Native Arithmetic Instructions".
 """
-
-PATCH_SIDE = 15
-"""Cells along the side of a probed patch."""
 
 ROUNDS = 10
 COPIED = 1 << 30

@@ -54,25 +54,17 @@ struct Convert<BFloat16> {
     }
 };
 
-// Two 16-bit floats in one word, the first in the lower half.
+// Two 16-bit floats in one word, the first in the lower half; from compute capability 8.0 on.
 __device__ __forceinline__ unsigned pack(Half, float first, float second) {
-#if __CUDA_ARCH__ >= 800
     unsigned word;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
     return word;
-#else
-    return unsigned(Convert<Half>::from(second).bits) << 16 | Convert<Half>::from(first).bits;
-#endif
 }
 
 __device__ __forceinline__ unsigned pack(BFloat16, float first, float second) {
-#if __CUDA_ARCH__ >= 800
     unsigned word;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
     return word;
-#else
-    return unsigned(Convert<BFloat16>::from(second).bits) << 16 | Convert<BFloat16>::from(first).bits;
-#endif
 }
 
 // Relative error up to 2^-11.
