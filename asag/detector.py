@@ -1,113 +1,125 @@
-"""The detector: backbone, neck, anchors, proposals and one decoder layer with parallel heads."""
+"""What every detector is to the rest of the toolkit, and how its forward pass names its stages."""
 
 from __future__ import annotations
 
-import dataclasses
-from typing import NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import FeaturePyramidNetwork
 
-from asag.adamixer import AdaMixerHead
-from asag.anchors import AnchorGenerator, Anchors
-from asag.backbone import ResNet
-from asag.config import HEADS, DetectorConfig
-from asag.proposals import DynamicProposals, Proposals, attention_allowed
-from asag.sparse_rcnn import SparseRCNNHead
+from asag.families import family_of
+from asag.family import DetectorConfig
 
 
-class HeadOutput(NamedTuple):
-    """What one head says of N queries."""
+class Predictions(NamedTuple):
+    """What a detector says of B images with room for N queries each."""
 
     logits: Tensor
     """[B, N, classes]"""
     boxes: Tensor
     """[B, N, 4] `cxcywh` as fractions of the content."""
+    valid: Tensor | None = None
+    """[B, N] bool, which queries exist; None where all do."""
+    overflow: Tensor | None = None
+    """[B] int32, what the image asked for and a fixed capacity had no room for; None where nothing is limited."""
 
 
-class Detector(nn.Module):
-    """ASAG. Images are [B, 3, H, W], normalized RGB, zero-padded at the bottom and right; `sizes` [B, 2] holds the
-    (height, width) in pixels of each image's content.
+class Backbone(Protocol):
+    """What training and deployment need of a backbone beside its forward pass."""
+
+    channels: list[int]
+    """Of the maps that it gives, fine to coarse."""
+    train_statistics: bool
+    """Whether its norms learn their running statistics."""
+
+    def norms(self) -> Iterator[nn.Module]:
+        """Every batch norm."""
+
+    def freeze(self) -> None:
+        """Exclude from training what a backbone with published weights keeps."""
+
+    def fold(self) -> None:
+        """Fold every batch norm into the convolution before it, in place; for inference only, after loading weights."""
+
+
+class Detector(nn.Module, ABC):
+    """A detector. Images are [B, 3, H, W], normalized RGB, zero-padded at the bottom and right; `sizes` [B, 2] float32
+    holds the (height, width) in pixels of each image's content.
     """
 
-    def __init__(self, config: DetectorConfig) -> None:
-        super().__init__()
-        self.config = config
-        size = config.size
-        self.backbone = ResNet(config.backbone, size.backbone_width, config.train_batch_statistics)
-        self.neck = FeaturePyramidNetwork(self.backbone.channels, size.channels)
-        self.anchor_generator = AnchorGenerator(config)
-        self.proposals = DynamicProposals(config)
-        head = {"adamixer": AdaMixerHead, "sparse_rcnn": SparseRCNNHead}[config.decoder]
-        self.heads = nn.ModuleDict({name: head(config) for name in HEADS})
-        self.head_embedding = nn.Embedding(len(HEADS), size.channels)
+    config: Any
+    """The family's, see :class:`asag.family.DetectorConfig`."""
+    backbone: Any
+    """A module that is a :class:`Backbone`."""
+    neck: nn.Module
+    """The convolutions after it; `nn.Identity` where there are none."""
 
-    def choose(self, head: str | None = None, levels: str | None = None) -> None:
-        """Deploy another head, or explore other levels; None keeps the choice. No tensor depends on either.
+    @abstractmethod
+    def forward(self, images: Tensor, sizes: Tensor) -> Predictions:
+        """Names the stages that its family declares for its configuration."""
 
-        Raises ValueError for a head or levels that do not exist.
-        """
-        config = dataclasses.replace(self.config, head=head or self.config.head, levels=levels or self.config.levels)
-        self.config = self.anchor_generator.config = config
-
-    def features(self, images: Tensor) -> list[Tensor]:
-        """Images -> P2..P5, each [B, C, H/stride, W/stride]; in float32 where autocast made them less."""
-        maps = self.backbone(images)
-        pyramid = self.neck({f"P{level}": feature for level, feature in enumerate(maps, start=2)})
-        return [feature.to(torch.promote_types(feature.dtype, torch.float32)) for feature in pyramid.values()]
-
-    def run_head(
-        self, name: str, features: list[Tensor], proposals: Proposals, allowed: Tensor, sizes: Tensor
-    ) -> HeadOutput:
-        """One of the parallel heads, `aux_0`, `aux_1`, `aux_2` or `main`.
-
-        The proposals' boxes get no gradient from it.
-        """
-        fixed = proposals._replace(boxes=proposals.boxes.detach(), xyzr=proposals.xyzr.detach())
-        queries = proposals.queries + self.head_embedding.weight[HEADS.index(name)]
-        return HeadOutput(*self.heads[name](features, queries, fixed, allowed, sizes))
-
-    def forward(
-        self, images: Tensor, sizes: Tensor, capacity: tuple[int, int] | None = None
-    ) -> tuple[HeadOutput, Anchors]:
-        """The deployed head's output and the anchors behind it; `capacity` as in :class:`AnchorGenerator`."""
-        features = self.features(images)
-        anchors = self.anchor_generator(features, sizes, capacity)
-        allowed = attention_allowed(anchors.valid)
-        proposals = self.proposals(features, anchors.boxes, allowed, sizes)
-        return self.run_head(self.config.head, features, proposals, allowed, sizes), anchors
-
-    @torch.no_grad()
-    def stages(self, images: Tensor, sizes: Tensor, capacity: tuple[int, int] | None = None) -> dict[str, Tensor]:
-        """Every intermediate result by name, without gradient: what parity and pictures look at.
-
-        `p6_anchors` [B, 1, k, 5], `p5_anchors` [B, 4, k, 5], and for each level that was explored `p4_anchors`
-        [patches, k, 5], `p4_crop_xy` [patches, 2] (cells), `p4_image_index` [patches] (boxes after the sigmoid,
-        confidence before it); `anchors` [B, N, 4] (`cxcywh`, pixels), `valid` [B, N]; `proposal_logits`,
-        `proposal_boxes`, and `<head>_logits` [B, N, classes], `<head>_boxes` [B, N, 4] (`cxcywh`, fractions of the
-        content) of every head there is; `overflow` [B] int32, the candidates that `capacity` (as in
-        :class:`AnchorGenerator`) left unexplored.
-        """
-        sizes = sizes.to(images.device, torch.float32)
-        features = self.features(images)
-        anchors = self.anchor_generator(features, sizes, capacity)
-        allowed = attention_allowed(anchors.valid)
-        proposals = self.proposals(features, anchors.boxes, allowed, sizes)
-        found = {"p6_anchors": anchors.fixed.p6, "p5_anchors": anchors.fixed.p5}
-        for level, probed in anchors.probed.items():
-            name = level.lower()
-            found[f"{name}_anchors"] = probed.predictions[probed.valid]
-            found[f"{name}_crop_xy"] = probed.corners[probed.valid]
-            found[f"{name}_image_index"] = probed.valid.nonzero()[:, 0]
-        found |= {"anchors": anchors.boxes, "valid": anchors.valid, "overflow": anchors.overflow}
-        found |= {"proposal_logits": proposals.logits, "proposal_boxes": proposals.boxes}
-        for name in self.heads:
-            output = self.run_head(name, features, proposals, allowed, sizes)
-            found |= {f"{name}_logits": output.logits, f"{name}_boxes": output.boxes}
-        return found
+    @abstractmethod
+    def deployed(self) -> Self:
+        """A copy in evaluation mode without what only training needs, whose shapes do not depend on the data."""
 
 
 def build_detector(config: DetectorConfig) -> Detector:
-    """A detector with random weights, in evaluation mode."""
-    return Detector(config).eval()
+    """A detector with random weights, in evaluation mode. Raises ValueError for what is no configuration."""
+    return family_of(config).build(config).eval()
+
+
+Listener = Callable[[str, Mapping[str, Tensor]], None]
+"""Called with a stage's name and its values by their names."""
+
+_listeners: ContextVar[tuple[Listener, ...]] = ContextVar("listeners", default=())
+
+
+def stage(name: str, **values: Tensor) -> tuple[Tensor, ...]:
+    """Name values of the forward pass, in the order given; use what it returns further on.
+
+    Costs nothing unless somebody listens or the model is being exported, where the names become those of the values in
+    the file.
+    """
+    if torch.compiler.is_exporting():
+        return tuple(torch.ops.asag.stage(value, f"{name}/{key}") for key, value in values.items())
+    if not torch.compiler.is_compiling():
+        for listener in _listeners.get():
+            listener(name, values)
+    return tuple(values.values())
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Tell `listener` of every stage that this thread runs inside the block."""
+    token = _listeners.set((*_listeners.get(), listener))
+    try:
+        yield
+    finally:
+        _listeners.reset(token)
+
+
+@contextmanager
+def recorded() -> Iterator[dict[str, Tensor]]:
+    """The values of the stages that this thread runs inside the block, as `stage/name`."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str, values: Mapping[str, Tensor]) -> None:
+        found.update({f"{name}/{key}": value for key, value in values.items()})
+
+    with listening(keep):
+        yield found
+
+
+@torch.library.custom_op("asag::stage", mutates_args=())
+def _stage(value: Tensor, name: str) -> Tensor:
+    """A value that the exported file calls `name`; the exporter removes the op."""
+    return value.clone()
+
+
+@_stage.register_fake
+def _(value: Tensor, name: str) -> Tensor:
+    return torch.empty_like(value)

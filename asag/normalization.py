@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from asag.config import IMAGE_MEAN, IMAGE_STD
+IMAGE_MEAN = (0.485, 0.456, 0.406)
+IMAGE_STD = (0.229, 0.224, 0.225)
+"""Normalization of RGB values in 0..1, per channel."""
 
 
 class ImageNormalization(nn.Module):

@@ -1,137 +1,143 @@
-"""Published checkpoints: their tensor names and ours (specification section 8)."""
+"""From a published checkpoint, of whatever family, to one of ours."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from asag.config import HEADS
-from asag.detector import Detector
-
-_ATTENTION = (
-    (r"in_proj_weight", "in_projection.weight"),
-    (r"in_proj_bias", "in_projection.bias"),
-    (r"out_proj\.", "out_projection."),
-)
-_BRANCHES = (
-    (r"(?:cls_fcs|cls_module)\.", "branches.class_branch."),
-    (r"(?:fc_cls|class_logits)\.", "branches.class_logits."),
-    (r"(?:reg_fcs|reg_module)\.", "branches.box_branch."),
-    (r"(?:fc_reg|bboxes_delta)\.", "branches.box_deltas."),
-)
-_GENERATOR = (
-    (r"compress\.0\.", "compress.P3."),
-    (r"compress\.1\.", "compress.P4."),
-    (r"compress\.2\.", "compress.P5."),
-    (r"P6\.", "p6."),
-    (r"layernorm\.0\.", "norm.P5."),
-    (r"layernorm\.1\.", "norm.P4."),
-    (r"layernorm\.2\.", "norm.P3."),
-    (r"pos_embedding\.0\.weight", "position.P5"),
-    (r"pos_embedding\.1\.weight", "position.P4"),
-    (r"pos_embedding\.2\.weight", "position.P3"),
-    (r"proj_all\.layers\.", "fixed_mlp."),
-    (r"proj_patch\.layers\.", "probed_mlp."),
-)
-_PROPOSALS = (
-    (r"iof_tau", "attention.tau"),
-    (r"roi\.", "roi_projection."),
-    (r"tokens_norm1\.", "roi_norm."),
-    (r"tokens_proj\.layers\.", "feed_forward.mlp."),
-    (r"tokens_norm2\.", "feed_forward.norm."),
-    (r"tokens_norm3\.", "attention.norm."),
-    *((rf"attn\.{theirs}", f"attention.attention.{ours}") for theirs, ours in _ATTENTION),
-    *_BRANCHES,
-)
-_ADAMIXER = (
-    (r"iof_tau", "attention.tau"),
-    *((rf"attention\.{theirs}", f"attention.attention.{ours}") for theirs, ours in _ATTENTION),
-    (r"attention_norm\.", "attention.norm."),
-    (r"ffn\.layers\.", "feed_forward.mlp."),
-    (r"ffn_norm\.", "feed_forward.norm."),
-    (r"sampling_n_mixing\.sampling_offset_generator\.0\.", "sample_and_mix.offsets."),
-    (r"sampling_n_mixing\.norm\.", "sample_and_mix.norm."),
-    (r"sampling_n_mixing\.adaptive_mixing\.parameter_generator\.0\.", "sample_and_mix.parameters_of_query."),
-    (r"sampling_n_mixing\.adaptive_mixing\.out_proj\.", "sample_and_mix.out_projection."),
-    *_BRANCHES,
-)
-_SPARSE_RCNN = (
-    *((rf"self_attn\.{theirs}", f"attention.{ours}") for theirs, ours in _ATTENTION),
-    (r"norm1\.", "attention_norm."),
-    (r"norm2\.", "convolution_norm."),
-    (r"norm3\.", "feed_forward.norm."),
-    (r"linear1\.", "feed_forward.mlp.0."),
-    (r"linear2\.", "feed_forward.mlp.1."),
-    (r"inst_interact\.dynamic_layer\.", "dynamic_convolution.parameters_of_query."),
-    (r"inst_interact\.norm1\.", "dynamic_convolution.inner_norm."),
-    (r"inst_interact\.norm2\.", "dynamic_convolution.outer_norm."),
-    (r"inst_interact\.norm3\.", "dynamic_convolution.out_norm."),
-    (r"inst_interact\.out_layer\.", "dynamic_convolution.out_projection."),
-    *_BRANCHES,
-)
-_SECTIONS = (
-    (r"backbone\.0\.body\.", "backbone.", ()),
-    (r"neck\.", "neck.", ()),
-    (r"anchor_generator\.", "anchor_generator.", _GENERATOR),
-    (r"rpn\.", "proposals.", _PROPOSALS),
-    (r"decoder\.decoder_embedding\.", "head_embedding.", ()),
-    *((rf"decoder\.bbox_head\.{i}\.", f"heads.{head}.", _ADAMIXER) for i, head in enumerate(HEADS)),
-    *((rf"decoder\.head_series\.{i}\.", f"heads.{head}.", _SPARSE_RCNN) for i, head in enumerate(HEADS)),
-)
+from asag.checkpoint import CheckpointInfo, save_detector
+from asag.datasets import categories_of
+from asag.detector import Detector, build_detector
+from asag.families import FAMILIES, NamedPreset, all_presets, family_of, find_preset
+from asag.family import Family
+from asag.foreign_files import read_foreign
 
 
-def translate_name(published: str) -> str | None:
-    """Our name of a published tensor, or None when it is not part of the detector."""
-    for section, ours, rules in _SECTIONS:
-        match = re.match(section, published)
-        if match is None:
-            continue
-        rest = published[match.end() :]
-        if not rules:
-            return ours + rest
-        for pattern, replacement in rules:
-            if re.match(pattern, rest):
-                return ours + _even_layers(re.sub(f"^{pattern}", replacement, rest))
-        return None
-    return None
+class PublishedFormat(Protocol):
+    """The files that a family's authors, or others, distribute."""
+
+    looked_for: str
+    """What `identify` recognizes a file by, for the message that nothing was recognized."""
+
+    def identify(self, state: Mapping[str, Tensor], description: Mapping[str, Any]) -> Any | None:
+        """The configuration that has these tensors, or None where they are of another family.
+
+        description: see :class:`asag.foreign_files.ForeignFile`. Raises ValueError for a variant that is not known.
+        """
+
+    def translate(self, name: str, value: Tensor, config: Any) -> Iterator[tuple[str, Tensor]] | None:
+        """A tensor under our names; one may become several. Empty for one that is known and not needed, and None for
+        one that does not belong to this family.
+
+        Rows of classes that `config` does not have are dropped here.
+        """
 
 
-def _even_layers(name: str) -> str:
-    """MLP layer i sits at place 2i of its sequence, between activations."""
-    return re.sub(r"((?:^|[._])mlp)\.(\d)\.", lambda m: f"{m[1]}.{2 * int(m[2])}.", name)
+@dataclass(frozen=True)
+class Converted:
+    """What a published file turned out to be."""
+
+    preset: str
+    """Its name, or "custom" where no preset has these tensors."""
+    config: Any
+    alternatives: tuple[str, ...]
+    """All presets with these tensors."""
+
+
+def identify(state: Mapping[str, Tensor], description: Mapping[str, Any] | None = None) -> tuple[Family, Any]:
+    """The family that recognizes published tensors, and their configuration.
+
+    Raises ValueError naming what was looked for where none does, or what is odd about the tensors.
+    """
+    formats = [(family, family.published()) for family in FAMILIES]
+    found = [
+        (family, config)
+        for family, published in formats
+        if (config := published.identify(state, description or {})) is not None
+    ]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        names = " and ".join(family.title for family, _ in found)
+        raise ValueError(f"the tensors could be those of {names}")
+    looked_for = "; ".join(f"{family.title}: {published.looked_for}" for family, published in formats)
+    raise ValueError(f"no published detector that is known here; looked for {looked_for}")
 
 
 def load_published(detector: Detector, state: Mapping[str, Tensor | np.ndarray]) -> None:
-    """Load a published ASAG state, {published name: tensor or array}, in place.
+    """Load published tensors, {published name: tensor or array}, in place.
 
     Strict: raises ValueError naming the tensors that are missing, left over, or of another shape.
     """
+    published = family_of(detector.config).published()
     ours = detector.state_dict()
-    translated: dict[str, Tensor] = {}
-    left_over, misshapen = [], []
+    loaded: dict[str, Tensor] = {}
+    problems: dict[str, list[str]] = {"missing": [], "left over": [], "of another shape": []}
     for name, value in state.items():
-        target = translate_name(name)
         if name.endswith("num_batches_tracked"):
             continue
-        if target is None or target not in ours:
-            left_over.append(name)
-            continue
         tensor = torch.as_tensor(np.asarray(value) if isinstance(value, np.ndarray) else value)
-        if tensor.shape != ours[target].shape:
-            misshapen.append(f"{name} {list(tensor.shape)} (expected {list(ours[target].shape)})")
+        translated = published.translate(name, tensor, detector.config)
+        if translated is None:
+            problems["left over"].append(name)
             continue
-        translated[target] = tensor
-    missing = [name for name in ours if name not in translated and not name.endswith("num_batches_tracked")]
-    missing = [name for name in missing if not any(name == translate_name(m.split(" ")[0]) for m in misshapen)]
-    problems = [
+        for target, part in translated:
+            loaded[target] = part
+            if target not in ours:
+                problems["left over"].append(name)
+            elif part.shape != ours[target].shape:
+                shapes = f"{list(part.shape)} (expected {list(ours[target].shape)})"
+                problems["of another shape"].append(f"{name} {shapes}")
+    problems["missing"] = [name for name in ours if name not in loaded and not name.endswith("num_batches_tracked")]
+    told = [
         f"{label}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''} ({len(names)})"
-        for label, names in (("missing", missing), ("left over", left_over), ("of another shape", misshapen))
+        for label, names in problems.items()
         if names
     ]
-    if problems:
-        raise ValueError("the state does not fit this detector; tensors " + "; ".join(problems))
-    detector.load_state_dict(translated, strict=False)
+    if told:
+        raise ValueError("the state does not fit this detector; tensors " + "; ".join(told))
+    detector.load_state_dict(loaded, strict=False)
+
+
+def convert_published(source: str | Path, output: str | Path, preset: str | None = None) -> Converted:
+    """Read a published file or folder, write our checkpoint to `output`; returns what was found.
+
+    preset: which one it is; by default the first with these tensors. Raises FileNotFoundError or ValueError, naming
+    the file, when it cannot be read, no family knows it, or tensors and preset disagree.
+    """
+    file = read_foreign(source)
+    try:
+        family, config = identify(file.tensors, file.description)
+        fitting = {known.name: known for known in all_presets() if _same_tensors(family, known, config)}
+        if preset is not None and preset not in fitting:
+            find_preset(preset)
+            listed = ", ".join(fitting) or "no preset"
+            raise ValueError(f"the tensors are not those of {preset}; they fit {listed}")
+        chosen = fitting.get(preset or next(iter(fitting), ""))
+        if chosen is not None:
+            config = dataclasses.replace(config, **family.choices_of(chosen.config))
+        detector = build_detector(config)
+        load_published(detector, file.tensors)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    categories = categories_of(config.classes)
+    info = CheckpointInfo("custom", tuple(categories), tuple(categories.values()))
+    if chosen is not None:
+        info = CheckpointInfo.of(chosen, categories)
+    save_detector(output, detector, info)
+    return Converted(info.preset, config, tuple(fitting))
+
+
+def _same_tensors(family: Family, known: NamedPreset, config: Any) -> bool:
+    """Whether a preset differs from a configuration in nothing but its choices, and in what no tensor shows."""
+    if known.family is not family:
+        return False
+    free = {**family.choices_of(known.config), "train_batch_statistics": known.config.train_batch_statistics}
+    return dataclasses.replace(config, **free) == known.config

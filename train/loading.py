@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from train.dataset import DetectionDataset
-from train.randomness import AUGMENTATION, ORDER, Place, numpy_generator
+from asag.training.randomness import AUGMENTATION, ORDER, Place, numpy_generator
 from train.transforms import Batch, Sample, TrainingTransform, collate
 
 

@@ -25,7 +25,7 @@ from train.processes import Processes
 from train.reporting import peak_memory
 from train.schedule import build_optimizer, build_schedule
 from train.step import Piece, StepMaker, feature_precision, prepare_detector
-from train.timing import shares
+from asag.training.timing import shares
 from train.transforms import Batch, Sample, collate
 
 OBJECTS = 7

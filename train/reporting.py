@@ -23,7 +23,7 @@ from torch import Tensor
 
 from runtime.files import write_text
 from train.processes import Processes
-from train.timing import shares
+from asag.training.timing import shares
 
 logger = logging.getLogger(__name__)
 

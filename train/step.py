@@ -23,9 +23,9 @@ from train.dataset import Target
 from train.denoising import noise_scale
 from train.forward import TrainingForward, count_patches
 from train.processes import ALONE, Processes
-from train.randomness import Place, image_generators
-from train.timing import PartTimer
-from train.transfer import to_device
+from asag.training.randomness import Place, image_generators
+from asag.training.timing import PartTimer
+from asag.training.transfer import to_device
 from train.transforms import Batch
 
 logger = logging.getLogger(__name__)

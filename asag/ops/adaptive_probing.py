@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from asag.config import PATCH_SIDE
+PATCH_SIDE = 15
+"""Cells along each side of a patch (paper section 3, adaptive anchor generation)."""
 
 CONFIDENCE_LOW = 0.1
 CONFIDENCE_HIGH = 0.7

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from asag.config import STRIDES
-from asag.geometry import cxcywh_to_xyxy
+from asag.parts.boxes import cxcywh_to_xyxy
+
+STRIDES = (4, 8, 16, 32)
+"""Input pixels per cell of P2, P3, P4 and P5."""
 
 ROI_SIDE = 7
 SAMPLING_RATIO = 2

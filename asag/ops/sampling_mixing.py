@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from asag.config import STRIDES
-from asag.geometry import XYZR_UNIT
+from asag.ops.pyramid_roi_align import STRIDES
+
+POINT_UNIT = 4.0
+"""Pixels per unit of a point's x and y: the stride of P2."""
 
 
 def sample_pyramid(features: tuple[Tensor, ...], points: Tensor) -> Tensor:
@@ -23,7 +25,7 @@ def sample_pyramid(features: tuple[Tensor, ...], points: Tensor) -> Tensor:
     levels = torch.arange(len(features), device=points.device, dtype=points.dtype)
     weights = torch.softmax(-((points[..., 2:] - levels) ** 2) / 2, dim=-1)
     weights = weights.transpose(1, 2).reshape(batch * groups, 1, queries, count, len(features))
-    places = (points[..., :2] * (2 * XYZR_UNIT)).transpose(1, 2).reshape(batch * groups, queries, count, 2)
+    places = (points[..., :2] * (2 * POINT_UNIT)).transpose(1, 2).reshape(batch * groups, queries, count, 2)
     total = None
     for level, (feature, stride) in enumerate(zip(features, STRIDES, strict=True)):
         height, width = feature.shape[-2:]

@@ -9,12 +9,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
-from train.anchor_targets import flip_groups, patch_groups, quarter_groups
-from train.denoising import repetition_matches
-from train.matching import Matches, TargetGroups, assign, matching_costs, pad_targets
-from train.query_weighting import GroupLosses, anchor_losses, query_losses
-from train.timing import PartTimer
-from train.transfer import to_device
+from asag.families.asag.training.anchor_targets import flip_groups, patch_groups, quarter_groups
+from asag.families.asag.training.denoising import repetition_matches
+from asag.training.matching import Matches, TargetGroups, assign, matching_costs, pad_targets
+from asag.families.asag.training.query_weighting import GroupLosses, anchor_losses, query_losses
+from asag.training.timing import PartTimer
+from asag.training.transfer import to_device
 
 _Value = TypeVar("_Value")
 

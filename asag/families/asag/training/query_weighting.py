@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from train.matching import Matches, TargetGroups, iou_and_giou
+from asag.training.matching import Matches, TargetGroups, iou_and_giou
 
 SCORE_POWER = 0.4
 IOU_POWER = 0.6

@@ -15,7 +15,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from train.transfer import to_device
+from asag.training.transfer import to_device
 
 CLASS_COST = 2.0
 L1_COST = 5.0

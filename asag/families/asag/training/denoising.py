@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from train.matching import Matches
-from train.randomness import Generators, generator_of
-from train.transfer import to_device
+from asag.training.matching import Matches
+from asag.training.randomness import Generators, generator_of
+from asag.training.transfer import to_device
 
 SLOTS = 200
 PADDING_GROUP = -1

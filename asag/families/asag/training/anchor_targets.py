@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from asag.config import PATCH_SIDE
-from asag.geometry import content_scale
-from train.matching import TargetGroups, box_corners, coarse_area_factor, object_area_factor
-from train.transfer import to_device
+from asag.ops.adaptive_probing import PATCH_SIDE
+from asag.parts.boxes import content_scale
+from asag.training.matching import TargetGroups, box_corners, coarse_area_factor, object_area_factor
+from asag.training.transfer import to_device
 
 FLIPS = ((False, False), (True, False), (False, True), (True, True))
 """The views of the P6 patch, each (mirrored left-right, mirrored top-bottom): identity, horizontal, vertical, both."""

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from asag.geometry import cxcywh_to_xyxy, decode_xyzr, intersection_over_foreground, position_embedding
+from asag.families.asag.geometry import decode_xyzr, intersection_over_foreground, position_embedding
+from asag.parts.boxes import cxcywh_to_xyxy
 
 
 class MLP(nn.Sequential):

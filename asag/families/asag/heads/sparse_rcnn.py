@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from asag.config import DetectorConfig
-from asag.geometry import content_scale
-from asag.layers import Branches, FeedForward, SelfAttention, exclude
+from asag.families.asag.config import ASAGConfig
+from asag.families.asag.layers import Branches, FeedForward, SelfAttention, exclude
 from asag.ops import pyramid_roi_align
 from asag.ops.pyramid_roi_align import ROI_SIDE
-from asag.proposals import Proposals
+from asag.families.asag.proposals import Proposals
+from asag.parts.boxes import content_scale
 
 CENTRE_WEIGHT = 2.0
 """Deltas of the centre are divided by this; those of the size by one."""
@@ -45,7 +45,7 @@ class DynamicConvolution(nn.Module):
 class SparseRCNNHead(nn.Module):
     """Proposals -> class logits [B, N, classes] and boxes [B, N, 4] (`cxcywh`, fractions of the content)."""
 
-    def __init__(self, config: DetectorConfig) -> None:
+    def __init__(self, config: ASAGConfig) -> None:
         super().__init__()
         size = config.size
         self.attention = SelfAttention(size.channels, size.attention_heads)

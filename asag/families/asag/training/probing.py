@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert, nms
 
-from asag.config import PATCH_SIDE
-from train.anchor_targets import FLIPS
-from train.randomness import Generators, generator_of
+from asag.ops.adaptive_probing import PATCH_SIDE
+from asag.families.asag.training.anchor_targets import FLIPS
+from asag.training.randomness import Generators, generator_of
 
 FEWEST_PATCHES = 4
 SUPPRESSION_IOU = 0.25

@@ -8,10 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from asag.config import PATCH_SIDE, STRIDES, DetectorConfig
-from asag.geometry import content_scale
-from asag.layers import MLP
+from asag.detector import stage
+from asag.families.asag.config import ASAGConfig
+from asag.families.asag.layers import MLP
 from asag.ops import adaptive_probing, gather_anchors
+from asag.ops.adaptive_probing import PATCH_SIDE
+from asag.ops.pyramid_roi_align import STRIDES
+from asag.parts.boxes import content_scale
 
 FIXED_SIDE = 2 * PATCH_SIDE
 """Cells along each side of the resized P5 map: two patches."""
@@ -77,7 +80,7 @@ class Anchors:
 class AnchorGenerator(nn.Module):
     """P3..P5 and content sizes -> anchors. See :class:`Anchors`."""
 
-    def __init__(self, config: DetectorConfig) -> None:
+    def __init__(self, config: ASAGConfig) -> None:
         super().__init__()
         self.config = config
         size, budget = config.size, config.budget
@@ -109,7 +112,8 @@ class AnchorGenerator(nn.Module):
         """
         fixed = self.fixed_level(features, sizes)
         levels = self.config.probed_levels
-        anchors, valid = fixed.anchors, torch.ones_like(fixed.anchors[..., 0], dtype=torch.bool)
+        (anchors,) = stage("coarse_anchors", boxes=fixed.anchors)
+        valid = torch.ones_like(anchors[..., 0], dtype=torch.bool)
         collected, selectable, probed = [], [], {}
         for level, places in zip(levels, capacity or (None, None), strict=False):
             result, candidate = self.probe(level, features, anchors, valid, sizes, places)
@@ -126,6 +130,7 @@ class AnchorGenerator(nn.Module):
         if capacity is None:
             used = int(chosen.sum(dim=1).max())
             boxes, chosen = boxes[:, :used], chosen[:, :used]
+        boxes, chosen = stage("anchors", boxes=boxes, valid=chosen)
         return Anchors(boxes, chosen, fixed, probed)
 
     def gather(self, anchors: list[Tensor], selectable: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -179,15 +184,16 @@ class AnchorGenerator(nn.Module):
         stride = LEVEL_STRIDES[level]
         limit = self.config.budget.patch_limit
         limited = limit is not None and (capacity is None or capacity >= limit)
-        found = adaptive_probing(
-            anchors, valid, self.compressed(level, features), sizes, stride, limit if limited else capacity
-        )
+        (feature,) = stage(f"{level}_patches", map=self.compressed(level, features))
+        found = adaptive_probing(anchors, valid, feature, sizes, stride, limit if limited else capacity)
         if found.valid.shape[1] == 0 or (capacity is None and not bool(found.valid.any())):
             return None, found.candidate
+        corners, chosen = stage(f"{level}_patches", corners=found.corners, valid=found.valid)
         predictions = self.predict(found.patches, level)
-        pixels = probed_anchors_to_pixels(predictions, found.corners, stride, sizes.unsqueeze(1).unsqueeze(1))
+        pixels = probed_anchors_to_pixels(predictions, corners, stride, sizes.unsqueeze(1).unsqueeze(1))
+        (explored,) = stage(f"{level}_anchors", boxes=pixels.flatten(1, 2))
         overflow = torch.zeros_like(found.overflow) if limited else found.overflow
-        return ProbedLevel(predictions, found.corners, found.valid, pixels.flatten(1, 2), overflow), found.candidate
+        return ProbedLevel(predictions, corners, chosen, explored, overflow), found.candidate
 
 
 def resize_content(feature: Tensor, cells: Tensor, side: int) -> Tensor:

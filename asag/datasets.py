@@ -1,4 +1,4 @@
-"""The classes of the published detectors' datasets: category id -> name."""
+"""Facts of the datasets that published detectors were trained on: category id -> name of every class."""
 
 from __future__ import annotations
 
@@ -88,4 +88,10 @@ COCO_CATEGORIES: dict[int, str] = {
 
 CROWDHUMAN_CATEGORIES: dict[int, str] = {1: "person"}
 
-DATASET_CATEGORIES = {"coco": COCO_CATEGORIES, "crowdhuman": CROWDHUMAN_CATEGORIES}
+DATASETS: dict[str, dict[int, str]] = {"coco": COCO_CATEGORIES, "crowdhuman": CROWDHUMAN_CATEGORIES}
+
+
+def categories_of(classes: int) -> dict[int, str]:
+    """The categories of the dataset with so many classes, or numbered ones where no published detector has as many."""
+    numbered = {number: f"class {number}" for number in range(1, classes + 1)}
+    return next((known for known in DATASETS.values() if len(known) == classes), numbered)

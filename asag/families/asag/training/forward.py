@@ -12,23 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from asag.anchors import (
+from asag.families.asag.anchors import (
     LEVEL_STRIDES,
     AnchorGenerator,
     fixed_anchors_to_pixels,
     probed_anchors_to_pixels,
     split_quarters,
 )
-from asag.config import HEADS
-from asag.detector import Detector
-from asag.geometry import content_scale
+from asag.families.asag.config import HEADS
+from asag.families.asag.detector import ASAGDetector
+from asag.parts.boxes import content_scale
 from asag.ops import adaptive_probing_definition, crop_patches
 from asag.ops.adaptive_probing import probe_candidates
-from asag.proposals import attention_allowed
-from train.denoising import denoising_attention_mask, noised_queries
-from train.probing import TrainingPatches, four_flips, training_patches
-from train.randomness import Generators
-from train.transfer import to_device
+from asag.families.asag.proposals import attention_allowed
+from asag.families.asag.training.denoising import denoising_attention_mask, noised_queries
+from asag.families.asag.training.probing import TrainingPatches, four_flips, training_patches
+from asag.training.randomness import Generators
+from asag.training.transfer import to_device
 
 
 @dataclass
@@ -42,7 +42,7 @@ class _Explored:
 class TrainingForward(nn.Module):
     """`training_outputs` as a module, for wrappers that take one; called with its arguments after the detector."""
 
-    def __init__(self, detector: Detector) -> None:
+    def __init__(self, detector: ASAGDetector) -> None:
         super().__init__()
         self.detector = detector
 
@@ -52,7 +52,7 @@ class TrainingForward(nn.Module):
 
 
 def training_outputs(
-    detector: Detector,
+    detector: ASAGDetector,
     images: Tensor,
     sizes: Tensor,
     targets: Sequence[Mapping[str, Tensor]],
@@ -92,7 +92,7 @@ def training_outputs(
 
 @torch.no_grad()
 def count_patches(
-    detector: Detector,
+    detector: ASAGDetector,
     images: Tensor,
     sizes: Tensor,
     targets: Sequence[Mapping[str, Tensor]],

@@ -11,20 +11,10 @@ import math
 import torch
 from torch import Tensor
 
-XYZR_UNIT = 4.0
-"""Pixels per unit of `xyzr` coordinates: the stride of P2."""
+from asag.ops.sampling_mixing import POINT_UNIT
 
-
-def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
-    """Centre-size to corner boxes, [..., 4] in any unit."""
-    centre, half = boxes[..., :2], boxes[..., 2:] / 2
-    return torch.cat((centre - half, centre + half), dim=-1)
-
-
-def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
-    """Corner to centre-size boxes, [..., 4] in any unit."""
-    low, high = boxes[..., :2], boxes[..., 2:]
-    return torch.cat(((low + high) / 2, high - low), dim=-1)
+XYZR_UNIT = POINT_UNIT
+"""Pixels per unit of `xyzr` coordinates."""
 
 
 def encode_xyzr(boxes: Tensor) -> Tensor:
@@ -45,11 +35,6 @@ def refine_xyzr(xyzr: Tensor, deltas: Tensor) -> Tensor:
     """Apply predicted deltas, both [..., 4]: `xy += d_xy * 2^z`, `(z, r) += (d_z, d_r)`."""
     centre = xyzr[..., :2] + deltas[..., :2] * torch.exp2(xyzr[..., 2:3])
     return torch.cat((centre, xyzr[..., 2:] + deltas[..., 2:]), dim=-1)
-
-
-def content_scale(sizes: Tensor) -> Tensor:
-    """Content sizes [B, 2] (height, width) -> [B, 1, 4] (w, h, w, h), to scale normalized boxes to pixels."""
-    return sizes.flip(-1).repeat(1, 2).unsqueeze(1)
 
 
 def intersection_over_foreground(boxes: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential | None:
 class ResNet(nn.Module):
     """Images [B, 3, H, W] (normalized) -> C2..C5 at strides 4, 8, 16, 32.
 
-    Batch norm runs on its stored statistics even while training (specification section 2), so that a small batch does
+    Batch norm runs on its stored statistics even while training (as the published detectors train), so that a small batch does
     not move them; `train_statistics` lets it learn them, for a backbone that starts from random weights.
     """
 
@@ -126,26 +126,25 @@ class ResNet(nn.Module):
         """Every batch norm of the backbone."""
         return (module for module in self.modules() if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm))
 
-    def freeze_first_stages(self) -> None:
-        """Exclude the stem and layer1 from training (specification section 2)."""
+    def freeze(self) -> None:
+        """Exclude the stem and layer1 from training."""
         for part in (self.conv1, self.bn1, self.layer1):
             part.requires_grad_(False)
 
+    def fold(self) -> None:
+        """Fold every batch norm into the convolution before it, in place.
 
-def fold_batch_norm(backbone: ResNet) -> None:
-    """Fold every batch norm into the convolution before it, in place.
-
-    For inference only; call after loading weights.
-    """
-    pairs: list[tuple[nn.Module, str, str]] = [(backbone, "conv1", "bn1")]
-    for module in backbone.modules():
-        if isinstance(module, BasicBlock | Bottleneck):
-            names = ("1", "2", "3") if isinstance(module, Bottleneck) else ("1", "2")
-            pairs += [(module, f"conv{n}", f"bn{n}") for n in names]
-            if module.downsample is not None:
-                pairs.append((module.downsample, "0", "1"))
-    for owner, convolution_name, norm_name in pairs:
-        convolution, norm = getattr(owner, convolution_name), getattr(owner, norm_name)
-        fused = torch.nn.utils.fusion.fuse_conv_bn_eval(convolution.eval(), norm.eval())
-        setattr(owner, convolution_name, fused)
-        setattr(owner, norm_name, nn.Identity())
+        For inference only; call after loading weights.
+        """
+        pairs: list[tuple[nn.Module, str, str]] = [(self, "conv1", "bn1")]
+        for module in self.modules():
+            if isinstance(module, BasicBlock | Bottleneck):
+                names = ("1", "2", "3") if isinstance(module, Bottleneck) else ("1", "2")
+                pairs += [(module, f"conv{n}", f"bn{n}") for n in names]
+                if module.downsample is not None:
+                    pairs.append((module.downsample, "0", "1"))
+        for owner, convolution_name, norm_name in pairs:
+            convolution, norm = getattr(owner, convolution_name), getattr(owner, norm_name)
+            fused = torch.nn.utils.fusion.fuse_conv_bn_eval(convolution.eval(), norm.eval())
+            setattr(owner, convolution_name, fused)
+            setattr(owner, norm_name, nn.Identity())

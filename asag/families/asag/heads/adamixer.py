@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from asag.config import DetectorConfig
-from asag.geometry import decode_xyzr, refine_xyzr
-from asag.layers import Branches, FeedForward, GeometryAttention
+from asag.families.asag.config import ASAGConfig
+from asag.families.asag.geometry import decode_xyzr, refine_xyzr
+from asag.families.asag.layers import Branches, FeedForward, GeometryAttention
 from asag.ops import sampling_mixing
-from asag.proposals import Proposals, normalized_boxes
+from asag.families.asag.proposals import Proposals, normalized_boxes
 
 
 class SampleAndMix(nn.Module):
     """Sample the pyramid at points of each query and mix the samples adaptively: [B, N, C] -> [B, N, C]."""
 
-    def __init__(self, config: DetectorConfig) -> None:
+    def __init__(self, config: ASAGConfig) -> None:
         super().__init__()
         size = config.size
         self.groups, self.points, self.mixed_points = size.sampling_groups, size.sampling_points, size.mixed_points
@@ -48,7 +48,7 @@ class SampleAndMix(nn.Module):
 class AdaMixerHead(nn.Module):
     """Proposals -> class logits [B, N, classes] and boxes [B, N, 4] (`cxcywh`, fractions of the content)."""
 
-    def __init__(self, config: DetectorConfig) -> None:
+    def __init__(self, config: ASAGConfig) -> None:
         super().__init__()
         size = config.size
         self.attention = GeometryAttention(size.channels, size.attention_heads)

@@ -1,27 +1,14 @@
-"""What a detector is made of, as frozen data. Imports nothing heavy, so commands can read it quickly."""
+"""What an ASAG detector is made of, as frozen data."""
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
 
 DECODERS = ("adamixer", "sparse_rcnn")
 BACKBONES = ("resnet10", "resnet18", "resnet50", "resnet101")
 LEVELS = ("P3P6", "P4P6", "P5P6")
 DATASETS = ("coco", "crowdhuman")
 HEADS = ("aux_0", "aux_1", "aux_2", "main")
-
-STRIDES = (4, 8, 16, 32)
-"""Input pixels per cell of P2, P3, P4 and P5."""
-
-PATCH_SIDE = 15
-"""Cells along each side of a patch (paper section 3, adaptive anchor generation)."""
-
-IMAGE_MEAN = (0.485, 0.456, 0.406)
-IMAGE_STD = (0.229, 0.224, 0.225)
-"""Normalization of RGB values in 0..1, per channel."""
-
 
 @dataclass(frozen=True)
 class AnchorBudget:
@@ -68,7 +55,7 @@ class ModelSize:
 
 
 @dataclass(frozen=True)
-class DetectorConfig:
+class ASAGConfig:
     """Everything that decides a detector's tensors and arithmetic.
 
     Raises ValueError when a choice does not exist or two choices exclude each other.
@@ -81,6 +68,8 @@ class DetectorConfig:
     dataset: str = "coco"
     head: str = "main"
     """The head that is deployed; all four are trained."""
+    patch_capacity: tuple[int, int] = (64, 128)
+    """Patches per image that the deployed model has room for on P4 and P3."""
     num_classes: int | None = None
     """Classes of the data; None takes the dataset's (80 or 1)."""
     size: ModelSize = field(default_factory=ModelSize)
@@ -100,6 +89,8 @@ class DetectorConfig:
         if (self.dataset, self.queries) not in ANCHOR_BUDGETS:
             known = ", ".join(str(queries) for dataset, queries in ANCHOR_BUDGETS if dataset == self.dataset)
             raise ValueError(f"queries is {self.queries}; dataset {self.dataset!r} is defined for {known}")
+        if any(places < 1 for places in self.patch_capacity):
+            raise ValueError(f"patch_capacity is {self.patch_capacity}; each level needs at least one place")
         if self.num_classes is None:
             object.__setattr__(self, "num_classes", {"coco": 80, "crowdhuman": 1}[self.dataset])
         if self.num_classes is not None and self.num_classes < 1:
@@ -132,17 +123,3 @@ class DetectorConfig:
     def probed_levels(self) -> tuple[str, ...]:
         """The levels explored by probing, coarse to fine: a prefix of ("P4", "P3")."""
         return {"P3P6": ("P4", "P3"), "P4P6": ("P4",), "P5P6": ()}[self.levels]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> DetectorConfig:
-        """The inverse of :meth:`to_dict`. Raises ValueError on names this version does not know."""
-        values = dict(values)
-        unknown = set(values) - {f.name for f in dataclasses.fields(cls)}
-        if unknown:
-            raise ValueError(f"unknown detector options {sorted(unknown)}; was the file written by a newer asag?")
-        size = values.pop("size", None)
-        return cls(**values, size=ModelSize(**size) if size is not None else ModelSize())

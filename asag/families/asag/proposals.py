@@ -6,11 +6,13 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from asag.config import DetectorConfig
-from asag.geometry import XYZR_UNIT, content_scale, decode_xyzr, encode_xyzr, refine_xyzr
-from asag.layers import Branches, FeedForward, GeometryAttention
+from asag.detector import stage
+from asag.families.asag.config import ASAGConfig
+from asag.families.asag.geometry import XYZR_UNIT, decode_xyzr, encode_xyzr, refine_xyzr
+from asag.families.asag.layers import Branches, FeedForward, GeometryAttention
 from asag.ops import pyramid_roi_align
 from asag.ops.pyramid_roi_align import ROI_SIDE
+from asag.parts.boxes import content_scale
 
 
 class Proposals(NamedTuple):
@@ -34,7 +36,7 @@ def normalized_boxes(xyzr: Tensor, sizes: Tensor) -> Tensor:
 class DynamicProposals(nn.Module):
     """P2..P5 and anchors -> :class:`Proposals`."""
 
-    def __init__(self, config: DetectorConfig) -> None:
+    def __init__(self, config: ASAGConfig) -> None:
         super().__init__()
         size = config.size
         self.roi_projection = nn.Linear(size.channels * ROI_SIDE**2, size.channels)
@@ -51,7 +53,10 @@ class DynamicProposals(nn.Module):
         queries = self.feed_forward(self.attention(queries, xyzr, allowed))
         logits, deltas = self.branches(queries)
         xyzr = refine_xyzr(xyzr, deltas)
-        return Proposals(queries, logits, normalized_boxes(xyzr, sizes), xyzr)
+        queries, logits, boxes, xyzr = stage(
+            "proposals", queries=queries, logits=logits, boxes=normalized_boxes(xyzr, sizes), xyzr=xyzr
+        )
+        return Proposals(queries, logits, boxes, xyzr)
 
 
 def attention_allowed(valid: Tensor) -> Tensor:

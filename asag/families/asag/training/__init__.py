@@ -1,0 +1,1 @@
+"""How ASAG is trained."""

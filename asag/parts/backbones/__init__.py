@@ -1,0 +1,1 @@
+"""Backbones: what makes feature maps of an image."""

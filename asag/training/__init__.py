@@ -1,0 +1,1 @@
+"""What the training of every family is made of: assignment, random draws, timing."""

@@ -1,0 +1,90 @@
+"""What a family's training is to the loop that runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from asag.training.randomness import Generators
+
+Target = dict[str, Tensor]
+"""Objects of one image: `boxes` [n, 4] float32 (`cxcywh`, fractions of the content), `labels` [n] int64 class indices."""
+
+
+class Batch(NamedTuple):
+    """What a step's forward pass takes."""
+
+    images: Tensor
+    """[B, 3, H, W] normalized RGB, zero-padded at the bottom and right, on the device that trains."""
+    sizes: Tensor
+    """[B, 2] float32 (height, width) of the content in pixels; on the CPU, like the targets: a GPU would be waited
+    for where something is decided by them."""
+    targets: Sequence[Target]
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where the training stands, and what its forward pass draws and computes with."""
+
+    epoch: int
+    """From 0."""
+    generators: Generators = None
+    """Source of every random draw, one for each image."""
+    feature_precision: torch.dtype | None = None
+    """What backbone and neck compute in under autocast; None for float32."""
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that share a learning rate: that of the backbone or the general one, times `factor`."""
+
+    parameters: tuple[nn.Parameter, ...]
+    backbone: bool = False
+    factor: float = 1.0
+
+
+class Training(Protocol):
+    """The losses of one detector, and how they come about.
+
+    A step may be cut into pieces and processes. `counts` of all of them are added up, and each piece's `losses` are
+    divided by the sums, so that gradients do not depend on how the step was cut.
+    """
+
+    weights: Mapping[str, float]
+    """Of every loss that can occur, by its name."""
+    parts: Mapping[str, str]
+    """Of every loss: what log and curves call the part that it belongs to."""
+
+    def outputs(self, batch: Batch, step: Step) -> Any:
+        """The forward pass, with gradients where they are enabled."""
+
+    def counts(self, batch: Batch, step: Step, outputs: Any = None) -> Tensor:
+        """Divisors of the losses as this piece counts them, [n] float32 on the batch's device.
+
+        outputs: the piece's, where they are there already; without them what has to be predicted first is computed.
+        """
+
+    def losses(self, outputs: Any, targets: Sequence[Target], totals: Tensor) -> dict[str, Tensor]:
+        """Unweighted scalar losses by name; totals: the summed counts, at least 1 each."""
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """The parameters that train."""
+
+
+def rates_of(detector: Any) -> list[ParameterGroup]:
+    """The usual groups: the backbone's parameters that train, and all others that do."""
+    backbone = {id(parameter) for parameter in detector.backbone.parameters()}
+    groups = []
+    for own in (False, True):
+        chosen = tuple(
+            parameter
+            for parameter in detector.parameters()
+            if parameter.requires_grad and (id(parameter) in backbone) is own
+        )
+        if chosen:
+            groups.append(ParameterGroup(chosen, backbone=own))
+    return groups
