@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from asag.training.randomness import Generators
+from asag.training.timing import PartTimer
+
+if TYPE_CHECKING:
+    from asag.detector import Detector
 
 Target = dict[str, Tensor]
-"""Objects of one image: `boxes` [n, 4] float32 (`cxcywh`, fractions of the content), `labels` [n] int64 class indices."""
+"""Objects of one image: `boxes` [n, 4] float32 (`cxcywh`, fractions of the content), `labels` [n] int64 classes."""
 
 
 class Batch(NamedTuple):
@@ -50,14 +54,21 @@ class ParameterGroup:
 class Training(Protocol):
     """The losses of one detector, and how they come about.
 
-    A step may be cut into pieces and processes. `counts` of all of them are added up, and each piece's `losses` are
-    divided by the sums, so that gradients do not depend on how the step was cut.
+    A step may be cut into pieces and processes. The counts of all of them are added up, and the losses of each piece
+    are divided by the sums, so that those of all pieces and processes add up to the losses of the step however it was
+    cut. Parameters of the detector that no loss can reach do not require gradients.
     """
 
-    weights: Mapping[str, float]
-    """Of every loss that can occur, by its name."""
-    parts: Mapping[str, str]
-    """Of every loss: what log and curves call the part that it belongs to."""
+    timer: PartTimer
+    """Told where the time of :meth:`losses` goes; whoever makes the steps puts one of its own here."""
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """Of every loss that can occur, by its name."""
+
+    @property
+    def parts(self) -> Mapping[str, str]:
+        """Of every loss that can occur: what log and curves call the part that it belongs to."""
 
     def outputs(self, batch: Batch, step: Step) -> Any:
         """The forward pass, with gradients where they are enabled."""
@@ -65,7 +76,8 @@ class Training(Protocol):
     def counts(self, batch: Batch, step: Step, outputs: Any = None) -> Tensor:
         """Divisors of the losses as this piece counts them, [n] float32 on the batch's device.
 
-        outputs: the piece's, where they are there already; without them what has to be predicted first is computed.
+        outputs: the piece's, where they are there already; without them what has to be predicted first is computed,
+        without gradients, and with the running statistics of norms left alone.
         """
 
     def losses(self, outputs: Any, targets: Sequence[Target], totals: Tensor) -> dict[str, Tensor]:
@@ -75,7 +87,7 @@ class Training(Protocol):
         """The parameters that train."""
 
 
-def rates_of(detector: Any) -> list[ParameterGroup]:
+def rates_of(detector: Detector) -> list[ParameterGroup]:
     """The usual groups: the backbone's parameters that train, and all others that do."""
     backbone = {id(parameter) for parameter in detector.backbone.parameters()}
     groups = []

@@ -1,8 +1,10 @@
-"""The anchor generator: sparse anchors from patches, coarse to fine (specification section 3; paper section 3.2)."""
+"""The anchor generator: sparse anchors from patches, coarse to fine (paper section 3)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,20 @@ SMALLEST_ANCHOR = 3.0
 LEVEL_STRIDES = dict(zip(("P2", "P3", "P4", "P5"), STRIDES, strict=True))
 
 
+class Explored(NamedTuple):
+    """The anchors of one level."""
+
+    anchors: Tensor
+    """[B, A, 5] (cx, cy, w, h in pixels, confidence in 0..1)."""
+    valid: Tensor
+    """[B, A] bool."""
+
+
+Explore = Callable[[str, Explored], tuple[Explored | None, Tensor]]
+"""Explores a level, by its name and the anchors of the coarser one: the level's own anchors, or None where no image
+has any, and which of the coarser ones asked for a closer look, [B, A] bool."""
+
+
 @dataclass
 class FixedLevel:
     """Anchors of P5 and P6, which every image has."""
@@ -32,9 +48,14 @@ class FixedLevel:
     p5: Tensor
     """[B, 4, k, 5] boxes after the sigmoid, relative to their quarter; confidence before it."""
     p6: Tensor
-    """[B, 1, k, 5] likewise, relative to the content."""
+    """[B, V, k, 5] likewise, relative to the content, of every view of the P6 patch; the first is the patch itself."""
     anchors: Tensor
     """[B, 5k, 5] (cx, cy, w, h in pixels, confidence in 0..1)."""
+
+    @property
+    def explored(self) -> Explored:
+        """All of them exist."""
+        return Explored(self.anchors, torch.ones_like(self.anchors[..., 0], dtype=torch.bool))
 
 
 @dataclass
@@ -53,9 +74,9 @@ class ProbedLevel:
     """[B] int32: candidates left unexplored."""
 
     @property
-    def anchor_valid(self) -> Tensor:
-        """[B, K*k] bool."""
-        return self.valid.repeat_interleave(self.predictions.shape[2], dim=1)
+    def explored(self) -> Explored:
+        """Those of patches that exist."""
+        return Explored(self.anchors, self.valid.repeat_interleave(self.predictions.shape[2], dim=1))
 
 
 @dataclass
@@ -75,6 +96,11 @@ class Anchors:
         """[B] int32: candidates of all levels that found no place."""
         none = torch.zeros(self.boxes.shape[0], dtype=torch.int32, device=self.boxes.device)
         return sum((level.overflow for level in self.probed.values()), none)
+
+
+def itself(feature: Tensor) -> Tensor:
+    """A map [B, C, H, W] as its only view [B, 1, C, H, W]."""
+    return feature.unsqueeze(1)
 
 
 class AnchorGenerator(nn.Module):
@@ -111,39 +137,48 @@ class AnchorGenerator(nn.Module):
         fullest image needs and drops query places that no image uses.
         """
         fixed = self.fixed_level(features, sizes)
-        levels = self.config.probed_levels
-        (anchors,) = stage("coarse_anchors", boxes=fixed.anchors)
-        valid = torch.ones_like(anchors[..., 0], dtype=torch.bool)
-        collected, selectable, probed = [], [], {}
-        for level, places in zip(levels, capacity or (None, None), strict=False):
-            result, candidate = self.probe(level, features, anchors, valid, sizes, places)
-            collected.append(anchors)
-            selectable.append(valid & ~candidate)
-            if result is None:
-                break
-            probed[level] = result
-            anchors, valid = result.anchors, result.anchor_valid
-        else:
-            collected.append(anchors)
-            selectable.append(valid)
-        boxes, chosen = self.gather(collected, selectable)
-        if capacity is None:
-            used = int(chosen.sum(dim=1).max())
-            boxes, chosen = boxes[:, :used], chosen[:, :used]
+        places = dict(zip(self.config.probed_levels, capacity or (None, None), strict=False))
+        probed: dict[str, ProbedLevel] = {}
+
+        def explore(level: str, coarser: Explored) -> tuple[Explored | None, Tensor]:
+            found, asked = self.probe(level, features, coarser, sizes, places[level])
+            if found is None:
+                return None, asked
+            probed[level] = found
+            return found.explored, asked
+
+        boxes, chosen = self.choose_queries(fixed.explored, explore, trim=capacity is None)
         boxes, chosen = stage("anchors", boxes=boxes, valid=chosen)
         return Anchors(boxes, chosen, fixed, probed)
 
-    def gather(self, anchors: list[Tensor], selectable: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """The levels' anchors [B, A, 5] and which may be queries [B, A] -> boxes [B, Q, 4] and valid [B, Q]."""
+    def choose_queries(self, coarse: Explored, explore: Explore, trim: bool = True) -> tuple[Tensor, Tensor]:
+        """Explore the probed levels, coarse to fine, and choose the queries: boxes [B, Q, 4] and valid [B, Q].
+
+        An anchor that asked for a closer look at a level is no query. trim: drop the places that no image uses.
+        """
+        levels, selectable = [coarse], []
+        for name in self.config.probed_levels:
+            coarser = levels[-1]
+            finer, asked = explore(name, coarser)
+            selectable.append(coarser.valid & ~asked)
+            if finer is None:
+                break
+            levels.append(finer)
+        else:
+            selectable.append(levels[-1].valid)
         budget = self.config.budget
-        return gather_anchors(
-            torch.cat(anchors, 1),
+        boxes, chosen = gather_anchors(
+            torch.cat([level.anchors for level in levels], 1),
             torch.cat(selectable, 1),
-            anchors[0].shape[1],
+            coarse.anchors.shape[1],
             budget.keep_threshold,
             budget.fewest,
             budget.most,
         )
+        if trim:
+            used = int(chosen.sum(dim=1).max())
+            boxes, chosen = boxes[:, :used], chosen[:, :used]
+        return boxes, chosen
 
     def compressed(self, level: str, features: list[Tensor]) -> Tensor:
         """The 8-channel map [B, 8, H, W] of "P3", "P4" or "P5"."""
@@ -161,23 +196,23 @@ class AnchorGenerator(nn.Module):
         p5 = resize_content(self.compressed("P5", features), sizes / LEVEL_STRIDES["P5"], FIXED_SIDE)
         return p5, self.p6(F.relu(p5))
 
-    def fixed_level(self, features: list[Tensor], sizes: Tensor) -> FixedLevel:
-        """The anchors of the four quarters of P5 and of P6."""
+    def fixed_level(
+        self, features: list[Tensor], sizes: Tensor, views: Callable[[Tensor], Tensor] = itself
+    ) -> FixedLevel:
+        """The anchors of the four quarters of P5 and of P6.
+
+        views: P6 map [B, 8, 15, 15] -> [B, V, 8, 15, 15], what is looked at of it; first the map itself.
+        """
         p5_map, p6_map = self.fixed_maps(features, sizes)
         p5 = self.predict(split_quarters(p5_map), "P5")
-        p6 = self.predict(p6_map.flatten(2).transpose(1, 2).unsqueeze(1), "P5")
-        return FixedLevel(p5, p6, fixed_anchors_to_pixels(p5, p6[:, :1], sizes))
+        p6 = self.predict(views(p6_map).flatten(3).transpose(2, 3), "P5")
+        (anchors,) = stage("coarse_anchors", boxes=fixed_anchors_to_pixels(p5, p6[:, :1], sizes))
+        return FixedLevel(p5, p6, anchors)
 
     def probe(
-        self,
-        level: str,
-        features: list[Tensor],
-        anchors: Tensor,
-        valid: Tensor,
-        sizes: Tensor,
-        capacity: int | None,
+        self, level: str, features: list[Tensor], coarser: Explored, sizes: Tensor, capacity: int | None
     ) -> tuple[ProbedLevel | None, Tensor]:
-        """Explore `level` where the coarser anchors [B, A, 5] ask for it.
+        """Explore `level` where the coarser anchors ask for it.
 
         Returns the level, or None when no image explores it, and the mask [B, A] of anchors that asked.
         """
@@ -185,7 +220,7 @@ class AnchorGenerator(nn.Module):
         limit = self.config.budget.patch_limit
         limited = limit is not None and (capacity is None or capacity >= limit)
         (feature,) = stage(f"{level}_patches", map=self.compressed(level, features))
-        found = adaptive_probing(anchors, valid, feature, sizes, stride, limit if limited else capacity)
+        found = adaptive_probing(*coarser, feature, sizes, stride, limit if limited else capacity)
         if found.valid.shape[1] == 0 or (capacity is None and not bool(found.valid.any())):
             return None, found.candidate
         corners, chosen = stage(f"{level}_patches", corners=found.corners, valid=found.valid)

@@ -1,7 +1,7 @@
-"""Which objects a patch of the anchor generator owns, in the patch's own coordinates (specification section 7).
+"""Which objects a patch of the anchor generator owns, in the patch's own coordinates.
 
 A patch owns the objects whose centre lies in it (its left and top edge belong to it, its right and bottom edge do
-not, so that neighbouring quarters share no object), clipped to the patch and given as ``cxcywh`` fractions of it.
+not, so that neighbouring quarters share no object), clipped to the patch and given as `cxcywh` fractions of it.
 """
 
 from __future__ import annotations
@@ -9,19 +9,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from asag.families.asag.training.matching import TargetGroups, coarse_area_factor, object_area_factor
 from asag.ops.adaptive_probing import PATCH_SIDE
-from asag.parts.boxes import content_scale
-from asag.training.matching import TargetGroups, box_corners, coarse_area_factor, object_area_factor
+from asag.parts.boxes import content_scale, cxcywh_to_xyxy
 from asag.training.transfer import to_device
 
 FLIPS = ((False, False), (True, False), (False, True), (True, True))
 """The views of the P6 patch, each (mirrored left-right, mirrored top-bottom): identity, horizontal, vertical, both."""
 QUARTERS = ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0))
-"""Top-left corners (x, y) of the P5 quarters in units of a quarter, in the order of specification section 3."""
+"""Top-left corners (x, y) of the P5 quarters in units of a quarter: top left, top right, bottom left, bottom right."""
 
 
 def flip_boxes(boxes: Tensor) -> Tensor:
-    """Mirror ``cxcywh`` fraction boxes [..., T, 4] into the four views [..., 4, T, 4] of ``FLIPS``."""
+    """Mirror `cxcywh` fraction boxes [..., T, 4] into the four views [..., 4, T, 4] of `FLIPS`."""
     x, y, width, height = boxes.unbind(-1)
     views = [
         torch.stack([1 - x if horizontal else x, 1 - y if vertical else y, width, height], -1)
@@ -54,8 +54,8 @@ def patch_groups(
 ) -> TargetGroups:
     """Targets of N probed patches of any levels, which own only objects that a patch can hold.
 
-    ``image_sizes`` [B, 2] (height, width) of the contents in pixels; per patch ``corners`` [N, 2] its top-left cell
-    (x, y), ``image_index`` [N] and ``strides`` [N] the pixels of a cell. An object is owned when its centre lies in
+    `image_sizes` [B, 2] (height, width) of the contents in pixels; per patch `corners` [N, 2] its top-left cell
+    (x, y), `image_index` [N] and `strides` [N] the pixels of a cell. An object is owned when its centre lies in
     the patch and its sides, before clipping, are at most the patch's.
     """
     pixels = (images.boxes * content_scale(image_sizes.to(images.boxes)))[image_index]
@@ -71,7 +71,7 @@ def _centre_inside(local: Tensor) -> Tensor:
 
 
 def _clipped_groups(local: Tensor, valid: Tensor) -> TargetGroups:
-    left, top, right, bottom = (edge.clamp(0, 1) for edge in box_corners(local))
+    left, top, right, bottom = cxcywh_to_xyxy(local).clamp(0, 1).unbind(-1)
     boxes = torch.stack([(left + right) / 2, (top + bottom) / 2, right - left, bottom - top], -1)
     return _groups(boxes, valid, object_area_factor(boxes))
 

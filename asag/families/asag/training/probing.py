@@ -1,4 +1,4 @@
-"""Where the anchor generator looks while it trains (specification section 7, "Patches").
+"""Where the anchor generator looks while it trains.
 
 Corners are cells (x, y) of the level's map, int64; boxes and content sizes are pixels of the resized image. All is
 drawn and computed on the CPU and stays there: a few dozen boxes per image, and the same seed gives the same patches on
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert, nms
 
-from asag.ops.adaptive_probing import PATCH_SIDE
 from asag.families.asag.training.anchor_targets import FLIPS
+from asag.ops.adaptive_probing import PATCH_SIDE
 from asag.training.randomness import Generators, generator_of
 
 FEWEST_PATCHES = 4
@@ -27,7 +27,7 @@ SUPPRESSION_IOU = 0.25
 class TrainingPatches:
     """The patches of one level that a training step predicts, sorted by image; on the CPU.
 
-    ``corners`` [N, 2] int64 (x, y) cells; ``image_index`` [N] int64; ``explored`` [N] bool, False for a patch that
+    `corners` [N, 2] int64 (x, y) cells; `image_index` [N] int64; `explored` [N] bool, False for a patch that
     serves the loss only: its anchors are neither output anchors nor candidates for the next level.
     """
 
@@ -46,7 +46,7 @@ def four_flips(patches: Tensor) -> Tensor:
 
 
 def last_corner(content: Sequence[float], stride: int) -> Tensor:
-    """The furthest top-left cell (x, y) [2] int64 from which a patch ends within ``content`` (height, width) pixels.
+    """The furthest top-left cell (x, y) [2] int64 from which a patch ends within `content` (height, width) pixels.
 
     0 along a side that is shorter than a patch.
     """
@@ -59,7 +59,7 @@ def ground_truth_corners(
 ) -> Tensor:
     """Patches around the small objects of one image: corners [m, 2] int64, the preferred ones first.
 
-    ``boxes_xyxy`` [n, 4] float pixels; ``content`` (height, width) pixels. Objects under half a patch on both sides
+    `boxes_xyxy` [n, 4] float pixels; `content` (height, width) pixels. Objects under half a patch on both sides
     count; of those that overlap (IoU over 0.25), the ones nearest to all the others stay. A patch starts at its
     object's top-left cell, is moved to end within the content, and then left and up by a random number of cells, as
     many as still leave the object inside.
@@ -81,7 +81,7 @@ def ground_truth_corners(
 def random_corners(
     count: int, content: Sequence[float], stride: int, generator: torch.Generator | None = None
 ) -> Tensor:
-    """``count`` patches anywhere within ``content`` (height, width) pixels: corners [count, 2] int64."""
+    """`count` patches anywhere within `content` (height, width) pixels: corners [count, 2] int64."""
     return _random_cells(last_corner(content, stride).expand(count, 2), generator)
 
 
@@ -91,13 +91,12 @@ def top_up_corners(
     content: Sequence[float],
     stride: int,
     generator: torch.Generator | None = None,
-    fewest: int = FEWEST_PATCHES,
 ) -> Tensor:
-    """The patches to add where ``predicted`` are fewer than ``fewest``: corners [max(fewest - predicted, 0), 2] int64.
+    """The patches to add where `predicted` are fewer than `FEWEST_PATCHES`: corners [missing, 2] int64.
 
     Ground-truth patches first (see `ground_truth_corners`), random ones for what is still missing.
     """
-    missing = fewest - predicted
+    missing = FEWEST_PATCHES - predicted
     if missing <= 0:
         return torch.empty(0, 2, dtype=torch.int64)
     known = ground_truth_corners(boxes_xyxy, content, stride, generator)[:missing]
@@ -114,12 +113,12 @@ def training_patches(
     generator: Generators = None,
     most: int | None = None,
 ) -> TrainingPatches:
-    """The patches of one level for a training step of ``epoch`` (from 0).
+    """The patches of one level for a training step of `epoch` (from 0).
 
-    ``corners`` [N, 2] and ``image_index`` [N] are the predicted patches, ``boxes`` per image [n, 4] the objects
-    (``cxcywh``, fractions of the content), ``image_sizes`` [B, 2] the contents' (height, width) in pixels. Epoch 0
-    explores ground-truth patches alone, at most ``most`` of an image; later epochs explore the predicted ones and
-    top up images that have few. ``generator``: one for all images, or one for each.
+    `corners` [N, 2] and `image_index` [N] are the predicted patches, `boxes` per image [n, 4] the objects
+    (`cxcywh`, fractions of the content), `image_sizes` [B, 2] the contents' (height, width) in pixels. Epoch 0
+    explores ground-truth patches alone, at most `most` of an image; later epochs explore the predicted ones and
+    top up images that have few. `generator`: one for all images, or one for each.
     """
     predicted, owner = corners.cpu(), image_index.cpu()
     contents = image_sizes.cpu().tolist()
@@ -140,7 +139,7 @@ def training_patches(
 
 
 def _random_cells(most: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Uniform int64 numbers from 0 to ``most`` inclusive, of its shape."""
+    """Uniform int64 numbers from 0 to `most` inclusive, of its shape."""
     device = generator.device if generator is not None else None
     part = torch.rand(most.shape, generator=generator, device=device).cpu()
     # Rounding can lift the product to the excluded end.

@@ -1,7 +1,7 @@
-"""Query weighting and the weighted losses of matched and unmatched predictions (specification section 7).
+"""Query weighting and the weighted losses of matched and unmatched predictions (paper section 3, query weighting).
 
-The weights of a matched pair say how good the pair is, from its score ``p`` and its IoU ``u``; they are constants of
-the loss (no gradient flows through them). The factors ``p^2`` and ``|u - p|^2`` are focal factors and keep theirs.
+The weights of a matched pair say how good the pair is, from its score `p` and its IoU `u`; they are constants of
+the loss (no gradient flows through them). The factors `p^2` and `|u - p|^2` are focal factors and keep theirs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from asag.training.matching import Matches, TargetGroups, iou_and_giou
+from asag.families.asag.training.matching import TargetGroups
+from asag.training.assignment import Matches
+from asag.training.boxes import iou_and_giou
 
 SCORE_POWER = 0.4
 IOU_POWER = 0.6
@@ -23,21 +25,20 @@ GOOD_IOU = 0.5
 
 @dataclass(frozen=True)
 class GroupLosses:
-    """Undivided, unweighted losses of each group, float32 [G] each, and the matched pairs' IoU [M] (detached)."""
+    """Undivided, unweighted losses of each group, float32 [G] each."""
 
     classification: Tensor
     l1: Tensor
     giou: Tensor
-    matched_iou: Tensor
 
 
 def weighting_curve(quality: Tensor) -> Tensor:
-    """``g(x) = sigmoid(4.5 * (x - 1/3)) / sigmoid(3)``, from about 0.19 at 0 to 1 at 1."""
+    """`g(x) = sigmoid(4.5 * (x - 1/3)) / sigmoid(3)`, from about 0.19 at 0 to 1 at 1."""
     return torch.sigmoid(4.5 * (quality - 1 / 3)) * (1 + math.exp(-3))
 
 
 def pair_weights(score: Tensor, iou: Tensor) -> tuple[Tensor, Tensor]:
-    """``w_pos`` and ``w_neg`` of matched pairs with ``score`` and ``iou`` in [0, 1], of any one shape; detached."""
+    """`w_pos` and `w_neg` of matched pairs with `score` and `iou` in [0, 1], of any one shape; detached."""
     score_part = score.detach().pow(SCORE_POWER)
     iou_part = iou.detach().pow(IOU_POWER)
     positive = weighting_curve(score_part * iou_part)
@@ -50,8 +51,8 @@ def pair_weights(score: Tensor, iou: Tensor) -> tuple[Tensor, Tensor]:
 def query_losses(logits: Tensor, boxes: Tensor, valid: Tensor, groups: TargetGroups, matches: Matches) -> GroupLosses:
     """Losses of the proposals or of a head.
 
-    ``logits`` [G, Q, C] and ``boxes`` [G, Q, 4] (``cxcywh``, fractions of the content) of the ``valid`` [G, Q] queries.
-    Every entry of a valid query that is not a matched one is a negative of weight ``p^2``.
+    `logits` [G, Q, C] and `boxes` [G, Q, 4] (`cxcywh`, fractions of the content) of the `valid` [G, Q] queries.
+    Every entry of a valid query that is not a matched one is a negative of weight `p^2`.
     """
     label = groups.labels[matches.group, matches.target]
     logit = logits[matches.group, matches.query, label]
@@ -64,13 +65,13 @@ def query_losses(logits: Tensor, boxes: Tensor, valid: Tensor, groups: TargetGro
     unmatched[matches.group, matches.query, label] = False
     background = (logits.sigmoid().square() * F.softplus(logits)).masked_fill(~unmatched, 0.0)
     weight = factor * positive
-    return _sum_by_group(background, torch.stack([matched, weight * l1, weight * giou]), iou, matches)
+    return _sum_by_group(background, torch.stack([matched, weight * l1, weight * giou]), matches)
 
 
 def anchor_losses(logits: Tensor, boxes: Tensor, iou: Tensor, groups: TargetGroups, matches: Matches) -> GroupLosses:
-    """Losses of a patch's anchors: quality focal loss to the IoU, and boxes weighted by ``w_pos``.
+    """Losses of a patch's anchors: quality focal loss to the IoU, and boxes weighted by `w_pos`.
 
-    ``logits`` [G, k] confidences before the sigmoid, ``boxes`` [G, k, 4] (``cxcywh``, fractions of the patch), ``iou``
+    `logits` [G, k] confidences before the sigmoid, `boxes` [G, k, 4] (`cxcywh`, fractions of the patch), `iou`
     [G, k, T] of every anchor with its own patch's objects. An unmatched anchor that lies well on one of them
     (IoU >= 0.5) is left in peace.
     """
@@ -86,19 +87,19 @@ def anchor_losses(logits: Tensor, boxes: Tensor, iou: Tensor, groups: TargetGrou
     silent[matches.group, matches.query] = True
     background = (logits.sigmoid().square() * F.softplus(logits)).masked_fill(silent, 0.0)
     weight = factor * pair_weights(score, matched_iou)[0]
-    return _sum_by_group(background, torch.stack([matched, weight * l1, weight * giou]), matched_iou, matches)
+    return _sum_by_group(background, torch.stack([matched, weight * l1, weight * giou]), matches)
 
 
 def _box_distances(boxes: Tensor, groups: TargetGroups, matches: Matches) -> tuple[Tensor, Tensor, Tensor]:
-    """L1 distance, ``1 - GIoU`` and the detached IoU of the matched pairs, [M] each."""
+    """L1 distance, `1 - GIoU` and the detached IoU of the matched pairs, [M] each."""
     predicted = boxes[matches.group, matches.query]
     wanted = groups.boxes[matches.group, matches.target]
     iou, giou = iou_and_giou(predicted, wanted)
     return (predicted - wanted).abs().sum(-1), 1 - giou, iou.detach()
 
 
-def _sum_by_group(background: Tensor, pairs: Tensor, iou: Tensor, matches: Matches) -> GroupLosses:
-    """Sum ``background`` [G, ...] over all but its groups, and the pairs' three losses [3, M] into their groups."""
+def _sum_by_group(background: Tensor, pairs: Tensor, matches: Matches) -> GroupLosses:
+    """Sum `background` [G, ...] over all but its groups, and the pairs' three losses [3, M] into their groups."""
     negatives = background.flatten(1).sum(1)
     sums = torch.zeros(3, len(negatives), device=pairs.device).index_add(1, matches.group, pairs)
-    return GroupLosses(negatives + sums[0], sums[1], sums[2], iou)
+    return GroupLosses(negatives + sums[0], sums[1], sums[2])
