@@ -15,6 +15,7 @@ import torch
 from PIL import ExifTags, Image
 from torch.utils.data import Dataset
 
+from asag.training.protocol import Target
 from runtime.preprocessing import load_image
 
 logger = logging.getLogger(__name__)
@@ -28,15 +29,12 @@ _FIELDS: dict[str, dict[str, type]] = {
 }
 
 SHORTEST_SIDE = 32
-"""Images with a side under this many pixels are left out (specification section 7)."""
+"""Images with a side under this many pixels are left out of training."""
 
 
 MOST_CHECKED_SIZES = 2000
 """So many pictures' sizes are compared with the annotations' before training."""
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
-
-Target = dict[str, torch.Tensor]
-"""Objects of one image: `boxes` [n, 4] float32, `labels` [n] int64 class indices."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from asag.families import find_preset
 from runtime.backends.pytorch_session import PyTorchSession
 from runtime.coco_evaluation import CocoFolder, CocoResult, evaluate, open_coco
 from runtime.errors import one_line
@@ -157,5 +158,6 @@ def evaluate_detector(
         return None
     everything = {image_id: detections for part in gathered for image_id, detections in part.items()}
     ordered = {image_id: everything[image_id] for image_id in image_ids}
-    crowdhuman = evaluate_crowdhuman(validation, ordered) if detector.config.dataset == "crowdhuman" else None
+    crowd = find_preset(info.preset).dataset == "crowdhuman"
+    crowdhuman = evaluate_crowdhuman(validation, ordered) if crowd else None
     return Evaluation(evaluate(validation, ordered), crowdhuman)

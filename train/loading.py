@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from train.dataset import DetectionDataset
 from asag.training.randomness import AUGMENTATION, ORDER, Place, numpy_generator
+from train.dataset import DetectionDataset
 from train.transforms import Batch, Sample, TrainingTransform, collate
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,14 @@ from safetensors import SafetensorError
 from torch.amp import GradScaler
 
 from asag.checkpoint import CheckpointInfo, save_detector
+from asag.families import family_of
+from asag.training.protocol import Training
 from runtime.coco_evaluation import CocoFolder, CocoResult
 from runtime.errors import one_line
 from runtime.files import write_json
 from train.averaging import average_of
 from train.checkpointing import TrainingState, has_run, keep_state, kept_states, remove_leftovers, resume_state
 from train.config import TrainConfig
-from train.criterion import DetectionCriterion
 from train.crowdhuman_evaluation import CrowdHumanResult
 from train.dataset import DetectionDataset, open_training_split
 from train.devices import check_gpus, resolve_device
@@ -78,7 +79,7 @@ class _Run:
     validation: CocoFolder | None
     info: CheckpointInfo
     state: TrainingState
-    criterion: DetectionCriterion
+    training: Training
     device: torch.device
     total_steps: int
     steps_per_epoch: int
@@ -90,7 +91,7 @@ class _Run:
         return {**self.config.computation(), **data}
 
     def epoch(self, step: int) -> int:
-        return self.config.first_epoch + step // self.steps_per_epoch
+        return step // self.steps_per_epoch
 
 
 def train(config: TrainConfig, progress: bool = True) -> TrainResult:
@@ -108,8 +109,9 @@ def train(config: TrainConfig, progress: bool = True) -> TrainResult:
     with joined_processes() as processes:
         run = _prepare(config, processes)
         began = time.perf_counter()
-        folder, weights, total = config.output, run.criterion.weights, run.total_steps
-        with TrainingReport(folder, weights, total, run.state.step, progress, processes, config.tensorboard) as report:
+        with TrainingReport(
+            config.output, run.training, run.total_steps, run.state.step, progress, processes, config.tensorboard
+        ) as report:
             _announce(run, report)
             try:
                 evaluation = _make_steps(run, report, began)
@@ -139,9 +141,10 @@ def _prepare(config: TrainConfig, processes: Processes) -> _Run:
     torch.manual_seed(config.seed)
     detector, info = starting_detector(config, dataset)
     prepare_detector(detector, config, device, processes)
+    training = family_of(detector.config).training(detector, config.settings)
     per_epoch = steps_per_epoch(len(dataset), config.batch_size)
     total = config.steps if config.steps is not None else max(1, round(config.epochs * per_epoch))
-    optimizer = build_optimizer(detector, config)
+    optimizer = build_optimizer(training.parameter_groups(), config)
     state = TrainingState(
         detector=detector,
         average=None if config.ema_decay is None else average_of(detector, config.ema_decay),
@@ -149,8 +152,7 @@ def _prepare(config: TrainConfig, processes: Processes) -> _Run:
         schedule=build_schedule(optimizer, config, total, per_epoch),
         scaler=GradScaler(device.type, enabled=feature_precision(config, device) == torch.float16),
     )
-    criterion = DetectionCriterion(len(dataset.category_ids)).to(device)
-    run = _Run(config, processes, dataset, validation, info, state, criterion, device, total, per_epoch)
+    run = _Run(config, processes, dataset, validation, info, state, training, device, total, per_epoch)
     if config.resume:
         resume_state(config.output, state, run.computation())
         _check_same_step(processes, state.step)
@@ -221,7 +223,7 @@ def _make_steps(run: _Run, report: TrainingReport, began: float) -> Evaluation |
     """Make the remaining steps with their log lines, checkpoints, evaluations and pictures."""
     config, state = run.config, run.state
     last = run.total_steps if config.stop_after is None else min(run.total_steps, config.stop_after)
-    maker = StepMaker(state, run.criterion, config, run.processes, run.device)
+    maker = StepMaker(state, run.training, config, run.processes, run.device)
     evaluating = evaluation_interval(config, run.total_steps, run.steps_per_epoch)
     evaluation, evaluated, saved, waited, worked = None, False, False, 0.0, 0.0
     started = time.perf_counter()
@@ -259,7 +261,8 @@ def _make_steps(run: _Run, report: TrainingReport, began: float) -> Evaluation |
     if run.validation is not None and not evaluated:
         evaluation = _evaluate(run, run.validation, report)
     if run.processes.is_main:
-        write_curves(config.output / CURVES_FILE, config.output / LOSSES_FILE, config.output / EVALUATIONS_FILE)
+        tables = config.output / LOSSES_FILE, config.output / EVALUATIONS_FILE
+        write_curves(config.output / CURVES_FILE, *tables, run.training)
     return evaluation
 
 
@@ -380,7 +383,8 @@ def _write_configuration(run: _Run) -> None:
     """Record what was asked for and what it was run with."""
     content = {
         "training": run.config.to_dict(),
-        "detector": run.state.detector.config.to_dict(),
+        "family": family_of(run.state.detector.config).name,
+        "detector": asdict(run.state.detector.config),
         "steps": run.total_steps,
         "steps_per_epoch": run.steps_per_epoch,
         "first_step": run.state.step,

@@ -9,12 +9,14 @@ from pathlib import Path
 
 from PIL import Image
 
+from asag.training.protocol import Training
 from runtime.coco_evaluation import CocoFolder
 from runtime.drawing import draw_detections
 from runtime.files import atomic_path
 from runtime.metadata import ModelMetadata
 from runtime.postprocessing import Detections
 from runtime.preprocessing import resize, resized_size
+from train.reporting import group_losses
 
 PICTURES = 9
 _CELL = 320
@@ -22,11 +24,11 @@ _GAP = 4
 _SCORE = 0.3
 
 
-def pictured_images(validation: CocoFolder, count: int = PICTURES) -> tuple[int, ...]:
-    """Ids of `count` images spread evenly over the validation images; always the same ones."""
+def pictured_images(validation: CocoFolder) -> tuple[int, ...]:
+    """Ids of a few images spread evenly over the validation images; always the same ones."""
     ids = validation.image_ids
-    step = max(1, len(ids) // count)
-    return ids[::step][:count]
+    step = max(1, len(ids) // PICTURES)
+    return ids[::step][:PICTURES]
 
 
 def write_grid(
@@ -46,7 +48,7 @@ def write_grid(
         grid.save(temporary, quality=88)
 
 
-def write_curves(path: Path, losses: Path, evaluations: Path) -> bool:
+def write_curves(path: Path, losses: Path, evaluations: Path, training: Training) -> bool:
     """Plot the losses, the learning rate and the evaluations of a run's tables; False where matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
@@ -60,11 +62,9 @@ def write_curves(path: Path, losses: Path, evaluations: Path) -> bool:
     axes = figure.subplots(3 if evaluated else 2, 1, sharex=True, squeeze=False)[:, 0]
     steps = [row["step"] for row in rows]
     axes[0].plot(steps, [row["total"] for row in rows], color="black", label="total, weighted")
-    for suffix, label in (("", "last head"), ("_rpn", "proposals"), ("_anchor", "anchors")):
-        for name, style in (("loss_ce", "-"), ("loss_bbox", "--"), ("loss_giou", ":")):
-            if f"{name}{suffix}" in rows[0]:
-                values = [row.get(f"{name}{suffix}", math.nan) for row in rows]
-                axes[0].plot(steps, values, style, linewidth=0.9, label=f"{label} {name.removeprefix('loss_')}")
+    parts = [group_losses(row, training) for row in rows]
+    for part in dict.fromkeys(name for row in parts for name in row):
+        axes[0].plot(steps, [row.get(part, math.nan) for row in parts], linewidth=0.9, label=part)
     axes[0].set_yscale("log")
     axes[0].set_ylabel("loss")
     axes[0].legend(fontsize="x-small", ncols=2)

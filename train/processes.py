@@ -39,13 +39,16 @@ class Processes:
         """Whether results have to be exchanged."""
         return self.count > 1
 
-    def mean(self, values: Tensor) -> Tensor:
-        """The mean over the processes of a tensor of equal shape in each."""
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over the processes of a tensor of equal shape in each."""
         if self.several:
             values = values.clone()
             distributed.all_reduce(values)
-            values /= self.count
         return values
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean likewise."""
+        return self.sum(values) / self.count if self.several else values
 
     def any(self, condition: bool, device: torch.device) -> bool:
         """Whether a condition holds in any process; all of them must ask."""

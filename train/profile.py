@@ -15,17 +15,17 @@ import numpy as np
 import torch
 from torch.amp import GradScaler
 
+from asag.families import family_of
+from asag.training.timing import shares
 from runtime.files import write_json
 from train.checkpointing import TrainingState
 from train.config import TrainConfig
-from train.criterion import DetectionCriterion
 from train.devices import resolve_device
 from train.initialization import untrained_detector
 from train.processes import Processes
 from train.reporting import peak_memory
 from train.schedule import build_optimizer, build_schedule
 from train.step import Piece, StepMaker, feature_precision, prepare_detector
-from asag.training.timing import shares
 from train.transforms import Batch, Sample, collate
 
 OBJECTS = 7
@@ -56,11 +56,11 @@ def profile_training(
     torch.manual_seed(config.seed)
     detector = untrained_detector(config)
     prepare_detector(detector, config, device)
-    optimizer = build_optimizer(detector, config)
+    training = family_of(detector.config).training(detector, config.settings)
+    optimizer = build_optimizer(training.parameter_groups(), config)
     scaler = GradScaler(device.type, enabled=feature_precision(config, device) == torch.float16)
     state = TrainingState(detector, None, optimizer, build_schedule(optimizer, config, steps, steps), scaler)
-    criterion = DetectionCriterion(detector.config.classes).to(device)
-    maker = StepMaker(state, criterion, config, Processes(), device)
+    maker = StepMaker(state, training, config, Processes(), device)
     pieces = random_pieces(config, height, width, detector.config.classes, seed)
 
     def run(count: int) -> float:

@@ -21,16 +21,16 @@ from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from asag.training.protocol import Training
+from asag.training.timing import shares
 from runtime.files import write_text
 from train.processes import Processes
-from asag.training.timing import shares
 
 logger = logging.getLogger(__name__)
 
 LOSSES_FILE = "losses.csv"
 EVALUATIONS_FILE = "evaluations.csv"
 EVENTS_FOLDER = "tensorboard"
-_GROUPS = {"anchors": "_anchor", "proposals": "_rpn"}  # name in the log line: suffix of the losses
 
 
 @dataclass
@@ -61,13 +61,12 @@ class Interval:
         return dict(zip(self.losses, values, strict=True))
 
 
-def group_losses(means: Mapping[str, float], weights: Mapping[str, float]) -> dict[str, float]:
-    """Weighted losses added up by part: anchors, proposals, heads and, where there are some, noised queries."""
+def group_losses(losses: Mapping[str, float], training: Training) -> dict[str, float]:
+    """Weighted losses added up by the part of the training that they belong to; other numbers are left out."""
     groups: dict[str, float] = {}
-    for name, value in means.items():
-        part = next((part for part, suffix in _GROUPS.items() if name.endswith(suffix)), "heads")
-        part = "denoising" if name.startswith("dn_") else part
-        groups[part] = groups.get(part, 0.0) + value * weights[name]
+    for name, part in training.parts.items():
+        if name in losses:
+            groups[part] = groups.get(part, 0.0) + losses[name] * training.weights[name]
     return groups
 
 
@@ -103,14 +102,14 @@ class TrainingReport:
     def __init__(
         self,
         folder: Path,
-        weights: Mapping[str, float],
+        training: Training,
         total_steps: int,
         step: int,
         progress: bool,
         processes: Processes | None = None,
         tensorboard: bool = False,
     ) -> None:
-        self._weights, self._total, self._start = weights, total_steps, step
+        self._training, self._total, self._start = training, total_steps, step
         self._processes = processes or Processes()
         self._interval = Interval()
         self._began = time.perf_counter()
@@ -167,7 +166,7 @@ class TrainingReport:
         if not interval.steps:
             return
         means = interval.means(self._processes)
-        parts = group_losses(means, self._weights)
+        parts = group_losses(means, self._training)
         total, speed = sum(parts.values()), interval.images / max(interval.seconds, 1e-9)
         gradient_norm = float(interval.gradient_norm) / interval.steps
         self.last_losses = {"total": total, **means}

@@ -1,34 +1,29 @@
-"""Optimizer groups and the learning rate over the steps (specification section 7, Schedule)."""
+"""The optimizer, and its learning rates over the steps."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from asag.training.protocol import ParameterGroup
 from train.config import TrainConfig
 
-BACKBONE_PREFIX = "backbone."
 EVALUATIONS = 12
 
 
-def build_optimizer(detector: nn.Module, config: TrainConfig) -> AdamW:
-    """AdamW over the parameters that train, the backbone's (names under ``backbone.``) with their own rate.
+def build_optimizer(groups: Sequence[ParameterGroup], config: TrainConfig) -> AdamW:
+    """AdamW over groups of parameters, each with its own rate.
 
     Raises ValueError when no parameter trains.
     """
-    groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
-    for name, parameter in detector.named_parameters():
-        if parameter.requires_grad:
-            groups[name.startswith(BACKBONE_PREFIX)].append(parameter)
-    rates = {False: config.learning_rate, True: config.backbone_learning_rate}
-    filled = [{"params": groups[key], "lr": rates[key]} for key in groups if groups[key]]
-    if not filled:
+    if not groups:
         raise ValueError("the detector has no parameter that trains")
-    return AdamW(filled, lr=config.learning_rate, weight_decay=config.weight_decay)
+    rates = {False: config.learning_rate, True: config.backbone_learning_rate}
+    parts = [{"params": group.parameters, "lr": rates[group.backbone] * group.factor} for group in groups]
+    return AdamW(parts, lr=config.learning_rate, weight_decay=config.weight_decay)
 
 
 def learning_rate_factor(config: TrainConfig, total_steps: int, steps_per_epoch: int) -> Callable[[int], float]:

@@ -16,17 +16,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from asag.detector import Detector
 from asag.normalization import ImageNormalization
-from train.checkpointing import TrainingState
-from train.config import TrainConfig
-from train.criterion import BatchTotals, DetectionCriterion, count_totals
-from train.dataset import Target
-from train.denoising import noise_scale
-from train.forward import TrainingForward, count_patches
-from train.processes import ALONE, Processes
+from asag.training.protocol import Batch, Step, Training
 from asag.training.randomness import Place, image_generators
 from asag.training.timing import PartTimer
 from asag.training.transfer import to_device
-from train.transforms import Batch
+from train.checkpointing import TrainingState
+from train.config import TrainConfig
+from train.processes import ALONE, Processes
+from train.transforms import Batch as LoadedBatch
 
 logger = logging.getLogger(__name__)
 
@@ -57,58 +54,65 @@ def uses_channels_last(config: TrainConfig, device: torch.device) -> bool:
 class Piece:
     """A part of a step's batch: its images and which ones they are."""
 
-    batch: Batch
+    batch: LoadedBatch
     places: Sequence[Place]
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Unweighted losses by name (of this process's images, over the divisors of the whole step), and the norm of the
-    gradient before clipping."""
+    """Unweighted losses by name, whose means over the processes are those of the step, and the norm of the gradient
+    before clipping."""
 
     losses: dict[str, Tensor]
     gradient_norm: Tensor
 
 
+class _Forward(nn.Module):
+    """A training's forward pass as a module, which DistributedDataParallel takes."""
+
+    def __init__(self, detector: Detector, training: Training) -> None:
+        super().__init__()
+        self.detector = detector
+        self._outputs = training.outputs
+
+    def forward(self, batch: Batch, step: Step) -> Any:
+        return self._outputs(batch, step)
+
+
 class StepMaker:
     """Makes optimizer steps: forward, losses, gradients, clipping, update, schedule and average.
 
-    The losses' divisors count the whole step: all its pieces in all processes. Gradients are averaged over processes by
-    DistributedDataParallel, so a step is the same however it is cut.
+    The losses' divisors count the whole step: all its pieces in all processes. So a step is the same however it is cut.
     """
 
     def __init__(
         self,
         state: TrainingState,
-        criterion: DetectionCriterion,
+        training: Training,
         config: TrainConfig,
         processes: Processes,
         device: torch.device,
     ) -> None:
-        self._state, self._criterion, self._config, self._device = state, criterion, config, device
+        self._state, self._training, self._config, self._device = state, training, config, device
         self._processes = processes
         self._normalize = ImageNormalization().to(device)
         self._precision = feature_precision(config, device)
-        self.timer = PartTimer(enabled=device.type == "cpu")
-        criterion.timer = self.timer
-        detector = state.detector
+        self.timer = training.timer = PartTimer(enabled=device.type == "cpu")
         self._channels_last = uses_channels_last(config, device)
-        self._forward: nn.Module = TrainingForward(detector)
+        self._forward: nn.Module = _Forward(state.detector, training)
         self._synchronized: DistributedDataParallel | None = None
         if processes.several:
             self._synchronized = DistributedDataParallel(
                 self._forward,
-                # With all levels every parameter has a gradient, even in a step without patches.
-                find_unused_parameters=len(detector.config.probed_levels) < 2,
                 gradient_as_bucket_view=True,
                 # Frozen statistics are equal; those that learn are kept so by `synchronize_norms` or after every step.
                 **_BUFFERS_STAY,
             )
             self._forward = self._synchronized
-        self._separate_statistics = _separate_statistics(detector) if processes.several else []
+        self._separate_statistics = _separate_statistics(state.detector) if processes.several else []
 
     def make(self, pieces: Sequence[Piece], epoch: int) -> StepResult:
-        """One step on the pieces of this process. Raises ValueError when the loss is not finite."""
+        """One step on the pieces of this process, in an epoch from 0. Raises ValueError for a loss that is not finite."""
         state = self._state
         state.optimizer.zero_grad(set_to_none=True)
         totals = self._count(pieces, epoch) if len(pieces) > 1 else None
@@ -128,22 +132,18 @@ class StepMaker:
                 state.average.update_parameters(state.detector)
         return StepResult(losses, gradient_norm)
 
-    def _gradients(self, piece: Piece, epoch: int, totals: BatchTotals | None) -> dict[str, Tensor]:
-        """Add the gradients of one piece; its losses, detached."""
+    def _gradients(self, piece: Piece, epoch: int, totals: Tensor | None) -> dict[str, Tensor]:
+        """Add the gradients of one piece; its losses, detached. totals: None where the piece is the whole step."""
         with self.timer.part("forward"):
-            images, sizes, targets = self._inputs(piece)
-            outputs = self._forward(
-                images,
-                sizes,
-                targets,
-                epoch=epoch,
-                generator=image_generators(self._config.seed, piece.places),
-                denoising_scale=self._denoising_scale(epoch),
-                feature_precision=self._precision,
-            )
+            batch, step = self._inputs(piece, epoch)
+            outputs = self._forward(batch, step)
         with self.timer.part("loss"):
-            losses: dict[str, Tensor] = self._criterion(outputs, targets, totals)
-            total = self._criterion.total(losses)
+            if totals is None:
+                totals = self._summed(self._training.counts(batch, step, outputs))
+            losses = self._training.losses(outputs, batch.targets, totals)
+            # DistributedDataParallel averages what the processes' own images give; their sum is wanted.
+            losses = {name: value * self._processes.count for name, value in losses.items()}
+            total = torch.stack([value * self._training.weights[name] for name, value in losses.items()]).sum()
             if not torch.isfinite(total):
                 raise ValueError(
                     f"the loss became {float(total.detach())} at step {self._state.step + 1}: lower the learning rate"
@@ -153,32 +153,28 @@ class StepMaker:
             self._state.scaler.scale(total).backward()
         return {name: value.detach() for name, value in losses.items()}
 
-    def _count(self, pieces: Sequence[Piece], epoch: int) -> BatchTotals:
+    def _count(self, pieces: Sequence[Piece], epoch: int) -> Tensor:
         """What the losses of a step of several pieces are divided by.
 
-        How many patches there will be is only known once the anchors are predicted, so the first part of the forward
-        pass runs twice.
+        Some of it is known only once the detector has predicted it, so a part of the forward pass may run twice.
         """
-        objects = patches = 0
         with self.timer.part("forward"):
-            for piece in pieces:
-                images, sizes, targets = self._inputs(piece)
-                generators = image_generators(self._config.seed, piece.places)
-                patches += count_patches(
-                    self._state.detector, images, sizes, targets, epoch, generators, self._precision
-                )
-                objects += sum(len(target["boxes"]) for target in targets)
-        images_of_step = sum(len(piece.places) for piece in pieces)
-        return count_totals(objects, patches, self._device, images_of_step)
+            counts = [self._training.counts(*self._inputs(piece, epoch)) for piece in pieces]
+        return self._summed(torch.stack(counts).sum(0))
 
-    def _inputs(self, piece: Piece) -> tuple[Tensor, Tensor, list[Target]]:
-        """Normalized images on the device; sizes and targets, by which patches are chosen, stay on the CPU."""
-        batch = piece.batch
-        images = batch.images.to(self._device, non_blocking=True)
-        images = self._normalize(images, to_device(batch.sizes, self._device))
+    def _summed(self, counts: Tensor) -> Tensor:
+        """Counts of this process -> those of all of them, at least 1 each."""
+        return self._processes.sum(counts).clamp(min=1)
+
+    def _inputs(self, piece: Piece, epoch: int) -> tuple[Batch, Step]:
+        """What the forward pass takes, with random numbers that are drawn alike each time."""
+        loaded = piece.batch
+        images = loaded.images.to(self._device, non_blocking=True)
+        images = self._normalize(images, to_device(loaded.sizes, self._device))
         if self._channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        return images, batch.sizes, batch.targets
+        step = Step(epoch, image_generators(self._config.seed, piece.places), self._precision)
+        return Batch(images, loaded.sizes, loaded.targets), step
 
     def _average_statistics(self) -> None:
         """Make running statistics that each process learned on its own images alike in all of them."""
@@ -193,12 +189,6 @@ class StepMaker:
         if self._synchronized is None or last:
             return contextlib.nullcontext()
         return self._synchronized.no_sync()
-
-    def _denoising_scale(self, epoch: int) -> float | None:
-        """Scale of the noised queries in an epoch; None without them, and once it has fallen to nothing."""
-        if self._config.denoising_scale is None:
-            return None
-        return noise_scale(epoch, self._config.denoising_scale, self._config.denoising_fall) or None
 
 
 def _advance(state: TrainingState) -> None:
@@ -215,8 +205,7 @@ def prepare_detector(
     detector.to(device).train()
     synchronize_norms(detector, device, processes)
     channels_last = uses_channels_last(config, device)
-    for name in ("backbone", "neck"):
-        part = detector.get_submodule(name)
+    for part in (detector.backbone, detector.neck):
         if channels_last:
             part.to(memory_format=torch.channels_last)
         if config.compile:
@@ -229,7 +218,7 @@ def synchronize_norms(detector: Detector, device: torch.device, processes: Proce
     PyTorch has such norms for GPUs alone. On a CPU each process normalizes by its own images; the running statistics
     are averaged after every step (`StepMaker`), and a warning says so.
     """
-    if not processes.several or not detector.config.train_batch_statistics:
+    if not processes.several or not detector.backbone.train_statistics:
         return
     if device.type == "cuda":
         detector.backbone = nn.SyncBatchNorm.convert_sync_batchnorm(detector.backbone)
