@@ -7,12 +7,17 @@ model itself, so that every session prepares images and reads outputs in one way
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated
+
+import msgspec
+
+from runtime.records import convert_fields
 
 PROPERTY_PREFIX = "asag."
+
+Positive = Annotated[int, msgspec.Meta(ge=1)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,32 +35,30 @@ class ModelMetadata:
     preset: str
     decoder: str
     backbone: str
-    queries: int
+    queries: Positive
     head: str
     levels: str
     precision: str
-    input_height: int
-    input_width: int
+    input_height: Positive
+    input_width: Positive
     input_type: str
-    shorter_side: int
-    longer_side: int
+    shorter_side: Positive
+    longer_side: Positive
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    category_ids: tuple[int, ...]
+    category_ids: Annotated[tuple[int, ...], msgspec.Meta(min_length=1)]
     category_names: tuple[str, ...]
     nms_iou: float | None
-    max_detections: int
+    max_detections: Positive
     patch_capacity: tuple[int, int]
     package_version: str
     weights_digest: str
 
     def __post_init__(self) -> None:
-        for name in ("mean", "std", "category_ids", "category_names", "patch_capacity"):
-            object.__setattr__(self, name, _as_tuple(name, getattr(self, name)))
-        _check_types(self)
-        for name in ("queries", "input_height", "input_width", "shorter_side", "longer_side", "max_detections"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model metadata: {name} must be at least 1, it is {getattr(self, name)}")
+        try:
+            convert_fields(self)
+        except ValueError as error:
+            raise ValueError(f"model metadata: {error}") from None
         if self.input_type not in ("uint8", "float32"):
             raise ValueError(f"model metadata: input_type must be uint8 or float32, it is {self.input_type!r}")
         if self.shorter_side > self.longer_side:
@@ -88,7 +91,7 @@ class ModelMetadata:
     def to_properties(self) -> dict[str, str]:
         """Metadata properties of an ONNX file: key ``asag.<field>``, value JSON."""
         return {
-            PROPERTY_PREFIX + field.name: json.dumps(getattr(self, field.name), ensure_ascii=False)
+            PROPERTY_PREFIX + field.name: msgspec.json.encode(getattr(self, field.name)).decode()
             for field in dataclasses.fields(self)
         }
 
@@ -104,43 +107,12 @@ class ModelMetadata:
             raise ValueError("not an asag model: it holds no asag metadata; make one with `asag export`")
         if missing:
             raise ValueError(f"asag metadata lack {', '.join(missing)}; export the model again with `asag export`")
-        values: dict[str, Any] = {}
+        values = {}
         for name in fields:
             try:
-                values[name] = json.loads(properties[PROPERTY_PREFIX + name])
-            except (ValueError, TypeError, RecursionError):
+                values[name] = msgspec.json.decode(properties[PROPERTY_PREFIX + name])
+            except (ValueError, TypeError, RecursionError, msgspec.MsgspecError):
                 raise ValueError(
                     f"asag metadata are damaged at {PROPERTY_PREFIX}{name}; export the model again with `asag export`"
                 ) from None
         return cls(**values)
-
-
-def _as_tuple(name: str, value: Any) -> tuple[Any, ...]:
-    if not isinstance(value, list | tuple):
-        raise ValueError(f"model metadata: {name} must be a list, it is {value!r}")
-    return tuple(value)
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _check_types(metadata: ModelMetadata) -> None:
-    """Refuse values of a wrong type or length, so that a damaged file is reported where it is read."""
-    checks = {
-        "str": lambda value: isinstance(value, str),
-        "int": _is_integer,
-        "float | None": lambda value: value is None or _is_number(value),
-        "tuple[float, float, float]": lambda value: len(value) == 3 and all(map(_is_number, value)),
-        "tuple[int, int]": lambda value: len(value) == 2 and all(map(_is_integer, value)),
-        "tuple[int, ...]": lambda value: len(value) > 0 and all(map(_is_integer, value)),
-        "tuple[str, ...]": lambda value: all(isinstance(name, str) for name in value),
-    }
-    for field in dataclasses.fields(metadata):
-        value = getattr(metadata, field.name)
-        if not checks[str(field.type)](value):
-            raise ValueError(f"model metadata: {field.name} must be {field.type}, it is {value!r}")

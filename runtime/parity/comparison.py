@@ -111,7 +111,10 @@ def compare(
         detections=all_detections,
         metadata=reference.metadata,
         machine=describe_machine(),
+        score_tolerance=SCORE_TOLERANCE,
+        box_tolerance=BOX_TOLERANCE,
         batch_checks=_check_batches(sessions, dataset, image_ids, batch_sizes),
+        stages=(),
     )
 
 
