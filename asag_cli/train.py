@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -114,16 +113,16 @@ def resolve_config(config_file: Path | None, given: dict[str, Any], settings: di
     config = TrainConfig.for_preset(preset, data, output, **values)
     # What a file says is none stays none, whatever the recipe.
     none: dict[str, Any] = {name: None for name, value in values.items() if value is None}
-    return dataclasses.replace(config, **none)
+    return config.replaced(**none)
 
 
 def _parse_settings(settings: tuple[str, ...]) -> dict[str, Any]:
     """`NAME=VALUE` pairs as fields of the training configuration; values are JSON, or text where they are not."""
     import json
 
-    from train.config import TrainConfig
+    from train.config import option_names
 
-    known = {field.name for field in dataclasses.fields(TrainConfig)} - {"preset", "data", "output"}
+    known = option_names() - {"preset", "data", "output"}
     values = {}
     for setting in settings:
         name, separator, text = setting.partition("=")

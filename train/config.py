@@ -1,16 +1,18 @@
-"""What a training run is made of, as frozen data, and the recipes of the presets. Imports nothing heavy."""
+"""What a training run is made of, as frozen data. Imports nothing heavy."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from msgspec import Meta
 
-from runtime.records import convert_fields, to_json
+from asag.families import FAMILIES, find_preset
+from runtime.records import convert, convert_fields, to_json
 
 Positive = Annotated[float, Meta(gt=0)]
 PositiveCount = Annotated[int, Meta(ge=1)]
@@ -51,9 +53,11 @@ OPERATIONAL_FIELDS = frozenset(
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run. The defaults are the published 1x recipe (specification section 7, Schedule).
+    """One training run: what every family's has, and in `settings` what only the preset's family has.
 
-    Raises ValueError, naming the field, when a value is out of range.
+    Files, the command line and records know the fields of both by their names alone, so a family's may not be called
+    like one of these. Raises ValueError for a preset that does not exist, and, naming the field, for a value out of
+    range.
     """
 
     preset: str
@@ -79,8 +83,6 @@ class TrainConfig:
     """Passes over the training images."""
     steps: PositiveCount | None = None
     """Optimizer steps in all; overrides `epochs` when given."""
-    first_epoch: Count = 0
-    """Number that the first epoch counts as. Epoch 0 takes its patches from ground truth; trained weights need 1."""
     batch_size: PositiveCount = 16
     """Images of one optimizer step, over all processes and pieces."""
     accumulate: PositiveCount = 1
@@ -104,10 +106,6 @@ class TrainConfig:
     ema_decay: Annotated[float, Meta(gt=0, lt=1)] | None = None
     """Decay of an exponential moving average of the weights, which is then what is saved and evaluated."""
 
-    denoising_scale: Positive | None = None
-    """How far noised queries are moved, as a share of the object; None trains without them."""
-    denoising_fall: Share = 0.0
-    """What the scale loses every epoch."""
     precision: str = "auto"
     """What backbone and neck compute in: `float32`, `bfloat16`, `float16` (the loss is then scaled), or `auto` for
     bfloat16 on a GPU (float16 on one that lacks it) and float32 on a CPU. All that follows is float32."""
@@ -132,7 +130,7 @@ class TrainConfig:
     """A backbone's weights (torchvision's or CrossCL's names) to start from."""
     learn_norms: bool | None = None
     """Train the whole backbone and let its norms learn their statistics, as a start from random weights needs; None
-    as the preset has it: `asag-a-tiny` does, the published detectors keep those of ImageNet."""
+    as the preset has it."""
 
     resume: bool = False
     """Continue the run in `output` from its last checkpoint."""
@@ -160,73 +158,79 @@ class TrainConfig:
     time_limit: Positive | None = None
     """End this process when it has trained for that many seconds, with a checkpoint."""
 
+    settings: Any = None
+    """The family's, an instance of its `settings`; None takes their defaults."""
+
     def __post_init__(self) -> None:
         convert_fields(self)
+        kind = find_preset(self.preset).family.settings
+        if self.settings is None:
+            object.__setattr__(self, "settings", kind())
+        if type(self.settings) is not kind:
+            raise ValueError(f"settings are {type(self.settings).__name__}; {self.preset} trains with {kind.__name__}")
         _check(self)
 
     @classmethod
     def for_preset(cls, preset: str, data: str | Path | None, output: str | Path, **overrides: Any) -> TrainConfig:
         """The recipe of a detector preset with some fields replaced; overrides that are None are left out.
 
-        Raises ValueError on a field that does not exist.
+        Raises ValueError on a preset or a field that does not exist.
         """
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(overrides) - known)
-        if unknown:
-            raise ValueError(f"unknown training options: {', '.join(unknown)}")
-        values = dict(RECIPES[recipe_name(preset)])
+        values = dict(find_preset(preset).recipe)
         given = {name: value for name, value in overrides.items() if value is not None}
         if "epochs" in given and "steps" not in given:
             values.pop("steps", None)
         data, output = None if data is None else Path(data), Path(output)
-        return cls(preset=preset, data=data, output=output, **{**values, **given})
+        return cls.of({**values, **given, "preset": preset, "data": data, "output": output})
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """Of the fields' values by name, the family's among the others, as :meth:`to_dict` gives them.
+
+        Raises ValueError on a preset or a field that does not exist.
+        """
+        family = find_preset(values["preset"]).family
+        loop, own = _loop_fields(), _names(family.settings)
+        unknown = sorted(set(values) - loop - own)
+        if unknown:
+            raise ValueError(f"unknown training options: {', '.join(unknown)}")
+        settings = convert({name: value for name, value in values.items() if name in own}, family.settings)
+        return cls(**{name: value for name, value in values.items() if name in loop}, settings=settings)
+
+    def replaced(self, **changes: Any) -> TrainConfig:
+        """A copy with other values of some fields, the family's among the others."""
+        return self.of({**self._flat(), **changes})
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values."""
-        return to_json(self)
+        """The fields as JSON values, the family's among the others."""
+        return to_json(self._flat())
+
+    def _flat(self) -> dict[str, Any]:
+        values = {**vars(self), **vars(self.settings)}
+        del values["settings"]
+        return values
 
     def computation(self) -> dict[str, Any]:
         """The fields that decide the sequence of weights, for JSON; a resumed run must agree on them."""
         return {name: value for name, value in self.to_dict().items() if name not in OPERATIONAL_FIELDS}
 
 
-_MULTI_SCALE = {"training_shorter_sides": tuple(range(640, 801, 32)), "crop_probability": 0.5}
-
-# Epochs, milestones and sizes by recipe. `tiny` starts from random weights on few small images: the backbone learns
-# as fast as the rest, and steps are as large as the clipped gradients allow.
-RECIPES: dict[str, dict[str, Any]] = {
-    "dn": {"epochs": 12, "milestones": (8, 11), "denoising_scale": 0.4},
-    "1x": {"epochs": 12, "milestones": (8, 11)},
-    "3x": {"epochs": 36, "milestones": (24, 33), **_MULTI_SCALE},
-    "crowdhuman": {"epochs": 50, "milestones": (40, 46), **_MULTI_SCALE},
-    "tiny": {
-        "epochs": 24,
-        "batch_size": 8,
-        # A larger rate or less decay reach a higher AP sooner, but the detector then answers to the last bits of its
-        # anchors, and backends agree less (docs/training.md).
-        "learning_rate": 6e-4,
-        "backbone_learning_rate": 6e-4,
-        "weight_decay": 0.05,
-        "gradient_clip": 5.0,
-        "warmup_steps": 200,
-        "schedule": "cosine",
-        "milestones": (),
-        "ema_decay": 0.998,
-        # Reading such images takes a hundredth of a step; another process would only compete for the cores.
-        "workers": 0,
-    },
-}
+def option_names() -> set[str]:
+    """Every field that a file or the command line may name: those of all runs, and of every family's settings."""
+    return _loop_fields().union(*(_names(family.settings) for family in FAMILIES))
 
 
-def recipe_name(preset: str) -> str:
-    """The recipe that a detector preset trains with: the one its name carries, else the 1x recipe."""
-    parts = preset.split("-")
-    return next((name for name in RECIPES if name in parts), "1x")
+def _loop_fields() -> set[str]:
+    return _names(TrainConfig) - {"settings"}
+
+
+def _names(kind: type[Any]) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind)}
 
 
 def _check(config: TrainConfig) -> None:
     """Refuse values that no run can have."""
-    for name, value in vars(config).items():
+    for name, value in {**vars(config), **vars(config.settings)}.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} is {value}; it must be finite")
     for name, choices in (("schedule", SCHEDULES), ("precision", PRECISIONS)):

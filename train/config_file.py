@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from pathlib import Path
 from typing import Any
 
 from runtime.errors import one_line
 from runtime.records import read_json
-from train.config import TrainConfig
+from train.config import option_names
 
 _RECORD_KEY = "training"
 # What the record of a run says of that one process, not of the run.
@@ -17,7 +16,7 @@ _NOT_REPEATED = ("resume", "stop_after", "time_limit")
 
 
 def read_config_file(path: str | Path) -> dict[str, Any]:
-    """The fields of TrainConfig that a file names.
+    """The fields of a training configuration that a file names.
 
     The file is YAML or JSON with one entry per field, or the ``config.json`` of a run's folder, which then is repeated
     from its beginning: into a new folder beside the old one, unless another is asked for. Raises FileNotFoundError, or
@@ -29,7 +28,7 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a training configuration: it must hold one `name: value` per line")
     record = content.get(_RECORD_KEY)
     values = dict(record) if isinstance(record, dict) else dict(content)
-    known = {field.name for field in dataclasses.fields(TrainConfig)}
+    known = option_names()
     unknown = sorted(str(name) for name in values if name not in known)
     if unknown:
         raise ValueError(

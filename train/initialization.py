@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -90,13 +90,13 @@ def load_backbone(detector: Detector, path: Path) -> None:
 
     The file is what :func:`asag.foreign_files.read_foreign` takes. Names are the backbone's own (for a ResNet
     torchvision's), also behind a prefix as contrastive pretraining writes them (`module.encoder_q.`, `backbone.`,
-    `encoder.`, `body.`). Classifier layers and everything outside the prefix
-    (a momentum encoder, a queue, a neck) are ignored. Raises FileNotFoundError without the file, and ValueError when
-    it cannot be read, is of another backbone, or holds several.
+    `encoder.`, `body.`). Classifier layers and everything outside the prefix (a momentum encoder, a queue, a neck) are
+    ignored. Raises FileNotFoundError without the file, and ValueError when it cannot be read, is of another backbone,
+    or holds several.
     """
     tensors = read_foreign(path).tensors
     ours = detector.backbone.state_dict()
-    prefix = _backbone_prefix(tensors, set(ours), path)
+    prefix = _backbone_prefix(tensors, list(ours), path)
     state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     state = {name: value for name, value in state.items() if not name.startswith(_CLASSIFIERS)}
     problems = {
@@ -120,11 +120,11 @@ _CLASSIFIERS = ("fc.", "head.", "classifier.", "projector.", "predictor.")
 _MOMENTUM_COPY = re.compile(r"(?:^|[._])(?:encoder_k|momentum|target|teacher|ema)[._]")
 
 
-def _backbone_prefix(tensors: Mapping[str, Tensor], wanted: set[str], path: Path) -> str:
-    """What stands before torchvision's names; where several copies of the backbone are, the one that is trained."""
-    stem = "conv1.weight"
+def _backbone_prefix(tensors: Mapping[str, Tensor], wanted: Sequence[str], path: Path) -> str:
+    """What stands before the backbone's own names; where several copies of it are, before those of the trained one."""
+    stem = wanted[0]
     found = {name.removesuffix(stem) for name in tensors if name == stem or name.endswith(f".{stem}")}
-    # Blocks have a `conv1` as well: the backbone's prefix is one that most of the names follow.
+    # Other parts may have such a layer as well: the backbone's prefix is one that most of the names follow.
     counts = {prefix: sum(prefix + name in tensors for name in wanted) for prefix in found}
     most = max(counts.values(), default=0)
     fitting = sorted(prefix for prefix, count in counts.items() if count == most)

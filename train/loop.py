@@ -281,8 +281,8 @@ def _steps(run: _Run, last: int) -> Iterator[list[Piece]]:
     )
     crop = RandomCrop(config.crop_probability, config.crop_shorter_sides, config.crop_sides)
     transform = TrainingTransform(
-        config.training_shorter_sides or (run.info.shorter_side,),
-        run.info.longer_side,
+        config.training_shorter_sides or (run.info.input.shorter_side,),
+        run.info.input.longer_side,
         config.flip_probability,
         crop if config.crop_probability > 0 else None,
     )

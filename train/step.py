@@ -112,7 +112,7 @@ class StepMaker:
         self._separate_statistics = _separate_statistics(state.detector) if processes.several else []
 
     def make(self, pieces: Sequence[Piece], epoch: int) -> StepResult:
-        """One step on the pieces of this process, in an epoch from 0. Raises ValueError for a loss that is not finite."""
+        """One step on the pieces of this process; epochs from 0. Raises ValueError when the loss is not finite."""
         state = self._state
         state.optimizer.zero_grad(set_to_none=True)
         totals = self._count(pieces, epoch) if len(pieces) > 1 else None
