@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,4 +149,5 @@ def choose(family: Family, config: Any, choices: Mapping[str, Any]) -> Any:
         if known[name].values and value not in known[name].values:
             listed = ", ".join(map(str, known[name].values))
             raise ValueError(f"{name.replace('_', ' ')} is {value!r}; choose one of {listed}")
-    return dataclasses.replace(config, **wanted)
+    types = typing.get_type_hints(family.config)
+    return dataclasses.replace(config, **{name: msgspec.convert(value, types[name]) for name, value in wanted.items()})

@@ -1,61 +1,73 @@
-"""What an exported model says about itself: preset, input, classes and post-processing.
+"""What an exported model says about itself: family, input, classes, stages and post-processing.
 
 The same record travels as metadata properties of an ONNX file, in the manifest beside an engine, and from the PyTorch
-model itself, so that every session prepares images and reads outputs in one way.
+model itself, so that every session prepares images and reads outputs in one way, and nobody asks what kind of detector
+it is.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
+
+from asag.family import Stage
+from runtime.records import convert_fields
+from runtime.schema_1 import upgraded_metadata
 
 PROPERTY_PREFIX = "asag."
+
+SCHEMA = 2
+"""Of the record; :mod:`runtime.schema_1` reads the one before."""
+
+Positive = Annotated[int, msgspec.Meta(ge=1)]
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelMetadata:
     """Description of one deployable detector.
 
-    ``input_height`` and ``input_width`` are the pixels of the fixed, padded input. An image is resized to
-    ``shorter_side`` with its longer side at most ``longer_side`` pixels (specification section 1), and shrunk further
-    where it would not fit the input. ``input_type`` is ``"uint8"`` (RGB, normalized inside the model) or
-    ``"float32"`` (normalized with ``mean`` and ``std``, which apply to values scaled to 0..1). ``nms_iou`` is the
-    threshold of class-wise non-maximum suppression after the model, or None for none. ``patch_capacity`` is the number
-    of patches per image that the model can explore on (P4, P3).
+    ``choices`` are the fields of the family's configuration that decide no tensor, as they were when the model was
+    exported; ``stages`` what its forward pass names, in order; ``half_layers`` parts of the parameters' names of linear
+    layers that bear 16 bits. ``input_height`` and ``input_width`` are the pixels of the fixed, padded input. An image
+    is resized to ``shorter_side`` with its longer side at most ``longer_side`` pixels, and shrunk further where it
+    would not fit the input. ``input_type`` is ``"uint8"`` (RGB, normalized inside the model) or ``"float32"``
+    (normalized with ``mean`` and ``std``, which apply to values scaled to 0..1). ``nms_iou`` is the threshold of
+    class-wise non-maximum suppression after the model, or None for none.
     """
 
+    family: str
     preset: str
-    decoder: str
-    backbone: str
-    queries: int
-    head: str
-    levels: str
+    choices: dict[str, Any]
+    stages: tuple[Stage, ...]
+    half_layers: tuple[str, ...]
     precision: str
-    input_height: int
-    input_width: int
+    input_height: Positive
+    input_width: Positive
     input_type: str
-    shorter_side: int
-    longer_side: int
+    shorter_side: Positive
+    longer_side: Positive
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    category_ids: tuple[int, ...]
+    category_ids: Annotated[tuple[int, ...], msgspec.Meta(min_length=1)]
     category_names: tuple[str, ...]
     nms_iou: float | None
-    max_detections: int
-    patch_capacity: tuple[int, int]
+    max_detections: Positive
     package_version: str
     weights_digest: str
+    schema: int = SCHEMA
 
     def __post_init__(self) -> None:
-        for name in ("mean", "std", "category_ids", "category_names", "patch_capacity"):
-            object.__setattr__(self, name, _as_tuple(name, getattr(self, name)))
-        _check_types(self)
-        for name in ("queries", "input_height", "input_width", "shorter_side", "longer_side", "max_detections"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model metadata: {name} must be at least 1, it is {getattr(self, name)}")
+        # As JSON would give them back, so that a model and its file compare equal.
+        choices = {name: list(value) if isinstance(value, tuple) else value for name, value in self.choices.items()}
+        object.__setattr__(self, "choices", choices)
+        try:
+            convert_fields(self)
+        except ValueError as error:
+            raise ValueError(f"model metadata: {error}") from None
         if self.input_type not in ("uint8", "float32"):
             raise ValueError(f"model metadata: input_type must be uint8 or float32, it is {self.input_type!r}")
         if self.shorter_side > self.longer_side:
@@ -78,6 +90,14 @@ class ModelMetadata:
         """(height, width) of the padded input in pixels."""
         return self.input_height, self.input_width
 
+    @property
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        """What the stages are timed as, in order, with the values that each part ends with."""
+        found: dict[str, tuple[str, ...]] = {}
+        for stage in self.stages:
+            found[stage.timed_as] = (*found.get(stage.timed_as, ()), *stage.value_names())
+        return found
+
     def category_name(self, category_id: int) -> str:
         """Name of a category id, or the id itself as text where the model does not know it."""
         try:
@@ -88,59 +108,36 @@ class ModelMetadata:
     def to_properties(self) -> dict[str, str]:
         """Metadata properties of an ONNX file: key ``asag.<field>``, value JSON."""
         return {
-            PROPERTY_PREFIX + field.name: json.dumps(getattr(self, field.name), ensure_ascii=False)
+            PROPERTY_PREFIX + field.name: msgspec.json.encode(getattr(self, field.name)).decode()
             for field in dataclasses.fields(self)
         }
 
     @classmethod
     def from_properties(cls, properties: Mapping[str, str]) -> ModelMetadata:
-        """Read what :meth:`to_properties` wrote; unknown ``asag.`` keys of later versions are ignored.
+        """Read what :meth:`to_properties` wrote, of this schema or the one before; unknown ``asag.`` keys are ignored.
 
-        Raises ValueError when the properties are not those of an asag model, or damaged.
+        Raises ValueError when the properties are not those of an asag model, damaged, or of a newer schema.
         """
+        values: dict[str, Any] = {}
+        for key, text in properties.items():
+            if key.startswith(PROPERTY_PREFIX):
+                try:
+                    values[key.removeprefix(PROPERTY_PREFIX)] = msgspec.json.decode(text)
+                except (ValueError, TypeError, RecursionError, msgspec.MsgspecError):
+                    raise ValueError(
+                        f"asag metadata are damaged at {key}; export the model again with `asag export`"
+                    ) from None
         fields = [field.name for field in dataclasses.fields(cls)]
-        missing = [name for name in fields if PROPERTY_PREFIX + name not in properties]
-        if len(missing) == len(fields):
+        if not values.keys() & set(fields):
             raise ValueError("not an asag model: it holds no asag metadata; make one with `asag export`")
+        schema = values.setdefault("schema", 1)
+        if not isinstance(schema, int) or schema > SCHEMA:
+            raise ValueError(
+                f"asag metadata of schema {schema!r}, written by a newer version (this one reads {SCHEMA}): update asag"
+            )
+        if schema == 1:
+            values = upgraded_metadata(values)
+        missing = [name for name in fields if name not in values]
         if missing:
             raise ValueError(f"asag metadata lack {', '.join(missing)}; export the model again with `asag export`")
-        values: dict[str, Any] = {}
-        for name in fields:
-            try:
-                values[name] = json.loads(properties[PROPERTY_PREFIX + name])
-            except (ValueError, TypeError, RecursionError):
-                raise ValueError(
-                    f"asag metadata are damaged at {PROPERTY_PREFIX}{name}; export the model again with `asag export`"
-                ) from None
-        return cls(**values)
-
-
-def _as_tuple(name: str, value: Any) -> tuple[Any, ...]:
-    if not isinstance(value, list | tuple):
-        raise ValueError(f"model metadata: {name} must be a list, it is {value!r}")
-    return tuple(value)
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _check_types(metadata: ModelMetadata) -> None:
-    """Refuse values of a wrong type or length, so that a damaged file is reported where it is read."""
-    checks = {
-        "str": lambda value: isinstance(value, str),
-        "int": _is_integer,
-        "float | None": lambda value: value is None or _is_number(value),
-        "tuple[float, float, float]": lambda value: len(value) == 3 and all(map(_is_number, value)),
-        "tuple[int, int]": lambda value: len(value) == 2 and all(map(_is_integer, value)),
-        "tuple[int, ...]": lambda value: len(value) > 0 and all(map(_is_integer, value)),
-        "tuple[str, ...]": lambda value: all(isinstance(name, str) for name in value),
-    }
-    for field in dataclasses.fields(metadata):
-        value = getattr(metadata, field.name)
-        if not checks[str(field.type)](value):
-            raise ValueError(f"model metadata: {field.name} must be {field.type}, it is {value!r}")
+        return cls(**{name: values[name] for name in fields})

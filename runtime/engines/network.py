@@ -9,8 +9,8 @@ from typing import Any
 
 from runtime.engines.backend import EngineBackend
 from runtime.errors import BackendUnavailableError, one_line
-from runtime.graph_stages import DOMAIN
 from runtime.metadata import ModelMetadata
+from runtime.onnx_file import DOMAIN
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,27 +9,21 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image
 
-from runtime.backends.onnxruntime_session import OnnxRuntimeSession
-from runtime.backends.pytorch_session import PyTorchSession
 from runtime.coco_evaluation import CocoFolder, CocoResult
 from runtime.drawing import draw_detections
 from runtime.errors import one_line
 from runtime.machine import Machine
 from runtime.metadata import ModelMetadata
-from runtime.onnx_stages import OnnxStages
 from runtime.parity.batch_checks import BatchCheck
 from runtime.parity.bootstrap import Interval
 from runtime.parity.results import Agreement, ParityReport, ParityRow, Unavailable
 from runtime.parity.stage_comparison import StageDifference, StageReport
-from runtime.preprocessing import prepare
-from runtime.stages import Panel, read_stage_values, stage_panels
-
-if TYPE_CHECKING:
-    from runtime.session import Session
+from runtime.session import Session
+from runtime.stages.draw import Panel, stage_panels
 
 FORMAT = "asag parity 1"
 
@@ -219,7 +213,7 @@ def _picture_group(report: ParityReport, dataset: CocoFolder, image_id: int, sco
 
 def _stage_group(reference: Session, dataset: CocoFolder, image_id: int, score_threshold: float) -> PictureGroup:
     image = dataset.load(image_id)
-    panels = stage_panels(image, reference.stages(image), reference.metadata, score_threshold)
+    panels = stage_panels(image, reference.stages(image), score_threshold)
     return PictureGroup(dataset.path(image_id).name, tuple(_picture(panel) for panel in panels))
 
 
@@ -230,7 +224,7 @@ def _start_groups(
     candidates: Sequence[Session | Unavailable],
     score_threshold: float,
 ) -> tuple[PictureGroup, ...]:
-    """Patches, anchors and detections of both sides for each candidate that differs somewhere."""
+    """The stages of both sides for each candidate that differs somewhere."""
     groups = []
     for stages in report.stages:
         same = [
@@ -239,25 +233,16 @@ def _start_groups(
             if (candidate.name, candidate.backend, candidate.precision)
             == (stages.name, stages.backend, stages.precision)
         ]
-        if stages.first is None or not same or not isinstance(reference, PyTorchSession):
+        if stages.first is None or not same or reference is None:
             continue
         (candidate, *_) = same
-        if not isinstance(candidate, OnnxRuntimeSession):
-            continue
+        assert isinstance(candidate, Session)
         image_id = stages.first.images_over[0]
         image = dataset.load(image_id)
-        tensors = prepare([image], reference.metadata)
         pictures = []
-        for name, values in (
-            ("reference", reference.stage_values(tensors)),
-            (stages.name, OnnxStages(candidate.path).run(tensors)),
-        ):
-            shown = read_stage_values({**values, "sizes": tensors["sizes"]}, reference.metadata, image.size[::-1])
-            panels = stage_panels(image, shown, reference.metadata, score_threshold)
-            pictures += [
-                _picture(dataclasses.replace(panel, caption=f"{name}: {panel.caption}"))
-                for panel in (panels[0], panels[1], panels[3])
-            ]
+        for name, session in (("reference", reference), (stages.name, candidate)):
+            panels = stage_panels(image, session.stages(image), score_threshold)
+            pictures += [_picture(dataclasses.replace(panel, caption=f"{name}: {panel.caption}")) for panel in panels]
         title = f"{dataset.path(image_id).name}: {stages.name} starts to differ at {stages.first.stage}"
         groups.append(PictureGroup(title, tuple(pictures)))
     return tuple(groups)

@@ -13,7 +13,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from runtime.graph_stages import NETWORK_STAGES, node_stages, stage_ends, values_read
+from runtime.metadata import ModelMetadata
+from runtime.stages.graph import network_parts, node_parts, part_ends, values_read
 
 _ROI_TAPS = 7 * 7 * 4 * 4
 """Values that a channel of a 7x7 RoI is made of: four samples for each bin, four neighbours for each sample."""
@@ -37,16 +38,16 @@ class StageWork:
     bytes: float
 
 
-def stage_work(model: Any, batch_size: int = 1) -> tuple[StageWork, ...]:
-    """The work of every stage of an exported model (``onnx.ModelProto``), in order.
+def stage_work(model: Any, metadata: ModelMetadata, batch_size: int = 1) -> tuple[StageWork, ...]:
+    """The work of every part of an exported model (``onnx.ModelProto``), in order.
 
     Raises ValueError for a graph that is no export of this project or does not tell its shapes.
     """
     graph = model.graph
-    stages = node_stages(graph.node, stage_ends(graph))
+    stages = node_parts(graph.node, part_ends(graph.node, metadata))
     values = GraphValues(model, batch_size)
     found = []
-    for stage in NETWORK_STAGES:
+    for stage in network_parts(metadata):
         nodes = [node for node, of_node in zip(graph.node, stages, strict=True) if of_node == stage]
         others = [node for node, of_node in zip(graph.node, stages, strict=True) if of_node != stage]
         operations = [(node_operations(node, values), values.is_half(node.output[0])) for node in nodes]
