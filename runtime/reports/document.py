@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from runtime.session import Session
 
 FORMAT = 1
-_KIND = "asag parity"
+KIND = "asag parity"
 _REMEDY = "write it with `asag parity --json`"
 
 _PICTURE_SIDE = 640
@@ -69,7 +69,7 @@ class ReportDocument:
     def to_json(self) -> dict[str, Any]:
         """The document as JSON values, for :func:`read_document`."""
         return {
-            "format": f"{_KIND} {FORMAT}",
+            "format": f"{KIND} {FORMAT}",
             **self.report.to_json(),
             "image_ids": self.report.image_ids,
             "metadata": to_json(self.report.metadata),
@@ -107,7 +107,7 @@ def make_document(
 
 def read_document(path: Path, content: Mapping[str, Any]) -> ReportDocument:
     """The document of JSON values read from ``path``; ValueError when they are not what this version writes."""
-    written = re.fullmatch(rf"{_KIND} (\d{{1,9}})", str(content.get("format")))
+    written = re.fullmatch(rf"{KIND} (\d{{1,9}})", str(content.get("format")))
     if written is None:
         raise ValueError(f"{path} holds no parity report; {_REMEDY}")
     check_format(path, int(written[1]), FORMAT, _REMEDY)
