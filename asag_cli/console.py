@@ -132,5 +132,7 @@ def choice_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for choice in reversed(known.values()):
         kind: click.ParamType = click.Choice(choice.values) if choice.values else ValueType(choice.form)
         text = f"{choice.help} The checkpoint's own by default."
-        with_choices = click.option(f"--{choice.name.replace('_', '-')}", choice.name, type=kind, help=text)(with_choices)
+        with_choices = click.option(f"--{choice.name.replace('_', '-')}", choice.name, type=kind, help=text)(
+            with_choices
+        )
     return with_choices

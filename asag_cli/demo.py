@@ -165,7 +165,7 @@ def _compare(
     console.print(benchmark_table(benchmark))
     write_json(output / "parity.json", document.to_json())
     write_json(output / "bench.json", benchmark.to_json())
-    report = write_page(output / "report.html", [document], [benchmark.to_json()], title="ASAG demo")
+    report = write_page(output / "report.html", [document], [benchmark], title="ASAG demo")
     reference_result = result.rows[0].result
     assert reference_result is not None
     return DemoResult(reference_result.ap, report, time.perf_counter() - began)

@@ -11,11 +11,11 @@ from asag_cli.console import (
     EXISTING_FILE,
     FOLDER,
     HELP,
+    choice_options,
     console,
     device_option,
     progress_bar,
     threads_option,
-    choice_options,
 )
 
 

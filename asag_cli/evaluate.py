@@ -13,11 +13,11 @@ from asag_cli.console import (
     HELP,
     OUTPUT_FILE,
     SizeType,
+    choice_options,
     console,
     device_option,
     progress_bar,
     threads_option,
-    choice_options,
 )
 
 
@@ -54,9 +54,7 @@ def evaluate(
     from runtime.opening import open_session
 
     dataset = open_coco(data, split)
-    with open_session(
-        model, device=device, threads=threads, input_size=input_size, choices=choices
-    ) as session:
+    with open_session(model, device=device, threads=threads, input_size=input_size, choices=choices) as session:
         with progress_bar("evaluating") as advance:
             result, _ = evaluate_session(session, dataset, dataset.image_ids[:images], batch_size, advance)
         title = f"{model.name} ({session.backend}, {session.precision}) on {result.images} images"

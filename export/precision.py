@@ -48,10 +48,11 @@ LARGEST_FLOAT16 = 65504.0
 def convert_precision(proto: onnx.ModelProto, precision: str, metadata: ModelMetadata) -> onnx.ModelProto:
     """A copy of `proto` (an export in float32) in which backbone, neck and large linear layers compute in `precision`.
 
-    metadata: those of the file; their precision is left to the caller. Inputs and outputs keep their types. A quantized convolution keeps its int8 weights and activations; "fp16" halves
-    the scales that it is dequantized with, and so what it computes in between. With "bf16" the operator set of the file
-    becomes :data:`BFLOAT16_OPERATOR_SET`. Raises ValueError for an unknown precision, when a weight does not fit float16,
-    and when nothing in the file can be converted.
+    metadata: the file's, with its stages and the linear layers that bear 16 bits. Inputs and outputs keep their types.
+    A quantized convolution keeps its int8 weights and activations; "fp16" halves the scales that it is dequantized
+    with, and so what it computes in between. With "bf16" the operator set of the file becomes
+    :data:`BFLOAT16_OPERATOR_SET`. Raises ValueError for an unknown precision, when a weight does not fit float16, and
+    when nothing in the file can be converted.
     """
     if precision not in PRECISIONS:
         advice = "; int8 is made from a float32 file by `asag quantize`" if precision == "int8" else ""

@@ -20,6 +20,7 @@ from runtime.metadata import ModelMetadata
 from runtime.parity.bootstrap import CategoryMatches, collect_matches
 from runtime.postprocessing import Detections
 from runtime.preprocessing import load_image
+from runtime.records import to_json
 from runtime.session import Session
 
 
@@ -40,8 +41,7 @@ class CocoResult:
 
     def to_json(self) -> dict[str, float | int | None]:
         """The values with None for not-a-number, which JSON does not have."""
-        values = dataclasses.asdict(self)
-        return {name: None if math.isnan(value) else value for name, value in values.items()}
+        return to_json(self)
 
 
 class CocoFolder:

@@ -108,7 +108,7 @@ class Session(abc.ABC):
         raise ValueError(_NO_STAGES.format(self.name))
 
     def stages(self, image: ImageLike) -> SeenStages:
-        """What the method did on one image, from the same run as its detections; raises what :meth:`stage_values` does."""
+        """What the method did on one image, from the same run as its detections; as :meth:`stage_values` raises."""
         from runtime.stages.draw import SeenStages
 
         self.check_stages()

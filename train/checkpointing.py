@@ -162,7 +162,7 @@ def load_state(path: str | Path, state: TrainingState, computation: Mapping[str,
     """
     path = Path(path)
     content = read_state(path)
-    _check_configuration(path, json.loads(content["configuration"]), json.loads(json.dumps(dict(computation))))
+    _check_configuration(path, json.loads(content["configuration"]), computation)
     try:
         state.detector.load_state_dict(content["detector"])
         if state.average is not None:

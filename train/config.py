@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import types
-import typing
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
+
+from runtime.records import convert_fields, to_json
+
+Positive = Annotated[float, Meta(gt=0)]
+PositiveCount = Annotated[int, Meta(ge=1)]
+NotNegative = Annotated[float, Meta(ge=0)]
+Count = Annotated[int, Meta(ge=0)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Side = Annotated[int, Meta(ge=32)]
+"""Pixels."""
 
 SCHEDULES = ("step", "cosine")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
@@ -66,38 +75,38 @@ class TrainConfig:
     skip_missing_images: bool = False
     """Leave out images whose file is not there; else one of them stops the run before it begins."""
 
-    epochs: float = 12
+    epochs: Positive = 12
     """Passes over the training images."""
-    steps: int | None = None
+    steps: PositiveCount | None = None
     """Optimizer steps in all; overrides `epochs` when given."""
-    first_epoch: int = 0
+    first_epoch: Count = 0
     """Number that the first epoch counts as. Epoch 0 takes its patches from ground truth; trained weights need 1."""
-    batch_size: int = 16
+    batch_size: PositiveCount = 16
     """Images of one optimizer step, over all processes and pieces."""
-    accumulate: int = 1
+    accumulate: PositiveCount = 1
     """Pieces that a process cuts its images of a step into, for less memory; the gradients stay the same."""
 
-    learning_rate: float = 2e-4
-    backbone_learning_rate: float = 2e-5
-    weight_decay: float = 1e-4
-    gradient_clip: float = 0.1
+    learning_rate: Positive = 2e-4
+    backbone_learning_rate: NotNegative = 2e-5
+    weight_decay: NotNegative = 1e-4
+    gradient_clip: Positive = 0.1
     """Largest norm of the gradient over all parameters."""
-    warmup_steps: int = 500
-    warmup_start: float = 1 / 3
+    warmup_steps: Count = 500
+    warmup_start: Share = 1 / 3
     """Share of the learning rate at the first step."""
     schedule: str = "step"
     """`step` multiplies the rate by `decay_factor` after each milestone; `cosine` lets it fall to `final_rate`."""
     milestones: tuple[float, ...] = (8, 11)
     """Epochs after which the rate falls (schedule `step`)."""
-    decay_factor: float = 0.1
-    final_rate: float = 0.01
+    decay_factor: Share = 0.1
+    final_rate: Share = 0.01
     """Share of the learning rate at the last step (schedule `cosine`)."""
-    ema_decay: float | None = None
+    ema_decay: Annotated[float, Meta(gt=0, lt=1)] | None = None
     """Decay of an exponential moving average of the weights, which is then what is saved and evaluated."""
 
-    denoising_scale: float | None = None
+    denoising_scale: Positive | None = None
     """How far noised queries are moved, as a share of the object; None trains without them."""
-    denoising_fall: float = 0.0
+    denoising_fall: Share = 0.0
     """What the scale loses every epoch."""
     precision: str = "auto"
     """What backbone and neck compute in: `float32`, `bfloat16`, `float16` (the loss is then scaled), or `auto` for
@@ -107,16 +116,16 @@ class TrainConfig:
     channels_last: bool | None = None
     """Keep a pixel's channels side by side in memory in backbone and neck; None does so on a GPU."""
 
-    training_shorter_sides: tuple[int, ...] = ()
+    training_shorter_sides: tuple[Side, ...] = ()
     """Shorter sides in pixels, one drawn for each image; empty takes the preset's."""
-    crop_probability: float = 0.0
+    crop_probability: Share = 0.0
     """Chance that an image is first resized to one of `crop_shorter_sides` and cropped at random."""
-    crop_shorter_sides: tuple[int, ...] = (400, 500, 600)
-    crop_sides: tuple[int, int] = (384, 600)
+    crop_shorter_sides: tuple[Side, ...] = (400, 500, 600)
+    crop_sides: tuple[Side, Side] = (384, 600)
     """Shortest and longest side of a crop in pixels."""
-    flip_probability: float = 0.5
+    flip_probability: Share = 0.5
     """Chance of a horizontal flip."""
-    seed: int = 0
+    seed: Count = 0
     initial_weights: Path | None = None
     """A checkpoint of this toolkit to start from."""
     backbone_weights: Path | None = None
@@ -127,33 +136,32 @@ class TrainConfig:
 
     resume: bool = False
     """Continue the run in `output` from its last checkpoint."""
-    workers: int = 2
+    workers: Count = 2
     """Processes that read images; 0 reads them in the training process."""
     device: str = "auto"
     """A torch device, or `auto` for a GPU where there is one."""
-    log_interval: int = 50
+    log_interval: PositiveCount = 50
     """Steps between two lines of the log and of the table of losses."""
-    checkpoint_interval: int = 500
+    checkpoint_interval: PositiveCount = 500
     """Steps between two checkpoints; the last step always gets one."""
-    evaluation_interval: int | None = None
+    evaluation_interval: Count | None = None
     """Steps between two evaluations; 0 never; None after every epoch, in long runs after several: a dozen times at
     most. The last step always gets one."""
-    evaluation_images: int | None = None
+    evaluation_images: PositiveCount | None = None
     """Evaluate on the first images only; None takes all."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: PositiveCount = 2
     """How many of the last states are kept to resume from."""
-    picture_interval: int = 1000
+    picture_interval: Count = 1000
     """Steps between two pictures of what is detected on a few validation images; the last step gets one; 0 never."""
     tensorboard: bool = True
     """Write events for TensorBoard where it is installed."""
-    stop_after: int | None = None
+    stop_after: PositiveCount | None = None
     """End this process after that many steps of the run, with a checkpoint; the schedule still aims at all of them."""
-    time_limit: float | None = None
+    time_limit: Positive | None = None
     """End this process when it has trained for that many seconds, with a checkpoint."""
 
     def __post_init__(self) -> None:
-        for name, expected in typing.get_type_hints(type(self)).items():
-            object.__setattr__(self, name, _as_type(name, getattr(self, name), expected))
+        convert_fields(self)
         _check(self)
 
     @classmethod
@@ -174,9 +182,8 @@ class TrainConfig:
         return cls(preset=preset, data=data, output=output, **{**values, **given})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        values = dataclasses.asdict(self)
-        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+        """The fields as JSON values."""
+        return to_json(self)
 
     def computation(self) -> dict[str, Any]:
         """The fields that decide the sequence of weights, for JSON; a resumed run must agree on them."""
@@ -217,50 +224,11 @@ def recipe_name(preset: str) -> str:
     return next((name for name in RECIPES if name in parts), "1x")
 
 
-_POSITIVE = (
-    "batch_size",
-    "accumulate",
-    "log_interval",
-    "checkpoint_interval",
-    "keep_checkpoints",
-    "learning_rate",
-    "gradient_clip",
-    "epochs",
-    "steps",
-    "evaluation_images",
-    "stop_after",
-    "time_limit",
-    "denoising_scale",
-)
-_AT_LEAST_ZERO = (
-    "backbone_learning_rate",
-    "weight_decay",
-    "warmup_steps",
-    "workers",
-    "first_epoch",
-    "seed",
-    "picture_interval",
-    "evaluation_interval",
-)
-_SHARES = (
-    "warmup_start",
-    "flip_probability",
-    "crop_probability",
-    "decay_factor",
-    "final_rate",
-    "denoising_fall",
-)
-
-
 def _check(config: TrainConfig) -> None:
     """Refuse values that no run can have."""
-    for name in _POSITIVE:
-        _require(config, name, "above 0", lambda value: value > 0)
-    for name in _AT_LEAST_ZERO:
-        _require(config, name, "at least 0", lambda value: value >= 0)
-    for name in _SHARES:
-        _require(config, name, "between 0 and 1", lambda value: 0 <= value <= 1)
-    _require(config, "ema_decay", "between 0 and 1", lambda value: 0 < value < 1)
+    for name, value in vars(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} is {value}; it must be finite")
     for name, choices in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
         if getattr(config, name) not in choices:
             raise ValueError(f"{name} is {getattr(config, name)!r}; choose one of {', '.join(choices)}")
@@ -279,51 +247,5 @@ def _check_data(config: TrainConfig) -> None:
 
 
 def _check_sides(config: TrainConfig) -> None:
-    for name in ("training_shorter_sides", "crop_shorter_sides", "crop_sides"):
-        if any(side < 32 for side in getattr(config, name)):
-            raise ValueError(f"{name} must be at least 32 pixels, they are {getattr(config, name)}")
     if config.crop_sides[0] > config.crop_sides[1] or (config.crop_probability and not config.crop_shorter_sides):
         raise ValueError("crop_sides must be (shortest, longest), and crop_shorter_sides name at least one side")
-
-
-def _require(config: TrainConfig, name: str, rule: str, holds: Callable[[float], bool]) -> None:
-    value = getattr(config, name)
-    if value is not None and not (math.isfinite(value) and holds(value)):
-        raise ValueError(f"{name} is {value}; it must be {rule}")
-
-
-_KINDS = {int: "a whole number", float: "a number", bool: "true or false", Path: "a path", str: "a text"}
-
-
-def _as_type(name: str, value: Any, expected: Any) -> Any:
-    """A value of a field's type from what JSON, YAML or a caller gives for it. ValueError naming the field."""
-    if isinstance(expected, types.UnionType):
-        if value is None:
-            return None
-        expected = next(choice for choice in typing.get_args(expected) if choice is not types.NoneType)
-    if typing.get_origin(expected) is tuple:
-        inner = typing.get_args(expected)
-        if not isinstance(value, list | tuple) or (Ellipsis not in inner and len(value) != len(inner)):
-            raise ValueError(f"{name} is {value!r}; it must be a list of numbers")
-        return tuple(_as_type(name, entry, inner[0]) for entry in value)
-    converted = _convert(value, expected)
-    if converted is None:
-        raise ValueError(f"{name} is {value!r}; it must be {_KINDS[expected]}")
-    return converted
-
-
-def _convert(value: Any, expected: type) -> Any:
-    """The value as a number, truth value, text or path; None when it is no such thing."""
-    if expected is Path and isinstance(value, str | Path):
-        return Path(value)
-    if expected in (bool, str) or isinstance(value, bool):
-        return value if type(value) is expected else None
-    if expected not in (int, float):
-        return None
-    try:
-        number = float(value)  # YAML reads 2e-4 as a text
-    except (TypeError, ValueError):
-        return None
-    if expected is float:
-        return number
-    return int(number) if number.is_integer() else None

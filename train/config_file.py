@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import re
 from pathlib import Path
 from typing import Any
 
+from runtime.errors import one_line
+from runtime.records import read_json
 from train.config import TrainConfig
 
 _RECORD_KEY = "training"
@@ -43,22 +45,25 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
 
 def _parse(path: Path) -> Any:
     try:
-        text = path.read_text(encoding="utf-8")
+        return read_json(path) if path.suffix == ".json" else _read_yaml(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"no configuration file {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from None
-    try:
-        if path.suffix == ".json":
-            return json.loads(text)
-        import yaml
 
-        try:
-            return yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(" ".join(str(error).split())) from None
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read as {'JSON' if path.suffix == '.json' else 'YAML'}: {error}") from None
+
+def _read_yaml(path: Path) -> Any:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """YAML 1.1, but 2e-4 is a number as in YAML 1.2, not a text."""
+
+    number = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+\Z")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, [*"-+.0123456789"])
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ValueError(f"cannot read {path} as YAML: {one_line(error)}") from None
 
 
 def _free_name(folder: Path) -> Path:

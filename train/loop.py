@@ -86,7 +86,7 @@ class _Run:
     def computation(self) -> dict[str, Any]:
         """What decides the sequence of weights: the configuration and the data."""
         counts = self.dataset.counts
-        data = {"images": counts.images, "objects": counts.objects, "category_ids": self.dataset.category_ids}
+        data = {"images": counts.images, "objects": counts.objects, "category_ids": list(self.dataset.category_ids)}
         return {**self.config.computation(), **data}
 
     def epoch(self, step: int) -> int:

@@ -10,7 +10,11 @@ import dataclasses
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
+
+Count = Annotated[int, msgspec.Meta(ge=0)]
 
 LONGEST = 8
 """Operators that are named of one fused layer; the rest are counted."""
@@ -32,31 +36,11 @@ class EngineLayers:
     GPU for intermediate results, ``weight_bytes`` the weights; empty and 0 where the builder did not say.
     """
 
-    kernels: dict[str, int]
-    types: dict[str, int]
-    fused: tuple[tuple[str, str, int], ...]
-    activation_bytes: tuple[int, ...] = ()
-    weight_bytes: int = 0
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as JSON values."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, values: Any) -> EngineLayers:
-        """Read what :meth:`to_json` wrote; ValueError where it is damaged."""
-        if not isinstance(values, Mapping):
-            raise ValueError("the engine's layers are no object")
-        for name, check in _CHECKS.items():
-            if name not in values or not check(values[name]):
-                raise ValueError(f"the engine's layers are damaged at {name}")
-        return cls(
-            kernels=dict(values["kernels"]),
-            types=dict(values["types"]),
-            fused=tuple((row[0], row[1], row[2]) for row in values["fused"]),
-            activation_bytes=tuple(values["activation_bytes"]),
-            weight_bytes=values["weight_bytes"],
-        )
+    kernels: dict[str, Count]
+    types: dict[str, Count]
+    fused: tuple[tuple[str, str, Count], ...]
+    activation_bytes: tuple[Count, ...]
+    weight_bytes: Count
 
 
 class BuildMessages:
@@ -112,7 +96,7 @@ def summarize(layers: Sequence[Any], operators: Mapping[str, str]) -> EngineLaye
     fusions = {(_kernel(layer), nodes) for layer in described if len(nodes := _nodes(layer)) > 1}
     fused = Counter((kernel, _operators(nodes, operators)) for kernel, nodes in sorted(fusions))
     rows = tuple((kernel, text, count) for (kernel, text), count in fused.most_common())
-    return EngineLayers(dict(kernels.most_common()), dict(types.most_common()), rows)
+    return EngineLayers(dict(kernels.most_common()), dict(types.most_common()), rows, (), 0)
 
 
 def _kernel(layer: Mapping[str, Any]) -> str:
@@ -135,26 +119,3 @@ def _nodes(layer: Mapping[str, Any]) -> tuple[str, ...]:
 def _operators(nodes: Sequence[str], operators: Mapping[str, str]) -> str:
     named = [operators.get(node, node) for node in nodes[:LONGEST]]
     return " + ".join(named) + (f" + {len(nodes) - LONGEST} more" if len(nodes) > LONGEST else "")
-
-
-def is_count(value: Any) -> bool:
-    """Whether a JSON value is a whole number from 0 on."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def are_counts(value: Any) -> bool:
-    """Whether a JSON value is an object of counts."""
-    return isinstance(value, Mapping) and all(map(is_count, value.values()))
-
-
-def _is_fusion(row: Any) -> bool:
-    return isinstance(row, list) and len(row) == 3 and all(isinstance(t, str) for t in row[:2]) and is_count(row[2])
-
-
-_CHECKS = {
-    "kernels": are_counts,
-    "types": are_counts,
-    "fused": lambda value: isinstance(value, list) and all(map(_is_fusion, value)),
-    "activation_bytes": lambda value: isinstance(value, list) and all(map(is_count, value)),
-    "weight_bytes": is_count,
-}

@@ -5,17 +5,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-import json
 import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from runtime.engines.backend import BACKENDS
-from runtime.engines.layers import EngineLayers, are_counts, is_count
+from runtime.engines.layers import Count, EngineLayers
 from runtime.errors import one_line
 from runtime.metadata import ModelMetadata
+from runtime.records import check_format, convert, read_json, to_json
 
 MANIFEST_FORMAT = 3
 REBUILD = "build the engine again: asag build MODEL.onnx -o MODEL.engine"
@@ -23,7 +24,9 @@ REBUILD = "build the engine again: asag build MODEL.onnx -o MODEL.engine"
 DEFAULT_LEAST_CAPABILITY = (8, 0)
 """What TensorRT-RTX covers when no architecture is named."""
 
-Profile = tuple[int, int, int]
+Text = Annotated[str, Meta(min_length=1, max_length=255)]
+Digest = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+Profile = tuple[Count, Count, Count]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,24 +39,30 @@ class EngineManifest:
     standard operators, or "plugins", counted by name in ``plugins``. ``layers`` counts the network's layers by type as
     the builder got them, before fusion, and ``layer_types`` their outputs by element type; ``engine_layers`` is what
     the builder made of them, where it said so. The ONNX digest and name are those of the user's file, also where it was
-    converted to another precision first. Digests are SHA-256 of the files' bytes.
+    converted to another precision first. Digests are SHA-256 of the files' bytes. Raises
+    ValueError for profiles with gaps.
     """
 
-    backend: str
-    version: str
-    precision: str
-    profiles: tuple[Profile, ...]
-    targets: tuple[str, ...]
+    backend: Text
+    version: Text
+    precision: Text
+    profiles: Annotated[tuple[Profile, ...], Meta(min_length=1)]
+    targets: tuple[Text, ...]
     tf32: bool
-    op_lowering: str
-    onnx_name: str
-    onnx_sha256: str
-    engine_sha256: str
-    layers: dict[str, int]
-    layer_types: dict[str, int]
+    op_lowering: Text
+    onnx_name: Text
+    onnx_sha256: Digest
+    engine_sha256: Digest
+    layers: dict[str, Count]
+    layer_types: dict[str, Count]
     metadata: ModelMetadata
-    plugins: dict[str, int] = dataclasses.field(default_factory=dict)
-    engine_layers: EngineLayers | None = None
+    plugins: dict[str, Count]
+    engine_layers: EngineLayers | None
+
+    def __post_init__(self) -> None:
+        rising = all(1 <= smallest <= preferred <= largest for smallest, preferred, largest in self.profiles)
+        if not rising or any(second[0] != first[2] + 1 for first, second in itertools.pairwise(self.profiles)):
+            raise ValueError(f"profiles must rise from at least 1 without gaps, they are {self.profiles}")
 
     @property
     def smallest_batch(self) -> int:
@@ -74,15 +83,7 @@ class EngineManifest:
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as JSON values; the model's metadata as the properties of its ONNX file."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {
-            "format": MANIFEST_FORMAT,
-            **values,
-            "profiles": [list(profile) for profile in self.profiles],
-            "targets": list(self.targets),
-            "metadata": self.metadata.to_properties(),
-            "engine_layers": None if self.engine_layers is None else self.engine_layers.to_json(),
-        }
+        return {"format": MANIFEST_FORMAT, **to_json(self), "metadata": self.metadata.to_properties()}
 
 
 def batch_profiles(sizes: Sequence[int]) -> tuple[Profile, ...]:
@@ -108,31 +109,19 @@ def read_manifest(engine_path: str | os.PathLike[str]) -> EngineManifest:
     """Read the manifest beside an engine; ValueError with the remedy when it is missing or damaged."""
     path = manifest_path(engine_path)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
     except FileNotFoundError:
         raise ValueError(f"{engine_path} has no manifest {path.name} beside it; {REBUILD}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"cannot read the manifest {path}: {one_line(error)}; {REBUILD}") from None
-    if not isinstance(values, Mapping) or values.get("format") != MANIFEST_FORMAT:
-        raise ValueError(f"{path} is not an engine manifest of this version; {REBUILD}")
-    names = [field.name for field in dataclasses.fields(EngineManifest)]
-    for name in names:
-        if name not in values:
-            raise ValueError(f"the manifest {path} lacks {name}; {REBUILD}")
-        if not _CHECKS[name](values[name]):
-            raise ValueError(f"the manifest {path} is damaged at {name}; {REBUILD}")
+    except ValueError as error:
+        raise ValueError(f"the manifest is damaged: {error}; {REBUILD}") from None
+    if not isinstance(values, dict) or "format" not in values:
+        raise ValueError(f"{path} is no engine manifest; {REBUILD}")
+    check_format(path, values["format"], MANIFEST_FORMAT, REBUILD)
     try:
-        metadata = ModelMetadata.from_properties(values["metadata"])
-        engine_layers = None if values["engine_layers"] is None else EngineLayers.from_json(values["engine_layers"])
+        metadata = ModelMetadata.from_properties(convert(values.get("metadata"), dict[str, str], "metadata"))
+        return convert({**values, "metadata": metadata}, EngineManifest)
     except ValueError as error:
         raise ValueError(f"the manifest {path} is damaged: {one_line(error)}; {REBUILD}") from None
-    read = {
-        "profiles": tuple(tuple(profile) for profile in values["profiles"]),
-        "targets": tuple(values["targets"]),
-        "metadata": metadata,
-        "engine_layers": engine_layers,
-    }
-    return EngineManifest(**{name: values[name] for name in names} | read)
 
 
 def read_engine(path: Path) -> tuple[bytes, EngineManifest]:
@@ -154,40 +143,3 @@ def check_target(path: Path, manifest: EngineManifest, gpu: str, capability: tup
     built_for = ", ".join(manifest.targets) or "sm_80 and later"
     how = f"{REBUILD} --backend {manifest.backend} --target {target}"
     raise ValueError(f"{path} was built for {built_for}, and {gpu} is {target}; {how}")
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and 0 < len(value) <= 255
-
-
-def _is_digest(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
-
-
-def _are_profiles(value: Any) -> bool:
-    """Whether the profiles rise one after another without gaps."""
-    if not isinstance(value, list) or not value:
-        return False
-    if not all(isinstance(profile, list) and len(profile) == 3 and all(map(is_count, profile)) for profile in value):
-        return False
-    rising = all(1 <= profile[0] <= profile[1] <= profile[2] for profile in value)
-    return rising and all(second[0] == first[2] + 1 for first, second in itertools.pairwise(value))
-
-
-_CHECKS = {
-    "backend": _is_text,
-    "version": _is_text,
-    "precision": _is_text,
-    "profiles": _are_profiles,
-    "targets": lambda value: isinstance(value, list) and all(map(_is_text, value)),
-    "tf32": lambda value: isinstance(value, bool),
-    "op_lowering": _is_text,
-    "onnx_name": _is_text,
-    "onnx_sha256": _is_digest,
-    "engine_sha256": _is_digest,
-    "layers": are_counts,
-    "layer_types": are_counts,
-    "metadata": lambda value: isinstance(value, Mapping),
-    "plugins": are_counts,
-    "engine_layers": lambda value: value is None or isinstance(value, Mapping),
-}

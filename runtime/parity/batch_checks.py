@@ -16,6 +16,7 @@ from PIL import Image
 from runtime.parity.agreement import BOX_TOLERANCE, SCORE_TOLERANCE, compare_detections
 from runtime.postprocessing import Detections, postprocess
 from runtime.preprocessing import ImageLike, as_image, prepare
+from runtime.records import to_json
 from runtime.session import Session
 
 BATCH_SIZES = (1, 2, 4)
@@ -75,7 +76,7 @@ class BatchCheck:
 
     def to_json(self) -> dict[str, Any]:
         """The check as JSON values."""
-        return {**dataclasses.asdict(self), "agrees": self.agrees}
+        return {**to_json(self), "agrees": self.agrees}
 
 
 def check_batches(

@@ -111,7 +111,10 @@ def compare(
         detections=all_detections,
         metadata=reference.metadata,
         machine=describe_machine(),
+        score_tolerance=SCORE_TOLERANCE,
+        box_tolerance=BOX_TOLERANCE,
         batch_checks=_check_batches(sessions, dataset, image_ids, batch_sizes),
+        stages=(),
     )
 
 
@@ -132,7 +135,7 @@ def add_stages(
     images: int = STAGE_IMAGES,
     progress: Callable[[int, int], None] | None = None,
 ) -> ParityReport:
-    """The report with the stages of every candidate that shows them against the reference's, on up to ``images`` images.
+    """The report with the stages of every candidate that shows them, on up to ``images`` images.
 
     The images on which a candidate differs most come first. Where either side does not show its stages, nothing is
     added.

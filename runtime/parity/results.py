@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
 
 from runtime.coco_evaluation import CocoResult
 from runtime.machine import Machine
 from runtime.metadata import ModelMetadata
-from runtime.parity.agreement import BOX_TOLERANCE, SCORE_TOLERANCE
 from runtime.parity.batch_checks import BatchCheck
 from runtime.parity.bootstrap import Interval
+from runtime.parity.stage_comparison import StageReport
 from runtime.postprocessing import Detections
-
-if TYPE_CHECKING:
-    from runtime.parity.stage_comparison import StageReport
+from runtime.records import NULL_IS_INFINITE, NULL_IS_NAN, to_json
 
 SCORE_BINS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 """Upper ends of the bins of score differences; the last bin has none."""
@@ -67,7 +64,7 @@ class ParityRow:
     Latencies are milliseconds of one image from decoded pixels to detections. ``differences`` are those of AP, AP50,
     AP75 and of the sizes to the reference. The intervals are 95 % bootstrap intervals over images of AP and of its
     difference, whose samples are the same for every backend. ``agreement`` and the differences are None for the
-    reference.
+    reference. Raises ValueError for a row with neither a result nor a reason, or with both.
     """
 
     name: str
@@ -84,6 +81,12 @@ class ParityRow:
     ap_interval: Interval | None = None
     ap_difference_interval: Interval | None = None
 
+    def __post_init__(self) -> None:
+        if (self.result is None) == (self.reason is None):
+            raise ValueError("a row has either a result or the reason why there is none")
+        if (self.agreement is None) != (self.differences is None):
+            raise ValueError("a row has agreement and differences, or neither")
+
 
 @dataclasses.dataclass(frozen=True)
 class ParityReport:
@@ -95,14 +98,14 @@ class ParityReport:
 
     dataset: str
     image_ids: tuple[int, ...]
-    rows: tuple[ParityRow, ...]
+    rows: Annotated[tuple[ParityRow, ...], NULL_IS_NAN]
     detections: tuple[Mapping[int, Detections] | None, ...]
     metadata: ModelMetadata
     machine: Machine
-    score_tolerance: float = SCORE_TOLERANCE
-    box_tolerance: float = BOX_TOLERANCE
-    batch_checks: tuple[BatchCheck, ...] = ()
-    stages: tuple[StageReport, ...] = ()
+    score_tolerance: float
+    box_tolerance: float
+    batch_checks: Annotated[tuple[BatchCheck, ...], NULL_IS_NAN]
+    stages: Annotated[tuple[StageReport, ...], NULL_IS_INFINITE]
 
     @property
     def batches_agree(self) -> bool:
@@ -124,25 +127,14 @@ class ParityReport:
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the detections, as JSON values."""
-        rows = []
-        for row in self.rows:
-            values = dataclasses.asdict(row)
-            values["result"] = None if row.result is None else row.result.to_json()
-            if row.differences is not None:
-                values["differences"] = {name: _json_number(value) for name, value in row.differences.items()}
-            rows.append({name: _json_number(value) for name, value in values.items()})
         return {
             "dataset": self.dataset,
             "images": len(self.image_ids),
             "score_tolerance": self.score_tolerance,
             "box_tolerance": self.box_tolerance,
             "score_bins": SCORE_BINS,
-            "rows": rows,
+            "rows": to_json(self.rows),
             "batch_checks": [check.to_json() for check in self.batch_checks],
             "stages": [stage.to_json() for stage in self.stages],
             "machine": self.machine.to_json(),
         }
-
-
-def _json_number(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

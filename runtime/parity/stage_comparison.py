@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -161,7 +161,8 @@ def _detection_difference(
 
 def stage_table(report: StageReport) -> Group:
     """The stages for a terminal, and where the differences start."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0, title=f"Stages of {report.name} against the reference")
+    title = f"Stages of {report.name} against the reference"
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0, title=title)
     for heading in ("stage", "largest", "mean", "unmatched", "tolerance", "starts here on"):
         table.add_column(heading, justify="left" if heading == "stage" else "right", no_wrap=True)
     for stage in report.stages:

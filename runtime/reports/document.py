@@ -5,27 +5,25 @@ from __future__ import annotations
 import base64
 import dataclasses
 import io
-import json
-import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from runtime.coco_evaluation import CocoFolder, CocoResult
+from runtime.coco_evaluation import CocoFolder
 from runtime.drawing import draw_detections
 from runtime.errors import one_line
-from runtime.machine import Machine
-from runtime.metadata import ModelMetadata
-from runtime.parity.batch_checks import BatchCheck
-from runtime.parity.bootstrap import Interval
-from runtime.parity.results import Agreement, ParityReport, ParityRow, Unavailable
-from runtime.parity.stage_comparison import StageDifference, StageReport
+from runtime.parity.results import ParityReport, Unavailable
+from runtime.records import check_format, convert, to_json
+from runtime.schema_1 import upgraded_metadata
 from runtime.session import Session
 from runtime.stages.draw import Panel, stage_panels
 
-FORMAT = "asag parity 1"
+FORMAT = 1
+KIND = "asag parity"
+_REMEDY = "write it with `asag parity --json`"
 
 _PICTURE_SIDE = 640
 _STAGE_IMAGES = 3
@@ -53,27 +51,27 @@ class PictureGroup:
 class ReportDocument:
     """What a page shows of one parity run.
 
-    ``groups`` show the detections, ``stage_groups`` the reference's stages, and ``start_groups`` reference and
+    ``pictures`` show the detections, ``stage_pictures`` the reference's stages, and ``start_pictures`` reference and
     candidate on an image where their stages begin to differ. A report read from a file holds no detections.
     """
 
     report: ParityReport
-    groups: tuple[PictureGroup, ...]
-    stage_groups: tuple[PictureGroup, ...]
-    start_groups: tuple[PictureGroup, ...]
     score_threshold: float
+    pictures: tuple[PictureGroup, ...]
+    stage_pictures: tuple[PictureGroup, ...]
+    start_pictures: tuple[PictureGroup, ...]
 
     def to_json(self) -> dict[str, Any]:
         """The document as JSON values, for :func:`read_document`."""
         return {
-            "format": FORMAT,
+            "format": f"{KIND} {FORMAT}",
             **self.report.to_json(),
             "image_ids": self.report.image_ids,
-            "metadata": dataclasses.asdict(self.report.metadata),
+            "metadata": to_json(self.report.metadata),
             "score_threshold": self.score_threshold,
-            "pictures": [dataclasses.asdict(group) for group in self.groups],
-            "stage_pictures": [dataclasses.asdict(group) for group in self.stage_groups],
-            "start_pictures": [dataclasses.asdict(group) for group in self.start_groups],
+            "pictures": to_json(self.pictures),
+            "stage_pictures": to_json(self.stage_pictures),
+            "start_pictures": to_json(self.start_pictures),
         }
 
 
@@ -99,85 +97,24 @@ def make_document(
             _stage_group(reference, dataset, image_id, score_threshold) for image_id in chosen[:_STAGE_IMAGES]
         )
     starts = _start_groups(report, dataset, reference, candidates, score_threshold)
-    return ReportDocument(report, groups, stage_groups, starts, score_threshold)
+    return ReportDocument(report, score_threshold, groups, stage_groups, starts)
 
 
 def read_document(path: Path, content: Mapping[str, Any]) -> ReportDocument:
     """The document of JSON values read from ``path``; ValueError when they are not what this version writes."""
+    written = re.fullmatch(rf"{KIND} (\d{{1,9}})", str(content.get("format")))
+    if written is None:
+        raise ValueError(f"{path} holds no parity report; {_REMEDY}")
+    check_format(path, int(written[1]), FORMAT, _REMEDY)
     try:
-        if content["format"] != FORMAT:
-            raise ValueError(f"its format is {content['format']!r}, this version reads {FORMAT!r}")
-        metadata: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in content["metadata"].items()
-        }
-        machine = {**content["machine"], "gpus": tuple(content["machine"]["gpus"])}
-        rows = tuple(_row(values) for values in content["rows"])
-        report = ParityReport(
-            dataset=content["dataset"],
-            image_ids=tuple(content["image_ids"]),
-            rows=rows,
-            detections=(None,) * len(rows),
-            metadata=ModelMetadata(**metadata),
-            machine=Machine(**machine),
-            score_tolerance=content["score_tolerance"],
-            box_tolerance=content["box_tolerance"],
-            batch_checks=tuple(_dataclass(BatchCheck, values) for values in content["batch_checks"]),
-            stages=tuple(_stages(values) for values in content["stages"]),
-        )
-        groups, stage_groups, start_groups = (
-            tuple(
-                PictureGroup(group["title"], tuple(_dataclass(Picture, picture) for picture in group["pictures"]))
-                for group in content[key]
-            )
-            for key in ("pictures", "stage_pictures", "start_pictures")
-        )
-        return ReportDocument(report, groups, stage_groups, start_groups, content["score_threshold"])
-    except KeyError as error:
-        raise ValueError(
-            f"{path} holds no parity report: {error} is missing; write it with `asag parity --json`"
-        ) from None
-    except (TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path} holds no parity report that can be read: {one_line(error)}") from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; ValueError in one line when it is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"cannot read {path} as JSON: {one_line(error)}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return content
-
-
-def _row(values: Mapping[str, Any]) -> ParityRow:
-    made = dict(values)
-    if made["result"] is not None:
-        result: dict[str, Any] = {n: math.nan if v is None else v for n, v in made["result"].items()}
-        made["result"] = CocoResult(**result)
-    if made["agreement"] is not None:
-        made["agreement"] = _dataclass(Agreement, made["agreement"])
-    if made["differences"] is not None:
-        made["differences"] = {n: math.nan if v is None else v for n, v in made["differences"].items()}
-    for name in ("ap_interval", "ap_difference_interval"):
-        if made[name] is not None:
-            made[name] = Interval(**made[name])
-    return ParityRow(**made)
-
-
-def _stages(values: Mapping[str, Any]) -> StageReport:
-    stages = []
-    for stage in values["stages"]:
-        numbers = {name: math.inf if stage[name] is None else stage[name] for name in ("largest", "mean")}
-        stages.append(_dataclass(StageDifference, {**stage, **numbers}))
-    return _dataclass(StageReport, {**values, "stages": tuple(stages)})
-
-
-def _dataclass(kind: Any, values: Mapping[str, Any]) -> Any:
-    """A dataclass from JSON values, lists as tuples; what it has no field for was computed from the others."""
-    names = {field.name for field in dataclasses.fields(kind)}
-    return kind(**{n: tuple(v) if isinstance(v, list) else v for n, v in values.items() if n in names})
+        values = dict(content)
+        if isinstance(values.get("metadata"), dict) and "schema" not in values["metadata"]:
+            values["metadata"] = upgraded_metadata(values["metadata"])
+        report = convert({**values, "detections": ()}, ParityReport)
+        report = dataclasses.replace(report, detections=(None,) * len(report.rows))
+        return convert({**content, "report": report}, ReportDocument)
+    except ValueError as error:
+        raise ValueError(f"{path} holds no parity report that can be read: {one_line(error)}; {_REMEDY}") from None
 
 
 def _chosen_images(report: ParityReport, count: int) -> list[int]:

@@ -8,11 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runtime.errors import one_line
 from runtime.files import write_text
 from runtime.parity.results import SCORE_BINS, ParityReport
 from runtime.parity.table import ACCURACY_HEADINGS, HEADINGS, accuracy_cells, row_cells
+from runtime.records import convert, read_json
 from runtime.reports.charts import Level, Point, accuracy_latency, score_histogram, stage_bars
-from runtime.reports.document import ReportDocument, read_document, read_json
+from runtime.reports.document import KIND, ReportDocument, read_document
+from runtime.speed.benchmark import BenchmarkReport, Latency
+from runtime.speed.stage_times import StageTimes
 
 if TYPE_CHECKING:
     import jinja2
@@ -20,7 +24,7 @@ if TYPE_CHECKING:
 _COCO_CLASSES = 80
 
 
-def find_reports(paths: Sequence[str | os.PathLike[str]]) -> tuple[list[ReportDocument], list[dict[str, Any]]]:
+def find_reports(paths: Sequence[str | os.PathLike[str]]) -> tuple[list[ReportDocument], list[BenchmarkReport]]:
     """Parity documents and benchmarks of JSON files, or of all such files in folders.
 
     Raises FileNotFoundError or ValueError when a file named is neither, or there is nothing to show; other JSON files
@@ -31,10 +35,16 @@ def find_reports(paths: Sequence[str | os.PathLike[str]]) -> tuple[list[ReportDo
         if not path.exists():
             raise FileNotFoundError(f"report not found: {path}")
         for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
-            content = {} if path.is_dir() and not _is_readable(file) else read_json(file)
+            try:
+                content = read_json(file)
+            except ValueError:
+                if not path.is_dir():
+                    raise
+                continue
+            content = content if isinstance(content, dict) else {}
             if "latencies" in content:
-                benchmarks.append(_check_benchmark(file, content))
-            elif "format" in content or not path.is_dir():
+                benchmarks.append(_read_benchmark(file, content))
+            elif str(content.get("format")).startswith(KIND) or not path.is_dir():
                 documents.append(read_document(file, content))
     if not documents and not benchmarks:
         raise ValueError(
@@ -44,10 +54,18 @@ def find_reports(paths: Sequence[str | os.PathLike[str]]) -> tuple[list[ReportDo
     return documents, benchmarks
 
 
+def _read_benchmark(path: Path, content: Mapping[str, Any]) -> BenchmarkReport:
+    try:
+        return convert(content, BenchmarkReport)
+    except ValueError as error:
+        reason = f"{one_line(error)}; write it with `asag bench --json`"
+        raise ValueError(f"{path} holds no benchmark that can be read: {reason}") from None
+
+
 def write_page(
     path: str | os.PathLike[str],
     documents: Sequence[ReportDocument],
-    benchmarks: Sequence[Mapping[str, Any]] = (),
+    benchmarks: Sequence[BenchmarkReport] = (),
     *,
     title: str = "Parity report",
     notes: Sequence[str] = (),
@@ -108,49 +126,31 @@ def _section(document: ReportDocument) -> dict[str, Any]:
         "batches_agree": bool(report.batch_checks) and report.batches_agree,
         "histogram": score_histogram(SCORE_BINS, series),
         "stages": report.stages,
-        "groups": document.groups,
-        "stage_groups": document.stage_groups,
-        "start_groups": document.start_groups,
+        "groups": document.pictures,
+        "stage_groups": document.stage_pictures,
+        "start_groups": document.start_pictures,
         "score_threshold": document.score_threshold,
         "machine": report.machine,
         "versions": ", ".join(f"{name} {text}" for name, text in report.machine.versions.items()),
     }
 
 
-def _benchmark_section(benchmark: Mapping[str, Any]) -> dict[str, Any]:
-    latencies = benchmark["latencies"]
-    machine = benchmark["machine"]
+def _benchmark_section(benchmark: BenchmarkReport) -> dict[str, Any]:
+    machine = benchmark.machine
     # The network's stages where they were measured, else preparing, running and reading the outputs.
-    timed = [(item, item["p50_ms"]) for item in benchmark.get("stage_times", ()) if item["p50_ms"]]
-    bars = timed or [(item, item["stages_p50_ms"]) for item in latencies]
+    timed: list[tuple[StageTimes | Latency, dict[str, float]]] = [
+        (times, times.p50_ms) for times in benchmark.stage_times if times.p50_ms
+    ]
+    bars = timed or [(latency, latency.stages_p50_ms) for latency in benchmark.latencies]
     return {
-        "batch_size": benchmark["batch_size"],
-        "rounds": benchmark["rounds"],
-        "latencies": latencies,
-        "bars": stage_bars([(f"{item['backend']} {item['precision']}", stages) for item, stages in bars]),
-        "machine": f"{machine['processor']}, {machine['cores']} cores, {', '.join(machine['gpus']) or 'no GPU'}",
-        "date": machine["date"],
-        "versions": ", ".join(f"{name} {text}" for name, text in benchmark["versions"].items()),
+        "batch_size": benchmark.batch_size,
+        "rounds": benchmark.rounds,
+        "latencies": benchmark.latencies,
+        "bars": stage_bars([(f"{item.backend} {item.precision}", stages) for item, stages in bars]),
+        "machine": f"{machine.processor}, {machine.cores} cores, {', '.join(machine.gpus) or 'no GPU'}",
+        "date": machine.date,
+        "versions": ", ".join(f"{name} {text}" for name, text in benchmark.versions.items()),
     }
-
-
-def _check_benchmark(path: Path, content: dict[str, Any]) -> dict[str, Any]:
-    wanted = {"batch_size", "rounds", "machine", "versions"}
-    fields = {"name", "backend", "precision", "p50_ms", "p90_ms", "p99_ms", "images_per_second", "stages_p50_ms"}
-    good = isinstance(content["latencies"], list) and all(
-        isinstance(item, dict) and fields <= set(item) for item in content["latencies"]
-    )
-    if not good or not wanted <= set(content):
-        raise ValueError(f"{path} holds no benchmark that can be read; write it with `asag bench --json`")
-    return content
-
-
-def _is_readable(path: Path) -> bool:
-    try:
-        read_json(path)
-    except ValueError:
-        return False
-    return True
 
 
 def _points(documents: Sequence[ReportDocument]) -> list[Point]:

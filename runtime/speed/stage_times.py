@@ -150,10 +150,8 @@ def _clock(session: Session, threads: int | None) -> _Clock | str:
         if session.backend.startswith("torch-compile"):
             return "torch.compile makes one program of all stages"
         return _PyTorchClock(session)
-    if not isinstance(session, OnnxRuntimeSession):
+    if not isinstance(session, OnnxRuntimeSession) or not session.metadata.stages:
         return f"{session.backend} does not tell its stages apart"
-    if not session.metadata.stages:
-        return "the file names no stages"
     if session.backend != "onnxruntime-cpu":
         return "ONNX Runtime's profiler sees a GPU's work being started, not being done"
     try:

@@ -118,9 +118,7 @@ def _rows(reference: NDArray, candidate: NDArray, pairs: _Pairs | None) -> tuple
     return chosen(ours, pairs.rows[0], pairs.reference), chosen(theirs, pairs.rows[1], pairs.candidate)
 
 
-def _aligned(
-    stage: Stage, values: Sequence[tuple[Value, NDArray, NDArray]], input_side: float
-) -> tuple[_Pairs, int]:
+def _aligned(stage: Stage, values: Sequence[tuple[Value, NDArray, NDArray]], input_side: float) -> tuple[_Pairs, int]:
     """Which rows of both sides are the same, and how many have no counterpart."""
     kinds = {value.kind: (value, ours[0], theirs[0]) for value, ours, theirs in values}
     by, ours, theirs = kinds.get("places") or kinds["boxes"]

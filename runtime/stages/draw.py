@@ -214,9 +214,7 @@ def _text_width(text: str, font: object) -> float:
     return float(font.getlength(text))  # type: ignore[attr-defined]
 
 
-def _draw_legend(
-    draw: ImageDraw.ImageDraw, seen: SeenStages, score_threshold: float, place: tuple[int, int]
-) -> None:
+def _draw_legend(draw: ImageDraw.ImageDraw, seen: SeenStages, score_threshold: float, place: tuple[int, int]) -> None:
     """A swatch and the name of every class that is detected, the most frequent first, as far as the row reaches."""
     top, width = place
     font = caption_font(16)

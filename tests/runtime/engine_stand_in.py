@@ -215,6 +215,8 @@ def write_engine(
         layers={},
         layer_types={},
         metadata=metadata,
+        plugins={},
+        engine_layers=None,
     )
     write_json(manifest_path(path), manifest.to_json())
     return path

@@ -21,7 +21,7 @@ def test_a_file_replaces_the_recipe_and_the_command_line_replaces_the_file(tmp_p
     )
     config = resolve_config(file, {"epochs": 7.0, "output": "runs/b", "seed": None})
     assert (config.preset, str(config.data), str(config.output)) == ("asag-a-tiny", "shapes", "runs/b")
-    assert config.learning_rate == 3e-4  # YAML itself takes 3e-4 for a text
+    assert config.learning_rate == 3e-4  # YAML 1.1 takes 3e-4 for a text
     assert config.epochs == 7
     assert config.training_shorter_sides == (288, 320)
     assert config.batch_size == RECIPES["tiny"]["batch_size"]
@@ -36,15 +36,18 @@ def test_the_record_of_a_run_gives_the_same_configuration(tmp_path):
     again = resolve_config(file, {})
     assert again.output == tmp_path / "run-2"
     assert (again.resume, again.stop_after, again.ema_decay, again.steps) == (False, None, None, 9)
-    assert again.computation() == {**config.computation(), "ema_decay": None, "milestones": (2.0, 4.0)}
+    assert again.computation() == {**config.computation(), "ema_decay": None, "milestones": [2.0, 4.0]}
     assert resolve_config(file, {"epochs": 2.0}).steps is None
 
 
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.yaml", "steps: [1", "cannot be read as YAML"),
-        ("a.json", "{", "cannot be read as JSON"),
+        ("a.yaml", "steps: [1", "cannot read .* as YAML"),
+        ("a.json", "{", "cannot read .* as JSON"),
+        ("a.yaml", "[" * 5000, "cannot read .* as YAML"),
+        ("a.json", "[" * 100_000, "cannot read .* as JSON"),
+        ("a.json", '{"seed": NaN}', "cannot read .* as JSON"),
         ("a.yaml", "- 1\n", "one `name: value` per line"),
         ("a.yaml", "step: 4\nrate: 2\n", r"no training options \(rate, step\)"),
     ],
@@ -55,6 +58,26 @@ def test_files_that_are_no_configuration_are_refused_in_one_line(tmp_path, name,
         read_config_file(file)
     assert str(file) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_bytes_that_are_no_text_are_refused_in_one_line(tmp_path):
+    for name in ("a.yaml", "a.json"):
+        (tmp_path / name).write_bytes(b"\xff\xfe\x00")
+        with pytest.raises(ValueError, match=rf"cannot read .*{name} as ") as error:
+            read_config_file(tmp_path / name)
+        assert "\n" not in str(error.value)
+
+
+def test_numbers_with_an_exponent(tmp_path):
+    text = "learning_rate: 2e-4\nweight_decay: .5e-3\nwarmup_start: 1.E-1\noutput: 1e5-again\ntrain_split: '2e-4'\n"
+    values = read_config_file(write(tmp_path / "a.yaml", text))
+    assert values == {
+        "learning_rate": 2e-4,
+        "weight_decay": 5e-4,
+        "warmup_start": 0.1,
+        "output": "1e5-again",
+        "train_split": "2e-4",
+    }
 
 
 def test_a_setting_of_null_takes_a_value_away(tmp_path):
@@ -90,7 +113,17 @@ def test_data_and_output_must_come_from_somewhere(tmp_path):
         ("crop_sides", [600, 384], "crop_sides must be"),
         ("learning_rate", "fast", "learning_rate is 'fast'; it must be a number"),
         ("precision", "int8", "precision is 'int8'; choose one of"),
-        ("accumulate", 0, "accumulate is 0"),
+        ("accumulate", 0, "accumulate is 0; it must be a whole number >= 1"),
+        ("workers", -1, "workers is -1; it must be a whole number >= 0"),
+        ("gradient_clip", 0, "gradient_clip is 0; it must be a number > 0"),
+        ("weight_decay", -1e-4, "weight_decay is -0.0001; it must be a number >= 0"),
+        ("final_rate", 1.5, "final_rate is 1.5; it must be a number <= 1"),
+        ("ema_decay", 1, "ema_decay is 1; it must be a number < 1"),
+        ("epochs", float("inf"), "epochs is inf; it must be finite"),
+        ("crop_sides", [16, 600], r"crop_sides is \[16, 600\]; \[0\] must be a whole number >= 32"),
+        ("learning_rate", "2e-4", "learning_rate is '2e-4'; it must be a number"),
+        ("seed", True, "seed is True; it must be a whole number"),
+        ("backbone_weights", 3, "backbone_weights is 3; it must be a path"),
         ("train_split", 3, "train_split is 3; it must be a text"),
         ("val_images", "folder", "val_images needs val_annotations"),
     ],

@@ -268,6 +268,13 @@ def test_damaged_manifests_are_refused(built: BuildResult) -> None:
         with pytest.raises(ValueError, match=r"manifest|asag") as caught:
             open_session(built.engine_path)
         assert "\n" not in str(caught.value)
+    for later, message in (
+        (4, "written by a newer version .*update asag, or build"),
+        (2, "format 2, this .*build the"),
+    ):
+        path.write_text(json.dumps(values | {"format": later}))
+        with pytest.raises(ValueError, match=message):
+            open_session(built.engine_path)
     path.unlink()
     with pytest.raises(ValueError, match="has no manifest"):
         open_session(built.engine_path)

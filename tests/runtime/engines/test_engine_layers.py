@@ -1,10 +1,9 @@
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from runtime.engines.layers import BuildMessages, EngineLayers, summarize
+from runtime.records import convert, to_json
 
 LISTED = """Layers:
 Name: node_conv2d_myl0_17, LayerType: correlation, Inputs: [ { Name: a, Dimensions: [1,3], Datatype: Float }], \
@@ -37,7 +36,7 @@ def test_a_builders_messages() -> None:
     assert layers.types == {"half": 2, "float": 1}
     assert layers.fused == (("correlation", "Conv + Relu", 1),)
     assert (layers.activation_bytes, layers.weight_bytes) == ((1000, 4000), 77)
-    assert EngineLayers.from_json(json.loads(json.dumps(layers.to_json()))) == layers
+    assert convert(to_json(layers), EngineLayers) == layers
     assert messages.lines == []
 
 
@@ -64,7 +63,20 @@ def test_a_long_fusion_is_counted() -> None:
     assert row[1].endswith(" + n7 + 12 more")
 
 
-@pytest.mark.parametrize("values", [None, [], {}, {"kernels": {}}])
-def test_damaged(values: object) -> None:
-    with pytest.raises(ValueError, match="the engine's layers are"):
-        EngineLayers.from_json(values)
+GOOD = to_json(EngineLayers({"kgen": 1}, {"half": 1}, (("kgen", "Conv + Relu", 1),), (1000,), 77))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([], "must be an object"),
+        *(({key: GOOD[key] for key in GOOD if key != name}, f"^{name} is missing$") for name in GOOD),
+        *((GOOD | {name: [None]}, f"^{name}.* must be ") for name in GOOD),
+        (GOOD | {"kernels": {"kgen": -1}}, "must be a whole number >= 0"),
+        (GOOD | {"weight_bytes": True}, "must be a whole number$"),
+        (GOOD | {"fused": [["kgen", "Conv"]]}, r"^fused\[0\] must be a list of length 3$"),
+    ],
+)
+def test_damaged(values: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        convert(values, EngineLayers)

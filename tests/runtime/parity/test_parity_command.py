@@ -69,9 +69,9 @@ def test_an_export_is_within_every_budget(files: Files, tmp_path: Path) -> None:
     assert "every stage is within its tolerance" in " ".join(done.output.split())
     assert "batches of 2, 4 give the results of batch 1" in done.output
     (document,), _ = find_reports([tmp_path])
-    assert [len(group.pictures) for group in document.groups] == [2, 2, 2]
-    assert [len(group.pictures) for group in document.stage_groups] == [4, 4, 4]
-    assert document.start_groups == ()
+    assert [len(group.pictures) for group in document.pictures] == [2, 2, 2]
+    assert [len(group.pictures) for group in document.stage_pictures] == [4, 4, 4]
+    assert document.start_pictures == ()
 
 
 def test_a_budget_fails_and_the_stage_is_named(files: Files, tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_a_budget_fails_and_the_stage_is_named(files: Files, tmp_path: Path) -> 
     content = json.loads((tmp_path / "parity.json").read_text())
     assert content["stages"][0]["first"] == "detections"
     (document,), _ = find_reports([tmp_path])
-    (start,) = document.start_groups
+    (start,) = document.start_pictures
     assert len(start.pictures) == 6, "patches, anchors and detections of both"
     assert "starts to differ at detections" in start.title
 

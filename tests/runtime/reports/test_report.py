@@ -5,6 +5,7 @@ import dataclasses
 import html
 import io
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -21,10 +22,12 @@ from asag_cli.report import report as report_command
 from runtime.files import write_json
 from runtime.parity.comparison import Unavailable, compare
 from runtime.parity.stage_comparison import StageDifference, StageReport
+from runtime.records import read_json
 from runtime.reports.charts import Level, Point, accuracy_latency, score_histogram, stage_bars
-from runtime.reports.document import make_document, read_document, read_json
+from runtime.reports.document import make_document, read_document
 from runtime.reports.page import find_reports, write_page
 from runtime.speed.benchmark import measure
+from tests.asag_cli.damage import damage_json
 from tests.runtime.toy_detector import ToySession, write_toy_dataset
 
 
@@ -110,7 +113,7 @@ def changed(outputs: dict[str, np.ndarray]) -> None:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A folder with a parity run, a benchmark, and a JSON file of something else."""
+    """A folder with a parity run, a benchmark, and JSON files of something else."""
     folder = tmp_path / "run"
     dataset = write_toy_dataset(tmp_path / "data", images=5)
     sessions = [ToySession(), ToySession(change=changed, name="changed")]
@@ -121,6 +124,8 @@ def run(tmp_path: Path) -> Path:
     write_json(folder / "parity.json", document.to_json())
     write_json(folder / "bench.json", measure(sessions, [dataset.load(1)], rounds=3).to_json())
     write_json(folder / "config.json", {"steps": 3})
+    write_json(folder / "model.engine.json", {"format": 3})
+    (folder / "damaged.json").write_text("{")
     return folder
 
 
@@ -130,7 +135,7 @@ def test_a_document_survives_its_file(run: Path) -> None:
     write_json(path, document.to_json())
     assert read_document(path, read_json(path)) == document
     assert path.read_text() == (run / "parity.json").read_text()
-    assert [item["name"] for item in benchmark["latencies"]] == ["toy", "changed"]
+    assert [item.name for item in benchmark.latencies] == ["toy", "changed"]
 
 
 def test_page_of_a_folder(run: Path) -> None:
@@ -173,14 +178,95 @@ def test_published_results_are_drawn_beside_models_of_coco(run: Path) -> None:
 def test_what_is_no_report(run: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="report not found"):
         find_reports([tmp_path / "none"])
-    with pytest.raises(ValueError, match="holds no parity report: 'format' is missing"):
+    with pytest.raises(ValueError, match="holds no parity report; write it with"):
         find_reports([run / "config.json"])
-    (run / "old.json").write_text(json.dumps({"format": "asag parity 0"}))
-    with pytest.raises(ValueError, match="this version reads"):
-        find_reports([run])
+    for written, message in (
+        ("0", "of format 0, this version reads 1"),
+        ("2", "by a newer version of asag .*update asag"),
+    ):
+        (run / "other.json").write_text(json.dumps({"format": f"asag parity {written}"}))
+        with pytest.raises(ValueError, match=message):
+            find_reports([run])
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no reports in"):
         find_reports([tmp_path / "empty"])
+
+
+DAMAGES = [
+    ("parity.json", ("rows",), None, "rows must be a list"),
+    ("parity.json", ("rows", 1, "result", "ap"), "high", r"rows\[1\]\.result\.ap must be a number"),
+    ("parity.json", ("rows", 1, "result"), None, r"rows\[1\]: a row has either a result or the reason"),
+    ("parity.json", ("rows", 1, "agreement", "images"), True, r"rows\[1\]\.agreement\.images must be a whole number"),
+    ("parity.json", ("metadata", "mean", 1), None, r"metadata\.mean\[1\] must be a number"),
+    ("parity.json", ("machine", "cores"), 1.5, r"machine\.cores must be a whole number"),
+    ("parity.json", ("stages", 0, "stages", 0, "tolerance"), "x", r"stages\[0\]\.stages\[0\]\.tolerance must be"),
+    ("parity.json", ("pictures", 0, "pictures", 0, "width"), "640", r"pictures\[0\]\.pictures\[0\]\.width must be"),
+    ("bench.json", ("latencies",), [3], r"latencies\[0\] must be an object"),
+    ("bench.json", ("latencies", 0, "p50_ms"), None, r"latencies\[0\]\.p50_ms must be a number"),
+    ("bench.json", ("latencies", 1, "ratio_low"), None, r"latencies\[1\]: a ratio needs both ends of its spread"),
+    ("bench.json", ("machine", "gpus"), "one", r"machine\.gpus must be a list"),
+]
+
+
+@pytest.mark.parametrize(("name", "place", "value", "message"), DAMAGES)
+def test_a_damaged_report_names_file_and_field(
+    run: Path, name: str, place: tuple[str | int, ...], value: object, message: str
+) -> None:
+    content = read_json(run / name)
+    owner = content
+    for key in place[:-1]:
+        owner = owner[key]
+    owner[place[-1]] = value
+    write_json(run / name, content)
+    with pytest.raises(ValueError, match=f"{name} holds no .* that can be read: {message}") as caught:
+        find_reports([run])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["parity.json", "bench.json"])
+def test_a_damaged_report_is_shown_or_refused_in_one_line(run: Path, name: str) -> None:
+    content = (run / name).read_bytes()
+    refusals = []
+    for seed in range(300):
+        (run / name).write_bytes(damage_json(content, np.random.default_rng(seed)))
+        try:
+            documents, benchmarks = find_reports([run / name])
+        except ValueError as error:
+            refusals.append(str(error))
+        else:
+            write_page(run / "report.html", documents, benchmarks)
+    assert len(refusals) > 150
+    assert all("\n" not in text and len(text) < 700 for text in refusals)
+
+
+@pytest.mark.parametrize("name", ["parity.json", "bench.json"])
+def test_what_a_report_must_hold(run: Path, name: str) -> None:
+    content = read_json(run / name)
+    computed = {"images", "score_bins", "format"}  # of other fields; without the format it is no report at all
+    optional = (
+        {"unavailable", "throughput", "peak_memory_mib", "stage_times", "limits"} if name == "bench.json" else set()
+    )
+    for left_out in content.keys() - computed - optional - {"latencies"}:
+        write_json(run / name, {key: value for key, value in content.items() if key != left_out})
+        with pytest.raises(ValueError, match=f"{name} holds no .*: {left_out} is missing"):
+            find_reports([run])
+
+
+def test_what_is_not_a_number_is_null_in_a_file(run: Path) -> None:
+    (document,), _ = find_reports([run / "parity.json"])
+    (row, *others), (stages,) = document.report.rows, document.report.stages
+    assert row.result is not None
+    empty = dataclasses.replace(row, result=dataclasses.replace(row.result, apl=float("nan")))
+    report = dataclasses.replace(document.report, rows=(empty, *others))
+    write_json(run / "parity.json", dataclasses.replace(document, report=report).to_json())
+    content = read_json(run / "parity.json")
+    assert content["rows"][0]["result"]["apl"] is None
+    assert content["stages"][0]["stages"][0]["largest"] is None
+    (document,), _ = find_reports([run / "parity.json"])
+    assert document.report.rows[0].result is not None
+    assert math.isnan(document.report.rows[0].result.apl)
+    assert document.report.stages == (stages,)
+    assert stages.stages[0].largest == math.inf
 
 
 def test_the_command(run: Path) -> None:

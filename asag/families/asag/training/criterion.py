@@ -11,8 +11,8 @@ from torch import Tensor, distributed, nn
 
 from asag.families.asag.training.anchor_targets import flip_groups, patch_groups, quarter_groups
 from asag.families.asag.training.denoising import repetition_matches
-from asag.training.matching import Matches, TargetGroups, assign, matching_costs, pad_targets
 from asag.families.asag.training.query_weighting import GroupLosses, anchor_losses, query_losses
+from asag.training.matching import Matches, TargetGroups, assign, matching_costs, pad_targets
 from asag.training.timing import PartTimer
 from asag.training.transfer import to_device
 

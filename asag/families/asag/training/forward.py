@@ -21,12 +21,12 @@ from asag.families.asag.anchors import (
 )
 from asag.families.asag.config import HEADS
 from asag.families.asag.detector import ASAGDetector
-from asag.parts.boxes import content_scale
-from asag.ops import adaptive_probing_definition, crop_patches
-from asag.ops.adaptive_probing import probe_candidates
 from asag.families.asag.proposals import attention_allowed
 from asag.families.asag.training.denoising import denoising_attention_mask, noised_queries
 from asag.families.asag.training.probing import TrainingPatches, four_flips, training_patches
+from asag.ops import adaptive_probing_definition, crop_patches
+from asag.ops.adaptive_probing import probe_candidates
+from asag.parts.boxes import content_scale
 from asag.training.randomness import Generators
 from asag.training.transfer import to_device
 

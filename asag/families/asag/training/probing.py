@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert, nms
 
-from asag.ops.adaptive_probing import PATCH_SIDE
 from asag.families.asag.training.anchor_targets import FLIPS
+from asag.ops.adaptive_probing import PATCH_SIDE
 from asag.training.randomness import Generators, generator_of
 
 FEWEST_PATCHES = 4
