@@ -83,6 +83,10 @@ class Plan:
     """
 
     operation: Operation
+    element: str
+    """Type of the feature maps."""
+    channels_last: bool
+    """Whether P2..P5 lie as [B, H, W, C]."""
     defines: tuple[tuple[str, str], ...]
     """Compile-time constants, the kernel's macros."""
     grid: tuple[Dimension, Dimension, Dimension]
@@ -127,7 +131,7 @@ def make_plan(
     if operation.has_pyramid:
         constants["CHANNELS_LAST"] = int(channels_last)
     defines = tuple((key, str(value)) for key, value in sorted(constants.items()))
-    return Plan(operation, defines, layout.grid, layout.threads, layout.scalars)
+    return Plan(operation, element, channels_last, defines, layout.grid, layout.threads, layout.scalars)
 
 
 def _fixed(dimension: Dimension, what: str) -> int:

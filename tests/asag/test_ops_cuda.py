@@ -15,6 +15,10 @@ from asag.deploy import DeployedDetector
 from asag.ops import definitions_only, gather_anchors_definition, sampling_mixing_definition
 from asag.ops.cuda import KernelOp
 from tests.builders import random_detector, random_picture, small_info, uint8_batch
+from trt_plugins.launch import DeviceArray, prepare_call
+from trt_plugins.plan import Plan, make_plan
+
+pytestmark = pytest.mark.usefixtures("played_device")
 
 ATTRIBUTES = (4, 0.1, 2, 6)
 """first, keep_threshold, fewest and most."""
@@ -44,6 +48,13 @@ class CountedDefinition:
     def __call__(self, *arguments: Any) -> Any:
         self.calls += 1
         return gather_anchors_definition(*arguments)
+
+
+@pytest.fixture
+def played_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors on the CPU count as being on a GPU with tensor cores; tests that have a GPU ask it."""
+    if request.node.get_closest_marker("gpu") is None:
+        monkeypatch.setattr(asag.ops.cuda, "_has_tensor_cores", lambda device: True)
 
 
 def gather_inputs(count: int = 12) -> tuple[Tensor, Tensor]:
@@ -116,6 +127,38 @@ def test_sizes_without_a_kernel_run_as_the_definition_in_the_type_of_the_maps() 
     wide = sampling_mixing_definition(*(map_.float() for map_ in maps), points, parameters.float(), 8)
     assert isinstance(found, Tensor)
     assert torch.equal(found, wide.half())
+
+
+@pytest.mark.parametrize(("points", "mixed_points"), [(64, 128), (48, 128), (32, 192), (64, 64)])
+def test_sizes_that_only_tensor_cores_serve_run_as_kernels(
+    points: int, mixed_points: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plain kernel of these sizes does not fit the shared memory of a block, that of the tensor cores does."""
+    with pytest.raises(ValueError, match="does not fit"):
+        make_plan("SamplingMixing", mixing_shapes(points, mixed_points), {"mixed_points": mixed_points}, "float16")
+    launched: list[Plan] = []
+
+    def launch(name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], attributes: Mapping[str, Any]) -> None:
+        arrays = [[DeviceArray.of_tensor(tensor) for tensor in tensors] for tensors in (inputs, outputs)]
+        launched.append(prepare_call(name, *arrays, attributes, tensor_cores=True).plan)
+        wide = [tensor.float() for tensor in inputs]
+        outputs[0].copy_(sampling_mixing_definition(*wide, **attributes))
+
+    monkeypatch.setattr(asag.ops.cuda, "_launch", launch)
+    random = torch.Generator().manual_seed(0)
+    *maps, place, parameters = (torch.rand(shape, generator=random) for shape in mixing_shapes(points, mixed_points))
+    op = KernelOp("SamplingMixing", sampling_mixing_definition)
+    for _ in range(2):
+        op(*(map_.half() for map_ in maps), 8 * place, parameters.half(), mixed_points=mixed_points)
+    assert [dict(plan.defines)["TENSOR_CORES"] for plan in launched] == ["1", "1"]
+    # What was found of a kernel is remembered under the kernel that ran.
+    assert op._serves == {(torch.device("cpu"), launched[0].defines): True}
+
+
+def mixing_shapes(points: int, mixed_points: int) -> list[tuple[int, ...]]:
+    """256 channels in 4 groups, two queries."""
+    maps = [(1, 256, 8 >> level, 8 >> level) for level in range(4)]
+    return [*maps, (1, 2, 4, points, 3), (1, 2, 4 * (64 * 64 + mixed_points * points))]
 
 
 @pytest.mark.gpu

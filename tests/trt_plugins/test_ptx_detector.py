@@ -28,6 +28,7 @@ def test_a_detector_with_kernels_detects_the_same(channels_last: bool, monkeypat
         launch_ptx(name, *arrays, attributes)
 
     monkeypatch.setattr(asag.ops.cuda, "_launch", launch)
+    monkeypatch.setattr(asag.ops.cuda, "_has_tensor_cores", lambda device: True)
     deployed = DeployedDetector(random_detector(), small_info((160, 192))).eval()
     if channels_last:
         deployed = deployed.to(memory_format=torch.channels_last)
