@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from trt_plugins.compile import FIRST_WITH_TENSOR_CORES, compile_plan
-from trt_plugins.plan import OPERATIONS, Plan, Tensor, make_plan
+from trt_plugins.operations import OPERATIONS, Tensor
+from trt_plugins.plan import Plan, make_plan
 
 ITEM_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "bool": 1, "int32": 4, "int64": 8}
 _TYPES = {"f4": "float32", "f2": "float16", "V2": "bfloat16", "b1": "bool", "u1": "bool", "i4": "int32", "i8": "int64"}
@@ -120,11 +121,7 @@ def launch(
     plan = call.plan
     function = _loaded(context, capability, plan.kernel, plan.defines, plan)
     arguments = call.arguments()
-    _check(
-        driver.cuLaunchKernel(
-            function, *plan.grid, plan.threads, 1, 1, plan.shared_bytes, stream, ctypes.addressof(arguments), 0
-        )
-    )
+    _check(driver.cuLaunchKernel(function, *plan.grid, plan.threads, 1, 1, 0, stream, ctypes.addressof(arguments), 0))
 
 
 def current_capability() -> int:

@@ -8,27 +8,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import cached_property
+from contextlib import contextmanager
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from asag.ops.adaptive_probing import _adaptive_probing, adaptive_probing_definition
-from asag.ops.gather_anchors import _gather_anchors, gather_anchors_definition
-from asag.ops.pyramid_roi_align import _pyramid_roi_align, pyramid_roi_align_definition
-from asag.ops.sampling_mixing import _sampling_mixing, sampling_mixing_definition
-
 if TYPE_CHECKING:
-    from trt_plugins.plan import Operation, Plan
-
-_OPS: dict[str, tuple[Any, Callable[..., Any]]] = {
-    "AdaptiveProbing": (_adaptive_probing, adaptive_probing_definition),
-    "GatherAnchors": (_gather_anchors, gather_anchors_definition),
-    "PyramidRoIAlign": (_pyramid_roi_align, pyramid_roi_align_definition),
-    "SamplingMixing": (_sampling_mixing, sampling_mixing_definition),
-}
+    from trt_plugins.operations import Operation
+    from trt_plugins.plan import Plan
 
 _TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 0.1}
 """How far a kernel may be from the definition, of the largest value; whole numbers and flags must be the same."""
@@ -40,18 +29,18 @@ class KernelOp:
     Feature maps may be float16 or bfloat16 beside float32 coordinates; results have the maps' type either way.
     """
 
-    def __init__(self, name: str, definition: Callable[..., Any]) -> None:
-        self._name, self._definition = name, definition
+    enabled = True
+    """Whether kernels serve at all; of all ops together."""
+
+    def __init__(self, operation: Operation, definition: Callable[..., Any]) -> None:
+        self._operation, self._name, self._definition = operation, operation.name, definition
         self._serves: dict[Hashable, bool] = {}
-
-    @cached_property
-    def _operation(self) -> Operation:
-        from trt_plugins.plan import OPERATIONS
-
-        return OPERATIONS[self._name]
 
     def __call__(self, *arguments: Any, **named: Any) -> tuple[Tensor, ...] | Tensor:
         """The op's outputs, one tensor where it has one."""
+        if not KernelOp.enabled:
+            found = self._definition(*arguments, **named)
+            return found if isinstance(found, Tensor) else tuple(found)
         count = len(self._operation.inputs)
         names = (name for name, _ in self._operation.attributes)
         attributes = dict(zip(names, arguments[count:], strict=False)) | named
@@ -117,17 +106,27 @@ class KernelOp:
 
 def register_cuda_kernels() -> None:
     """Let `torch.ops.asag.*` run as kernels on CUDA tensors; importing `asag.ops` does so."""
-    for name, (op, definition) in _OPS.items():
-        op.register_kernel("cuda")(KernelOp(name, definition))
+    from trt_plugins.operations import DOMAIN, OPERATIONS
+
+    for operation in OPERATIONS.values():
+        kernel_op = KernelOp(operation, find_definition(operation))
+        torch.library.register_kernel(f"{DOMAIN}::{operation.snake_name}", "cuda", kernel_op)
+
+
+def find_definition(operation: Operation) -> Callable[..., Any]:
+    """The plain-PyTorch definition of an op."""
+    module = import_module(f"asag.ops.{operation.snake_name}")
+    return getattr(module, f"{operation.snake_name}_definition")
 
 
 @contextmanager
 def definitions_only() -> Iterator[None]:
     """Leave the kernels aside while the block runs, for comparisons."""
-    with ExitStack() as stack:
-        for op, _ in _OPS.values():
-            stack.enter_context(op.set_kernel_enabled("cuda", enabled=False))
+    before, KernelOp.enabled = KernelOp.enabled, False
+    try:
         yield
+    finally:
+        KernelOp.enabled = before
 
 
 def _complaint(found: Sequence[Tensor], expected: Sequence[Tensor], element: str) -> str | None:

@@ -16,6 +16,7 @@ from asag.ops import definitions_only, gather_anchors_definition, sampling_mixin
 from asag.ops.cuda import KernelOp
 from tests.builders import random_detector, random_picture, small_info, uint8_batch
 from trt_plugins.launch import DeviceArray, prepare_call
+from trt_plugins.operations import OPERATIONS
 from trt_plugins.plan import Plan, make_plan
 
 pytestmark = pytest.mark.usefixtures("played_device")
@@ -67,7 +68,7 @@ def calls(
 ) -> tuple[PlayedLaunch, CountedDefinition]:
     launch, definition = PlayedLaunch(error), CountedDefinition()
     monkeypatch.setattr(asag.ops.cuda, "_launch", launch)
-    op, inputs = KernelOp("GatherAnchors", definition), gather_inputs()
+    op, inputs = KernelOp(OPERATIONS["GatherAnchors"], definition), gather_inputs()
     expected = gather_anchors_definition(*inputs, *ATTRIBUTES)
     for _ in range(times):
         for found, wanted in zip(op(*inputs, *ATTRIBUTES), expected, strict=True):
@@ -99,7 +100,7 @@ def test_a_kernel_that_does_not_is_left_with_one_warning(
 def test_what_is_no_number_in_both_is_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     launch = PlayedLaunch()
     monkeypatch.setattr(asag.ops.cuda, "_launch", launch)
-    op, (anchors, selectable) = KernelOp("GatherAnchors", gather_anchors_definition), gather_inputs()
+    op, (anchors, selectable) = KernelOp(OPERATIONS["GatherAnchors"], gather_anchors_definition), gather_inputs()
     anchors[..., 0] = torch.nan
     anchors[..., 1] = torch.inf
     with warnings.catch_warnings():
@@ -112,7 +113,7 @@ def test_what_is_no_number_in_both_is_no_difference(monkeypatch: pytest.MonkeyPa
 def test_every_compiled_kernel_is_tried_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     launch, definition = PlayedLaunch(), CountedDefinition()
     monkeypatch.setattr(asag.ops.cuda, "_launch", launch)
-    op = KernelOp("GatherAnchors", definition)
+    op = KernelOp(OPERATIONS["GatherAnchors"], definition)
     for count in (12, 12, 20):
         op(*gather_inputs(count), *ATTRIBUTES)
     op(*(tensor[:1] for tensor in gather_inputs(20)), *ATTRIBUTES)  # another batch size, the same machine code
@@ -122,11 +123,22 @@ def test_every_compiled_kernel_is_tried_by_itself(monkeypatch: pytest.MonkeyPatc
 def test_sizes_without_a_kernel_run_as_the_definition_in_the_type_of_the_maps() -> None:
     maps = [torch.rand((1, 4, 8 >> level, 8 >> level)).half() for level in range(4)]  # one channel per group
     points, parameters = torch.rand((1, 2, 4, 8, 3)), torch.rand((1, 2, 4 * (1 + 8 * 8))).half()
-    op = KernelOp("SamplingMixing", sampling_mixing_definition)
+    op = KernelOp(OPERATIONS["SamplingMixing"], sampling_mixing_definition)
     found = op(*maps, points, parameters, mixed_points=8)
     wide = sampling_mixing_definition(*(map_.float() for map_ in maps), points, parameters.float(), 8)
     assert isinstance(found, Tensor)
     assert torch.equal(found, wide.half())
+
+
+def test_definitions_only_leaves_the_kernels_aside_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = PlayedLaunch()
+    monkeypatch.setattr(asag.ops.cuda, "_launch", launch)
+    op = KernelOp(OPERATIONS["GatherAnchors"], gather_anchors_definition)
+    with definitions_only():
+        op(*gather_inputs(), *ATTRIBUTES)
+    assert launch.launches == 0
+    op(*gather_inputs(), *ATTRIBUTES)
+    assert launch.launches == 1
 
 
 @pytest.mark.parametrize(("points", "mixed_points"), [(64, 128), (48, 128), (32, 192), (64, 64)])
@@ -147,7 +159,7 @@ def test_sizes_that_only_tensor_cores_serve_run_as_kernels(
     monkeypatch.setattr(asag.ops.cuda, "_launch", launch)
     random = torch.Generator().manual_seed(0)
     *maps, place, parameters = (torch.rand(shape, generator=random) for shape in mixing_shapes(points, mixed_points))
-    op = KernelOp("SamplingMixing", sampling_mixing_definition)
+    op = KernelOp(OPERATIONS["SamplingMixing"], sampling_mixing_definition)
     for _ in range(2):
         op(*(map_.half() for map_ in maps), 8 * place, parameters.half(), mixed_points=mixed_points)
     assert [dict(plan.defines)["TENSOR_CORES"] for plan in launched] == ["1", "1"]
