@@ -17,7 +17,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from export.exported_file import read_exported
-from export.functions.domain import OPSET_VERSION
+from export.op_bodies.domain import OPSET_VERSION
 from export.operator_set import STANDARD_DOMAINS
 from runtime.files import write_bytes
 from runtime.metadata import ModelMetadata

@@ -12,7 +12,7 @@ from runtime.onnx_file import read_onnx
 
 
 def read_exported(path: Path) -> tuple[onnx.ModelProto, ModelMetadata]:
-    """The model and its metadata as :func:`runtime.onnx_file.read_onnx` gives them; ValueError if it is not valid ONNX."""
+    """The model and its metadata as :func:`runtime.onnx_file.read_onnx` gives them; ValueError if not valid ONNX."""
     proto, metadata = read_onnx(path)
     try:
         onnx.checker.check_model(proto)

@@ -14,14 +14,15 @@ import onnx
 import torch
 
 from asag.deploy import DeployedDetector
-from export.functions import HELPER_FUNCTIONS, OP_FUNCTIONS
-from export.functions.domain import DOMAIN_VERSION, OPSET_VERSION
+from export.op_bodies import HELPER_FUNCTIONS, OP_FUNCTIONS
+from export.op_bodies.domain import DOMAIN_VERSION, OPSET_VERSION
+from export.operators import translation_table
 from export.precision import convert_precision
 from export.stage_names import name_stages, stage_translation
-from export.translation import translation_table
 from runtime.files import write_bytes
 from runtime.metadata import ModelMetadata
-from runtime.onnx_file import DOMAIN, write_metadata
+from runtime.onnx_file import write_metadata
+from trt_plugins.operations import DOMAIN
 
 INPUT_NAMES = ("images", "sizes")
 OUTPUT_NAMES = ("boxes", "scores", "labels", "overflow")

@@ -26,6 +26,7 @@ from onnx import TensorProto, helper, numpy_helper
 from export.operator_set import raise_operator_set
 from runtime.metadata import ModelMetadata
 from runtime.stages.graph import HALF_ENDING, shown_values
+from trt_plugins.operations import DOMAIN, OPERATIONS
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 """What :func:`convert_precision` makes; int8 needs images to calibrate with, see `export.quantization`."""
@@ -33,11 +34,6 @@ PRECISIONS = ("fp32", "fp16", "bf16")
 BFLOAT16_OPERATOR_SET = 22
 """The first in which convolution and pooling take bfloat16. Files of other precisions keep the export's, which more
 runtimes read.
-"""
-
-PYRAMID_OPS = {"PyramidRoIAlign": (0, 1, 2, 3), "SamplingMixing": (0, 1, 2, 3, 5)}
-"""Ops that read P2..P5, the end of the neck, as their first four inputs, with the inputs that they take in half
-precision. Their results are of the same type; inside, sums and norms are float32.
 """
 
 LAYOUT_OPERATORS = ("Flatten", "Reshape", "Transpose")
@@ -168,7 +164,10 @@ class _Converter:
 
     def _half_inputs(self, index: int, node: onnx.NodeProto) -> Collection[int]:
         """Positions of the inputs that the node takes in half precision; empty for one that stays float32."""
-        return range(len(node.input)) if index in self.chosen else PYRAMID_OPS.get(node.op_type, ())
+        if index in self.chosen:
+            return range(len(node.input))
+        operation = OPERATIONS.get(node.op_type) if node.domain == DOMAIN else None
+        return () if operation is None else operation.half_inputs
 
     def _convert_node(self, node: onnx.NodeProto, half_inputs: Collection[int]) -> None:
         converted = onnx.NodeProto()

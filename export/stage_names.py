@@ -16,7 +16,8 @@ from onnxscript.values import Op
 
 import asag.detector  # noqa: F401 (registers `torch.ops.asag.stage`)
 from asag.family import Stage
-from export.functions.domain import DOMAIN, DOMAIN_VERSION, asag_opset
+from export.op_bodies.domain import DOMAIN_VERSION, asag_opset
+from trt_plugins.operations import DOMAIN
 
 _OPERATOR = "Stage"
 

@@ -9,9 +9,6 @@ from runtime.errors import BackendUnavailableError, one_line
 from runtime.metadata import PROPERTY_PREFIX, ModelMetadata
 from runtime.schema_1 import name_values
 
-DOMAIN = "asag"
-"""Of the custom ops."""
-
 
 def read_onnx(path: str | Path) -> tuple[Any, ModelMetadata]:
     """The model (`onnx.ModelProto`) and its metadata; one of schema 1 gets the names that its stages would have today.
