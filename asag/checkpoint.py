@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import typing
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,7 +32,7 @@ class CheckpointInfo:
     preset: str
     category_ids: tuple[int, ...]
     category_names: tuple[str, ...]
-    input: InputSpec = InputSpec()
+    input: InputSpec = field(default_factory=InputSpec)
 
     def __post_init__(self) -> None:
         if len(self.category_ids) != len(self.category_names):
@@ -120,7 +121,7 @@ def _from_schema_1(family: Family, config: Any, info: Any) -> tuple[dict[str, An
             config[choice.name] = info.pop(choice.name)
     if "input_size" in info:
         info["size"] = info.pop("input_size")
-    named = {field.name for field in dataclasses.fields(InputSpec)}
+    named = {each.name for each in dataclasses.fields(InputSpec)}
     info["input"] = {name: info.pop(name) for name in list(info) if name in named}
     return config, info
 
@@ -128,7 +129,7 @@ def _from_schema_1(family: Family, config: Any, info: Any) -> tuple[dict[str, An
 def _as(kind: Any, values: Any) -> Any:
     """A frozen dataclass of JSON values; unlike the library, with no field that it does not know. ValueError."""
     made = msgspec.convert(values, kind)
-    unknown = sorted(set(values) - {field.name for field in dataclasses.fields(kind)})
+    unknown = sorted(set(values) - {each.name for each in dataclasses.fields(kind)})
     if unknown:
         raise ValueError(f"unknown options {', '.join(unknown)}; was the file written by a newer version?")
     return made
@@ -148,4 +149,5 @@ def choose(family: Family, config: Any, choices: Mapping[str, Any]) -> Any:
         if known[name].values and value not in known[name].values:
             listed = ", ".join(map(str, known[name].values))
             raise ValueError(f"{name.replace('_', ' ')} is {value!r}; choose one of {listed}")
-    return dataclasses.replace(config, **wanted)
+    types = typing.get_type_hints(family.config)
+    return dataclasses.replace(config, **{name: msgspec.convert(value, types[name]) for name, value in wanted.items()})

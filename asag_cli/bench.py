@@ -99,8 +99,8 @@ def bench(
     Ratios are to the first model, round by round, with their 10th and 90th percentile; where these leave 1 in between,
     the difference is noise and is not called one. A model that cannot run here is named with the reason.
 
-    With --stages, each model is measured again, divided into pre-processing, copies, backbone and neck, anchors,
-    proposals, head and post-processing; on the CPU for exported files. With --limit, each stage of the network is set
+    With --stages, each model is measured again, divided into pre-processing, copies, the parts that its family names
+    (features first) and post-processing; on the CPU for exported files. With --limit, each stage of the network is set
     beside the time that its arithmetic and its bytes take at the rates of a large matrix product and a large copy.
 
     With --against, a checkpoint is exported and built as far as its backends need it, into a temporary folder.

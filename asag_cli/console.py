@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -78,20 +80,21 @@ class SizeType(click.ParamType):
         return int(parts[0]), int(parts[1])
 
 
-class IntegersType(click.ParamType):
-    """A fixed number of whole numbers with a separator, such as 1:4:16."""
+class ValueType(click.ParamType):
+    """A number or a text, or several numbers with commas between them; the family checks what it is."""
 
-    def __init__(self, count: int, separator: str, name: str) -> None:
-        self.count, self.separator, self.name = count, separator, name
+    def __init__(self, name: str) -> None:
+        self.name = name
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        """Parse the text; a tuple is taken as it is."""
-        if isinstance(value, tuple):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Parse the text; anything else is taken as it is."""
+        if not isinstance(value, str):
             return value
-        parts = str(value).split(self.separator)
-        if len(parts) != self.count or not all(part.isdecimal() for part in parts):
+        try:
+            numbers = json.loads(f"[{value}]")
+        except ValueError:
             self.fail(f"{value!r} is not of the form {self.name}", param, ctx)
-        return tuple(int(part) for part in parts)
+        return numbers if len(numbers) > 1 else numbers[0]
 
 
 EXISTING_FILE = click.Path(path_type=Path, dir_okay=False)
@@ -113,16 +116,23 @@ def threads_option(command: Callable[..., Any]) -> Callable[..., Any]:
     )
 
 
-def variant_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """`--head` and `--levels`, for commands that take a checkpoint; exported files have theirs fixed."""
-    head = click.option(
-        "--head",
-        type=click.Choice(["main", "aux_0", "aux_1", "aux_2"]),
-        help="Which of a checkpoint's trained heads; the preset's by default.",
-    )
-    levels = click.option(
-        "--levels",
-        type=click.Choice(["P3P6", "P4P6", "P5P6"]),
-        help="Which levels a checkpoint explores: fewer are faster and miss small objects; the preset's by default.",
-    )
-    return head(levels(command))
+def choice_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """An option for whatever the families let a checkpoint be deployed with, given to the command as `choices`.
+
+    Exported files have theirs fixed; the default of each is the checkpoint's own.
+    """
+    from asag.families import FAMILIES
+
+    known = {choice.name: choice for family in FAMILIES for choice in family.choices}
+
+    @functools.wraps(command)
+    def with_choices(**options: Any) -> Any:
+        return command(choices={name: options.pop(name) for name in known}, **options)
+
+    for choice in reversed(known.values()):
+        kind: click.ParamType = click.Choice(choice.values) if choice.values else ValueType(choice.form)
+        text = f"{choice.help} The checkpoint's own by default."
+        with_choices = click.option(f"--{choice.name.replace('_', '-')}", choice.name, type=kind, help=text)(
+            with_choices
+        )
+    return with_choices

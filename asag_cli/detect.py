@@ -11,11 +11,11 @@ from asag_cli.console import (
     EXISTING_FILE,
     FOLDER,
     HELP,
+    choice_options,
     console,
     device_option,
     progress_bar,
     threads_option,
-    variant_options,
 )
 
 
@@ -29,7 +29,7 @@ from asag_cli.console import (
     "--score-threshold", type=click.FloatRange(0, 1), default=0.3, show_default=True, help="Least score that is kept."
 )
 @click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True, help="Images that run together.")
-@click.option("--stages", is_flag=True, help="Draw how the detections came about; needs a .safetensors model.")
+@click.option("--stages", is_flag=True, help="Draw how the detections came about; not for engines.")
 @click.option("--ray", is_flag=True, help="Spread the images over Ray workers and write Parquet.")
 @click.option(
     "--workers", type=click.IntRange(1), help="With --ray: sessions; as many as there is room for by default."
@@ -37,7 +37,7 @@ from asag_cli.console import (
 @click.option("--ray-address", help="With --ray: a running cluster, or auto; Ray is started here by default.")
 @click.option("--image-column", help="With --ray and Parquet: the column of encoded images; image by default.")
 @click.option("--id-column", help="With --ray and Parquet: what tells rows apart; the images' path by default.")
-@variant_options
+@choice_options
 @device_option
 @threads_option
 def detect(
@@ -52,8 +52,7 @@ def detect(
     ray_address: str | None,
     image_column: str | None,
     id_column: str | None,
-    head: str | None,
-    levels: str | None,
+    choices: dict[str, Any],
     device: str,
     threads: int | None,
 ) -> None:
@@ -63,8 +62,8 @@ def detect(
     its detections drawn. What cannot be read is reported and does not stop the rest; the exit code is then 2. The next
     batch is read while others run.
 
-    With --stages a picture shows how they came about, side by side (NAME-stages.jpg): the patches that were explored in
-    red, the sparse anchors in white, dynamic proposals and final boxes coloured by class.
+    With --stages a picture shows how they came about, side by side (NAME-stages.jpg): what the model looked at more
+    closely in red, boxes without a class in white, what has a class in its colour.
 
     With --ray IMAGES are files, folders with all that is below them, or Parquet files with encoded images; the output
     is a folder of Parquet files with a row for each image, and no pictures. Each worker has one session, with one
@@ -82,8 +81,7 @@ def detect(
             model=model,
             device=device,
             threads=threads or 1,
-            head=head,
-            levels=levels,
+            choices=choices,
             batch_size=batch_size,
             score_threshold=score_threshold,
             image_column=image_column or "image",
@@ -106,7 +104,7 @@ def detect(
     # Two batches beside one another do more in a second; a single image is done sooner by all threads together.
     single = len(images) == 1 and not images[0].is_dir() and not is_video(images[0])
     contexts = 1 if single or stages else 2
-    with open_session(model, device=device, threads=threads, head=head, levels=levels, contexts=contexts) as session:
+    with open_session(model, device=device, threads=threads, choices=choices, contexts=contexts) as session:
         if stages:
             session.check_stages()
         with progress_bar("detecting") as advance:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -12,11 +13,11 @@ from asag_cli.console import (
     HELP,
     OUTPUT_FILE,
     SizeType,
+    choice_options,
     console,
     device_option,
     progress_bar,
     threads_option,
-    variant_options,
 )
 
 
@@ -30,7 +31,7 @@ from asag_cli.console import (
 @click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True, help="Images that run together.")
 @click.option("--input-size", type=SizeType(), help="Input of a .safetensors model; other files have theirs fixed.")
 @click.option("--json", "json_path", type=OUTPUT_FILE, help="Also write the result to this file.")
-@variant_options
+@choice_options
 @device_option
 @threads_option
 def evaluate(
@@ -41,8 +42,7 @@ def evaluate(
     batch_size: int,
     input_size: tuple[int, int] | None,
     json_path: Path | None,
-    head: str | None,
-    levels: str | None,
+    choices: dict[str, Any],
     device: str,
     threads: int | None,
 ) -> None:
@@ -54,9 +54,7 @@ def evaluate(
     from runtime.opening import open_session
 
     dataset = open_coco(data, split)
-    with open_session(
-        model, device=device, threads=threads, input_size=input_size, head=head, levels=levels
-    ) as session:
+    with open_session(model, device=device, threads=threads, input_size=input_size, choices=choices) as session:
         with progress_bar("evaluating") as advance:
             result, _ = evaluate_session(session, dataset, dataset.image_ids[:images], batch_size, advance)
         title = f"{model.name} ({session.backend}, {session.precision}) on {result.images} images"

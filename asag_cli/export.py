@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from asag_cli.console import EXISTING_FILE, HELP, OUTPUT_FILE, IntegersType, SizeType, console, variant_options
+from asag_cli.console import EXISTING_FILE, HELP, OUTPUT_FILE, SizeType, choice_options, console
 
 
 @click.command(context_settings=HELP, short_help="Write a checkpoint as one ONNX file.")
 @click.argument("checkpoint", type=EXISTING_FILE)
 @click.option("-o", "--output", type=OUTPUT_FILE, required=True, help="The .onnx file to write.")
 @click.option(
-    "--input-size", type=SizeType(), help="Height and width of the input, multiples of 32; the preset's by default."
+    "--input-size", type=SizeType(), help="Height and width of the input, multiples of 32; the checkpoint's by default."
 )
 @click.option(
     "--precision",
@@ -30,35 +31,28 @@ from asag_cli.console import EXISTING_FILE, HELP, OUTPUT_FILE, IntegersType, Siz
     show_default=True,
     help="uint8 takes RGB pixels and normalizes inside; float32 takes normalized RGB.",
 )
-@variant_options
-@click.option(
-    "--patch-capacity",
-    type=IntegersType(2, ",", "P4,P3"),
-    help="Patches per image that the model has room for on P4 and P3; what finds none is counted in `overflow`.",
-)
+@choice_options
 def export(
     checkpoint: Path,
     output: Path,
     input_size: tuple[int, int] | None,
     input_type: str,
     precision: str,
-    head: str | None,
-    levels: str | None,
-    patch_capacity: tuple[int, int] | None,
+    choices: dict[str, Any],
 ) -> None:
     """Write CHECKPOINT (.safetensors) as one ONNX file with dynamic batch.
 
     \b
     Inputs:   images  [batch, 3, height, width]  RGB, content top-left, zeros around it
               sizes   [batch, 2] float32         height and width of the content
-    Outputs:  boxes   [batch, 100, 4]            x1, y1, x2, y2 as fractions of the content
-              scores  [batch, 100]               falling; 0 where there is no detection
-              labels  [batch, 100] int64         category ids of the dataset
-              overflow [batch] int32             probing candidates that found no place
+    Outputs:  boxes   [batch, detections, 4]     x1, y1, x2, y2 as fractions of the content
+              scores  [batch, detections]        falling; 0 where there is no detection
+              labels  [batch, detections] int64  category ids of the dataset
+              overflow [batch] int32             what a fixed capacity had no room for
 
-    The ops AdaptiveProbing, GatherAnchors, PyramidRoIAlign and SamplingMixing are nodes of the domain `asag` with
-    bodies of standard operators in the file: any ONNX runtime can execute them, and one that knows them may use its
-    own kernels. Classes, normalization, input size and a digest of the weights travel in the file's metadata.
+    Ops that no standard operator expresses well are nodes of the domain `asag` with bodies of standard operators in the
+    file: any ONNX runtime can execute them, and one that knows them may use its own kernels. Classes, normalization,
+    input size, the stages' names and a digest of the weights travel in the file's metadata.
     """
     if output.suffix.lower() != ".onnx":
         raise click.BadParameter(f"{output} should end in .onnx", param_hint="--output")
@@ -67,18 +61,12 @@ def export(
     from export.model import export_onnx
 
     with console.status("loading"):
-        detector, info = load_detector(checkpoint)
-    detector.choose(head, levels)
-    parameters = sum(parameter.numel() for parameter in detector.parameters())
-    model = DeployedDetector(detector, info, input_size, input_type, patch_capacity)
+        model = DeployedDetector(*load_detector(checkpoint, choices), input_size, input_type)
     with console.status("exporting"):
-        report = export_onnx(model, output, precision, parameters)
+        report = export_onnx(model, output, precision)
     operations = ", ".join(f"{count} {name}" for name, count in report.operations.items())
-    console.print(
-        f"{report.path}: {report.bytes / 1e6:.1f} MB, {report.nodes} nodes, of them {operations}", highlight=False
-    )
-    console.print(
-        f"head {report.metadata.head} is in the file; left out: heads {', '.join(report.heads_left_out)}"
-        f" and folded norms ({report.parameters_left_out / 1e6:.1f} million parameters)",
-        highlight=False,
-    )
+    of_them = f", of them {operations}" if operations else ""
+    console.print(f"{report.path}: {report.bytes / 1e6:.1f} MB, {report.nodes} nodes{of_them}", highlight=False)
+    chosen = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in report.metadata.choices.items())
+    left_out = f"left out: {report.parameters_left_out / 1e6:.1f} million parameters of training and folded norms"
+    console.print(f"{chosen}; {left_out}" if chosen else left_out, highlight=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,13 +32,12 @@ def report(runs: tuple[Path, ...], output: Path | None, title: str) -> None:
 
 
 def published_levels() -> list[Level]:
-    """The paper's AP on COCO of every preset that has one, on the scale of 0 to 1."""
-    from asag.presets import PRESETS
+    """The published AP on COCO of every preset that has one, on the scale of 0 to 1."""
+    from asag.families import all_presets
     from runtime.reports.charts import Level
 
-    found = []
-    for name, preset in PRESETS.items():
-        published = re.fullmatch(r"AP (\d+\.\d+)", preset.published or "")
-        if published is not None and preset.config.dataset == "coco":
-            found.append(Level(name, float(published[1]) / 100))
-    return found
+    return [
+        Level(preset.name, preset.published.ap / 100)
+        for preset in all_presets()
+        if preset.published is not None and preset.published.ap is not None
+    ]

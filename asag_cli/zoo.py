@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from asag_cli.console import EXISTING_FILE, HELP, OUTPUT_FILE, console
+from asag_cli.console import HELP, OUTPUT_FILE, console
 
 
 @click.group(context_settings=HELP, invoke_without_command=True, short_help="The presets and their published accuracy.")
@@ -22,39 +22,37 @@ def zoo(context: click.Context) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from asag.presets import PRESETS
+    from asag.families import FAMILIES, all_presets
 
-    table = Table(
-        title="asag-a: AdaMixer head, asag-s: Sparse R-CNN head", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0)
-    )
-    for name in ("preset", "backbone", "epochs", "queries", "head"):
+    titles = ", ".join(f"{family.name}: {family.title}" for family in FAMILIES)
+    table = Table(title=f"Families: {titles}", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    for name in ("preset", "backbone", "epochs", "queries"):
         table.add_column(name, no_wrap=True, justify="right" if name in ("epochs", "queries") else "left")
     table.add_column("published")
-    for name, preset in PRESETS.items():
-        config = preset.config
-        epochs = "-" if preset.epochs is None else str(preset.epochs)
-        published = preset.published or "no: for demos"
-        table.add_row(name, config.backbone, epochs, preset.published_queries or "-", config.head, published)
+    for preset in all_presets():
+        published, epochs = preset.published, str(preset.recipe.get("epochs", "-"))
+        told = ("-", "no: for demos") if published is None else (published.queries or "-", published.accuracy)
+        table.add_row(preset.name, preset.config.backbone, epochs, *told)
     console.print(table)
 
 
 @zoo.command(context_settings=HELP, short_help="Turn a published checkpoint into ours.")
-@click.argument("published", type=EXISTING_FILE)
+@click.argument("published", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=OUTPUT_FILE, required=True, help="The .safetensors file to write.")
 @click.option(
-    "--preset", help="Which preset it is, where several have the same tensors; decides the head that is deployed."
+    "--preset", help="Which preset it is, where several have the same tensors; decides what is deployed of it."
 )
 def convert(published: Path, output: Path, preset: str | None) -> None:
-    """Turn PUBLISHED (.pth, as the authors distribute it) into a checkpoint for every other command.
+    """Turn PUBLISHED into a checkpoint for every other command.
 
-    Decoder, backbone, queries and classes are read off the tensors. The file is loaded without executing anything in
-    it; optimizer state and arguments are left behind.
+    PUBLISHED is a .pth or .safetensors file as the authors distribute it, or a Hugging Face folder (config.json and
+    model.safetensors). The family, its configuration and classes are read off the tensors. The file is loaded without
+    executing anything in it; optimizer state and arguments are left behind.
     """
-    from asag.zoo import convert_published
+    from asag.published import convert_published
 
-    name, info = convert_published(published, output, preset)
-    head = info.config.head
-    console.print(f"{output}: {name}, head {head}", highlight=False)
-    if preset is None and len(info.alternatives) > 1:
-        others = ", ".join(other for other in info.alternatives if other != name)
+    found = convert_published(published, output, preset)
+    console.print(f"{output}: {found.preset}", highlight=False)
+    if preset is None and len(found.alternatives) > 1:
+        others = ", ".join(other for other in found.alternatives if other != found.preset)
         console.print(f"the tensors also fit {others}: name yours with --preset", style="yellow", highlight=False)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
-from export.exported_file import name_precision, read_exported
+from export.exported_file import read_exported
 from export.precision import convert_precision
 from runtime.files import write_bytes
+from runtime.onnx_file import write_metadata
 
 
 def needs_conversion(model: Path, precision: str) -> bool:
@@ -32,6 +34,6 @@ def convert_file(model: Path, output: Path, precision: str) -> None:
     """
     proto, metadata = read_exported(model)
     _differs(model, metadata.precision, precision)
-    converted = convert_precision(proto, precision)
-    name_precision(converted, precision)
+    converted = convert_precision(proto, precision, metadata)
+    write_metadata(converted, dataclasses.replace(metadata, precision=precision))
     write_bytes(output, converted.SerializeToString())

@@ -131,11 +131,11 @@ def random_checkpoint(path: Path, preset: str = PRESET, seed: int = 0) -> Path:
     Timing does not depend on what weights have learned: shapes are static, all query places are computed.
     """
     import torch
-
     from asag.categories import DATASET_CATEGORIES
+    from asag.presets import find_preset
+
     from asag.checkpoint import CheckpointInfo, save_detector
     from asag.detector import build_detector
-    from asag.presets import find_preset
 
     known = find_preset(preset)
     torch.manual_seed(seed)

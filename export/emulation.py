@@ -7,6 +7,7 @@ keeps more digits between layers that it fuses.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -15,13 +16,15 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from export.exported_file import name_precision, read_exported
-from export.functions.domain import OPSET_VERSION
+from export.exported_file import read_exported
+from export.op_bodies.domain import OPSET_VERSION
 from export.operator_set import STANDARD_DOMAINS
 from runtime.files import write_bytes
+from runtime.metadata import ModelMetadata
+from runtime.onnx_file import write_metadata
 
 
-def emulate_bfloat16(proto: onnx.ModelProto) -> onnx.ModelProto:
+def emulate_bfloat16(proto: onnx.ModelProto, metadata: ModelMetadata) -> onnx.ModelProto:
     """A copy of `proto` (from :func:`export.precision.convert_precision` with "bf16") in float32 with the values of
     bfloat16; its metadata name the precision "bf16 emulated".
     """
@@ -42,7 +45,7 @@ def emulate_bfloat16(proto: onnx.ModelProto) -> onnx.ModelProto:
     for opset in (entry for owner in (result, *result.functions) for entry in owner.opset_import):
         if opset.domain in STANDARD_DOMAINS:
             opset.version = OPSET_VERSION
-    name_precision(result, "bf16 emulated")
+    write_metadata(result, dataclasses.replace(metadata, precision="bf16 emulated"))
     return result
 
 
@@ -69,7 +72,7 @@ def main(model: Path, output: Path) -> None:
         raise click.ClickException(str(error)) from None
     if metadata.precision != "bf16":
         raise click.ClickException(f"{model} is {metadata.precision}; export it with --precision bf16")
-    write_bytes(output, emulate_bfloat16(proto).SerializeToString())
+    write_bytes(output, emulate_bfloat16(proto, metadata).SerializeToString())
 
 
 if __name__ == "__main__":

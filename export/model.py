@@ -14,12 +14,15 @@ import onnx
 import torch
 
 from asag.deploy import DeployedDetector
-from export.functions import HELPER_FUNCTIONS, OP_FUNCTIONS
-from export.functions.domain import DOMAIN, DOMAIN_VERSION, OPSET_VERSION
+from export.op_bodies import HELPER_FUNCTIONS, OP_FUNCTIONS
+from export.op_bodies.domain import DOMAIN_VERSION, OPSET_VERSION
+from export.operators import translation_table
 from export.precision import convert_precision
-from export.translation import translation_table
+from export.stage_names import name_stages, stage_translation
 from runtime.files import write_bytes
 from runtime.metadata import ModelMetadata
+from runtime.onnx_file import write_metadata
+from trt_plugins.operations import DOMAIN
 
 INPUT_NAMES = ("images", "sizes")
 OUTPUT_NAMES = ("boxes", "scores", "labels", "overflow")
@@ -35,8 +38,8 @@ class ExportReport:
     nodes: int
     operations: dict[str, int]
     """Custom ops by name and how often the graph uses them."""
-    heads_left_out: tuple[str, ...]
     parameters_left_out: int
+    """Of what only training needs, and of the folded norms."""
     metadata: ModelMetadata
 
 
@@ -44,20 +47,18 @@ def export_onnx(
     model: DeployedDetector,
     path: str | Path,
     precision: str = "fp32",
-    parameters_of_checkpoint: int | None = None,
 ) -> ExportReport:
     """Write `model` to `path` as ONNX with dynamic batch, the custom ops as nodes with model-local bodies, and
     metadata.
 
-    precision: "fp32", or "fp16" or "bf16" for backbone, neck and large linear layers (see `export.precision`);
-    parameters_of_checkpoint: number of parameters before heads were dropped, for the report. The file is checked
-    before it is written, whole or not at all. Raises ValueError when the checker refuses it.
+    precision: "fp32", or "fp16" or "bf16" for backbone, neck and large linear layers (see `export.precision`). The file
+    is checked before it is written, whole or not at all. Raises ValueError when the checker refuses it, or a stage that
+    the family declares is not in the graph.
     """
     path = Path(path)
     metadata = ModelMetadata(**{**model.describe(), "precision": precision})
-    proto = convert_precision(build_onnx(model), precision)
-    for key, value in metadata.to_properties().items():
-        proto.metadata_props.add(key=key, value=value)
+    proto = convert_precision(build_onnx(model), precision, metadata)
+    write_metadata(proto, metadata)
     try:
         onnx.checker.check_model(proto)
     except onnx.checker.ValidationError as error:
@@ -70,8 +71,7 @@ def export_onnx(
         bytes=len(payload),
         nodes=len(proto.graph.node),
         operations=_count_operations(proto),
-        heads_left_out=tuple(model.left_out),
-        parameters_left_out=max((parameters_of_checkpoint or kept) - kept, 0),
+        parameters_left_out=max(model.parameters_trained - kept, 0),
         metadata=metadata,
     )
 
@@ -93,11 +93,12 @@ def build_onnx(model: DeployedDetector) -> onnx.ModelProto:
             input_names=list(INPUT_NAMES),
             output_names=list(OUTPUT_NAMES),
             dynamic_shapes=({0: batch}, {0: batch}),
-            custom_translation_table=translation_table(),
+            custom_translation_table=translation_table() | stage_translation(),
             verbose=False,
         )
     assert program is not None
     proto = program.model_proto
+    name_stages(proto.graph, model.stages)
     used = {node.op_type for node in proto.graph.node if node.domain == DOMAIN}
     functions = [function for function in OP_FUNCTIONS if function.name in used] + list(HELPER_FUNCTIONS)
     del proto.functions[:]

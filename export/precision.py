@@ -8,7 +8,10 @@ Everything else stays float32:
   all that float16 has, and three more than bfloat16 has;
 - thresholds and suppression: a confidence that rounds across 0.1 or 0.7 changes which patches exist;
 - norms, softmax and the geometry bias `log(iof + 1e-7)`, whose smallest value is below float16's normal range;
-- the anchor predictors and the last layers of the branches, whose outputs are boxes, confidences and logits.
+- the layers whose outputs are boxes, confidences and logits.
+
+Where the features end is what the first stage of the forward pass names; which linear layers bear it is the family's
+word. Both travel in the file's metadata.
 """
 
 from __future__ import annotations
@@ -21,6 +24,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from export.operator_set import raise_operator_set
+from runtime.metadata import ModelMetadata
+from runtime.stages.graph import HALF_ENDING, shown_values
+from trt_plugins.operations import DOMAIN, OPERATIONS
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 """What :func:`convert_precision` makes; int8 needs images to calibrate with, see `export.quantization`."""
@@ -30,29 +36,19 @@ BFLOAT16_OPERATOR_SET = 22
 runtimes read.
 """
 
-HALF_LINEAR_LAYERS = ("roi_projection", "parameters_of_query", "out_projection", "feed_forward.mlp")
-"""Linear layers that compute in half precision, by a part of their parameters' names.
-
-Their bias is added in float32.
-"""
-
-PYRAMID_OPS = {"PyramidRoIAlign": (0, 1, 2, 3), "SamplingMixing": (0, 1, 2, 3, 5)}
-"""Ops that read P2..P5, the end of the neck, as their first four inputs, with the inputs that they take in half
-precision. Their results are of the same type; inside, sums and norms are float32.
-"""
-
 LAYOUT_OPERATORS = ("Flatten", "Reshape", "Transpose")
 
 LARGEST_FLOAT16 = 65504.0
 
 
-def convert_precision(proto: onnx.ModelProto, precision: str) -> onnx.ModelProto:
+def convert_precision(proto: onnx.ModelProto, precision: str, metadata: ModelMetadata) -> onnx.ModelProto:
     """A copy of `proto` (an export in float32) in which backbone, neck and large linear layers compute in `precision`.
 
-    Inputs and outputs keep their types. A quantized convolution keeps its int8 weights and activations; "fp16" halves
-    the scales that it is dequantized with, and so what it computes in between. With "bf16" the operator set of the file
-    becomes :data:`BFLOAT16_OPERATOR_SET`. Raises ValueError for an unknown precision, and when a weight does not fit
-    float16.
+    metadata: the file's, with its stages and the linear layers that bear 16 bits. Inputs and outputs keep their types.
+    A quantized convolution keeps its int8 weights and activations; "fp16" halves the scales that it is dequantized
+    with, and so what it computes in between. With "bf16" the operator set of the file becomes
+    :data:`BFLOAT16_OPERATOR_SET`. Raises ValueError for an unknown precision, when a weight does not fit float16, and
+    when nothing in the file can be converted.
     """
     if precision not in PRECISIONS:
         advice = "; int8 is made from a float32 file by `asag quantize`" if precision == "int8" else ""
@@ -62,15 +58,19 @@ def convert_precision(proto: onnx.ModelProto, precision: str) -> onnx.ModelProto
     if precision == "bf16":
         raise_operator_set(result, BFLOAT16_OPERATOR_SET)
     if precision != "fp32":
-        _Converter(result.graph, TensorProto.FLOAT16 if precision == "fp16" else TensorProto.BFLOAT16).convert()
+        half_type = TensorProto.FLOAT16 if precision == "fp16" else TensorProto.BFLOAT16
+        _Converter(result.graph, half_type, half_nodes(result.graph, metadata)).convert()
     return result
 
 
-def half_nodes(graph: onnx.GraphProto) -> set[int]:
-    """Positions in `graph.node` of the nodes that compute in half precision."""
+def half_nodes(graph: onnx.GraphProto, metadata: ModelMetadata) -> set[int]:
+    """Positions in `graph.node` of the nodes that compute in half precision.
+
+    Raises ValueError where there are none: the file would be what it was, under another name.
+    """
     producer = {output: index for index, node in enumerate(graph.node) for output in node.output}
-    pyramid = {name for node in graph.node if node.op_type in PYRAMID_OPS for name in node.input[:4]}
-    features = _ancestors(graph, producer, pyramid)
+    named = metadata.stages[0].value_names() if metadata.stages else ()
+    features = _ancestors(graph, producer, set(shown_values(named, producer).values()))
     # What prepares the images stays float32: the features begin with the first convolution.
     after: set[str] = set()
     chosen = set()
@@ -85,7 +85,9 @@ def half_nodes(graph: onnx.GraphProto) -> set[int]:
         for name in graph.node[index].input
         if (source := producer.get(name)) is not None and graph.node[source].op_type == "DequantizeLinear"
     }
-    chosen |= dequantized | set(_half_linear(graph))
+    chosen |= dequantized | set(_half_linear(graph, metadata.half_layers))
+    if not chosen:
+        raise ValueError("nothing in the file bears another precision: it names no features and no linear layers")
     return chosen | _laid_out_for(graph, chosen)
 
 
@@ -113,8 +115,8 @@ def _ancestors(graph: onnx.GraphProto, producer: dict[str, int], values: set[str
     return found
 
 
-def _half_linear(graph: onnx.GraphProto) -> Iterator[int]:
-    """Matrix products with a constant, named by the bias that is added to them."""
+def _half_linear(graph: onnx.GraphProto, layers: Collection[str]) -> Iterator[int]:
+    """Matrix products with a constant, named by the bias that is added to them (in float32)."""
     constants = {tensor.name for tensor in graph.initializer}
     bias_of = {
         value: other
@@ -126,19 +128,19 @@ def _half_linear(graph: onnx.GraphProto) -> Iterator[int]:
     for index, node in enumerate(graph.node):
         if node.op_type == "MatMul" and node.input[1] in constants:
             name = bias_of.get(node.output[0], "")
-            if any(layer in name for layer in HALF_LINEAR_LAYERS):
+            if any(layer in name for layer in layers):
                 yield index
 
 
 class _Converter:
     """Rewrites one graph: half nodes get half inputs, and a cast back where something else reads what they give."""
 
-    def __init__(self, graph: onnx.GraphProto, half_type: int) -> None:
+    def __init__(self, graph: onnx.GraphProto, half_type: int, chosen: set[int]) -> None:
         self.graph = graph
         self.half_type = half_type
         self.initializers = {tensor.name: tensor for tensor in graph.initializer}
         self.values = {value.name: value for value in (*graph.input, *graph.value_info, *graph.output)}
-        self.chosen = half_nodes(graph)
+        self.chosen = chosen
         self.outputs = {value.name for value in graph.output}
         self.read_in_float = self.outputs | {
             name
@@ -162,7 +164,10 @@ class _Converter:
 
     def _half_inputs(self, index: int, node: onnx.NodeProto) -> Collection[int]:
         """Positions of the inputs that the node takes in half precision; empty for one that stays float32."""
-        return range(len(node.input)) if index in self.chosen else PYRAMID_OPS.get(node.op_type, ())
+        if index in self.chosen:
+            return range(len(node.input))
+        operation = OPERATIONS.get(node.op_type) if node.domain == DOMAIN else None
+        return () if operation is None else operation.half_inputs
 
     def _convert_node(self, node: onnx.NodeProto, half_inputs: Collection[int]) -> None:
         converted = onnx.NodeProto()
@@ -172,19 +177,19 @@ class _Converter:
             for position, name in enumerate(node.input)
         ]
         float_outputs = [name for name in node.output if self._is_float(name)]
-        converted.output[:] = [f"{name}_half" if name in float_outputs else name for name in node.output]
+        converted.output[:] = [f"{name}{HALF_ENDING}" if name in float_outputs else name for name in node.output]
         self.nodes.append(converted)
         for name in float_outputs:
-            self.half_names[name] = f"{name}_half"
+            self.half_names[name] = f"{name}{HALF_ENDING}"
             if name in self.read_in_float:
                 self.nodes.append(
-                    helper.make_node("Cast", [f"{name}_half"], [name], f"{name}_to_float", to=TensorProto.FLOAT)
+                    helper.make_node("Cast", [f"{name}{HALF_ENDING}"], [name], f"{name}_to_float", to=TensorProto.FLOAT)
                 )
 
     def _half(self, name: str) -> str:
         """The half-precision twin of a float32 value, made when first asked for."""
         if name not in self.half_names:
-            twin = self.half_names[name] = f"{name}_half"
+            twin = self.half_names[name] = f"{name}{HALF_ENDING}"
             if name in self.initializers:
                 self.graph.initializer.append(_to_half(self.initializers[name], twin, self.half_type))
             else:

@@ -6,6 +6,7 @@ alone changes the scores most. How many is found by halving, so that a network o
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -16,12 +17,13 @@ import numpy as np
 import onnx
 
 from export.calibration import largest_magnitudes
-from export.exported_file import name_precision, read_exported
+from export.exported_file import read_exported
 from export.quantized_graph import quantizable_layers, quantize_layers
 from runtime.coco_evaluation import CocoFolder, evaluate_session
 from runtime.errors import one_line
 from runtime.files import write_bytes
 from runtime.metadata import ModelMetadata
+from runtime.onnx_file import write_metadata
 from runtime.opening import open_session
 from runtime.preprocessing import load_image, prepare
 
@@ -135,7 +137,7 @@ def quantize_int8(
     magnitudes = largest_magnitudes(
         proto, metadata, calibration_images, lambda fraction: report("calibrating", fraction)
     )
-    layers = tuple(quantizable_layers(proto.graph))
+    layers = tuple(quantizable_layers(proto.graph, metadata))
     with tempfile.TemporaryDirectory() as folder:
         trial = _Trial(proto, magnitudes, path, Path(folder, "model.onnx"), metadata, report)
         kept = layers
@@ -170,8 +172,8 @@ class _Trial:
 
     def content(self, layers: Sequence[str]) -> bytes:
         """The file with these layers in int8."""
-        quantized = quantize_layers(self.proto, self.magnitudes, layers)
-        name_precision(quantized, "int8" if layers else "fp16")
+        quantized = quantize_layers(self.proto, self.metadata, self.magnitudes, layers)
+        write_metadata(quantized, dataclasses.replace(self.metadata, precision="int8" if layers else "fp16"))
         try:
             onnx.checker.check_model(quantized)
         except onnx.checker.ValidationError as error:
@@ -252,6 +254,6 @@ def _read_float32_export(path: Path) -> tuple[onnx.ModelProto, ModelMetadata]:
         raise ValueError(
             f"{path}: it is {metadata.precision} already; quantize the file of `asag export` without --precision"
         )
-    if not quantizable_layers(proto.graph):
+    if not quantizable_layers(proto.graph, metadata):
         raise ValueError(f"{path}: it has no convolutions of a backbone; export it again with `asag export`")
     return proto, metadata

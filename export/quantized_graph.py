@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from export.precision import LARGEST_FLOAT16, convert_precision, half_nodes
+from runtime.metadata import ModelMetadata
 
 LARGEST_INT8 = 127
 """Of -128..127 the symmetric part is used."""
@@ -22,10 +23,10 @@ LARGEST_INT8 = 127
 PARAMETER_PREFIX = "detector."
 
 
-def quantizable_layers(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
+def quantizable_layers(graph: onnx.GraphProto, metadata: ModelMetadata) -> dict[str, onnx.NodeProto]:
     """Convolutions of backbone and neck by the name of their parameters ("backbone.layer1.0.conv1"), in graph order."""
     constants = {tensor.name for tensor in graph.initializer}
-    nodes = [graph.node[index] for index in sorted(half_nodes(graph))]
+    nodes = [graph.node[index] for index in sorted(half_nodes(graph, metadata))]
     return {
         node.input[1].removeprefix(PARAMETER_PREFIX).removesuffix(".weight"): node
         for node in nodes
@@ -46,7 +47,7 @@ def int8_step(largest: NDArray | float) -> NDArray[np.float32]:
 
 
 def quantize_layers(
-    proto: onnx.ModelProto, magnitudes: Mapping[str, float], layers: Collection[str]
+    proto: onnx.ModelProto, metadata: ModelMetadata, magnitudes: Mapping[str, float], layers: Collection[str]
 ) -> onnx.ModelProto:
     """A copy of `proto` (an export in float32) with `layers` in int8 and the rest as "fp16" of `export.precision`.
 
@@ -54,7 +55,7 @@ def quantize_layers(
     `export.calibration`. An activation is rounded for the layers in int8 that read it and for the sums of shortcuts
     beside them; whatever else reads it gets the unrounded value. Raises ValueError where a value does not fit float16.
     """
-    nodes = {name: node for name, node in quantizable_layers(proto.graph).items() if name in layers}
+    nodes = {name: node for name, node in quantizable_layers(proto.graph, metadata).items() if name in layers}
     for name in sorted({value for node in nodes.values() for value in (node.input[0], node.output[0])}):
         if magnitudes[name] > LARGEST_FLOAT16:
             raise ValueError(
@@ -62,7 +63,7 @@ def quantize_layers(
                 " use bf16"
             )
     quantized = _with_dequantized_inputs(proto, magnitudes, nodes) if nodes else proto
-    return convert_precision(quantized, "fp16")
+    return convert_precision(quantized, "fp16", metadata)
 
 
 def _with_dequantized_inputs(

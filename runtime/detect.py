@@ -21,7 +21,7 @@ from runtime.files import atomic_path
 from runtime.image_source import SourceImage, images_in, is_video, read_images, video_length
 from runtime.postprocessing import Detections
 from runtime.session import Session
-from runtime.stages import draw_stages
+from runtime.stages.draw import draw_stages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +105,7 @@ def _with_stages(session: Session, files: list[Path]) -> Iterator[Found]:
             yield source, None, None
         else:
             stages = session.stages(source.image)
-            yield source, stages.detections, partial(draw_stages, source.image, stages, session.metadata)
+            yield source, stages.detections, partial(draw_stages, source.image, stages)
 
 
 class _Writer:

@@ -1,7 +1,8 @@
-"""What an exported model says about itself: preset, input, classes and post-processing.
+"""What an exported model says about itself: family, input, classes, stages and post-processing.
 
 The same record travels as metadata properties of an ONNX file, in the manifest beside an engine, and from the PyTorch
-model itself, so that every session prepares images and reads outputs in one way.
+model itself, so that every session prepares images and reads outputs in one way, and nobody asks what kind of detector
+it is.
 """
 
 from __future__ import annotations
@@ -9,13 +10,18 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 
+from asag.family import Stage
 from runtime.records import convert_fields
+from runtime.schema_1 import upgraded_metadata
 
 PROPERTY_PREFIX = "asag."
+
+SCHEMA = 2
+"""Of the record; :mod:`runtime.schema_1` reads the one before."""
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 
@@ -24,20 +30,20 @@ Positive = Annotated[int, msgspec.Meta(ge=1)]
 class ModelMetadata:
     """Description of one deployable detector.
 
-    ``input_height`` and ``input_width`` are the pixels of the fixed, padded input. An image is resized to
-    ``shorter_side`` with its longer side at most ``longer_side`` pixels (specification section 1), and shrunk further
-    where it would not fit the input. ``input_type`` is ``"uint8"`` (RGB, normalized inside the model) or
-    ``"float32"`` (normalized with ``mean`` and ``std``, which apply to values scaled to 0..1). ``nms_iou`` is the
-    threshold of class-wise non-maximum suppression after the model, or None for none. ``patch_capacity`` is the number
-    of patches per image that the model can explore on (P4, P3).
+    ``choices`` are the fields of the family's configuration that decide no tensor, as they were when the model was
+    exported; ``stages`` what its forward pass names, in order; ``half_layers`` parts of the parameters' names of linear
+    layers that bear 16 bits. ``input_height`` and ``input_width`` are the pixels of the fixed, padded input. An image
+    is resized to ``shorter_side`` with its longer side at most ``longer_side`` pixels, and shrunk further where it
+    would not fit the input. ``input_type`` is ``"uint8"`` (RGB, normalized inside the model) or ``"float32"``
+    (normalized with ``mean`` and ``std``, which apply to values scaled to 0..1). ``nms_iou`` is the threshold of
+    class-wise non-maximum suppression after the model, or None for none.
     """
 
+    family: str
     preset: str
-    decoder: str
-    backbone: str
-    queries: Positive
-    head: str
-    levels: str
+    choices: dict[str, Any]
+    stages: tuple[Stage, ...]
+    half_layers: tuple[str, ...]
     precision: str
     input_height: Positive
     input_width: Positive
@@ -50,11 +56,14 @@ class ModelMetadata:
     category_names: tuple[str, ...]
     nms_iou: float | None
     max_detections: Positive
-    patch_capacity: tuple[int, int]
     package_version: str
     weights_digest: str
+    schema: int = SCHEMA
 
     def __post_init__(self) -> None:
+        # As JSON would give them back, so that a model and its file compare equal.
+        choices = {name: list(value) if isinstance(value, tuple) else value for name, value in self.choices.items()}
+        object.__setattr__(self, "choices", choices)
         try:
             convert_fields(self)
         except ValueError as error:
@@ -81,6 +90,14 @@ class ModelMetadata:
         """(height, width) of the padded input in pixels."""
         return self.input_height, self.input_width
 
+    @property
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        """What the stages are timed as, in order, with the values that each part ends with."""
+        found: dict[str, tuple[str, ...]] = {}
+        for stage in self.stages:
+            found[stage.timed_as] = (*found.get(stage.timed_as, ()), *stage.value_names())
+        return found
+
     def category_name(self, category_id: int) -> str:
         """Name of a category id, or the id itself as text where the model does not know it."""
         try:
@@ -97,22 +114,30 @@ class ModelMetadata:
 
     @classmethod
     def from_properties(cls, properties: Mapping[str, str]) -> ModelMetadata:
-        """Read what :meth:`to_properties` wrote; unknown ``asag.`` keys of later versions are ignored.
+        """Read what :meth:`to_properties` wrote, of this schema or the one before; unknown ``asag.`` keys are ignored.
 
-        Raises ValueError when the properties are not those of an asag model, or damaged.
+        Raises ValueError when the properties are not those of an asag model, damaged, or of a newer schema.
         """
+        values: dict[str, Any] = {}
+        for key, text in properties.items():
+            if key.startswith(PROPERTY_PREFIX):
+                try:
+                    values[key.removeprefix(PROPERTY_PREFIX)] = msgspec.json.decode(text)
+                except (ValueError, TypeError, RecursionError, msgspec.MsgspecError):
+                    raise ValueError(
+                        f"asag metadata are damaged at {key}; export the model again with `asag export`"
+                    ) from None
         fields = [field.name for field in dataclasses.fields(cls)]
-        missing = [name for name in fields if PROPERTY_PREFIX + name not in properties]
-        if len(missing) == len(fields):
+        if not values.keys() & set(fields):
             raise ValueError("not an asag model: it holds no asag metadata; make one with `asag export`")
+        schema = values.setdefault("schema", 1)
+        if not isinstance(schema, int) or schema > SCHEMA:
+            raise ValueError(
+                f"asag metadata of schema {schema!r}, written by a newer version (this one reads {SCHEMA}): update asag"
+            )
+        if schema == 1:
+            values = upgraded_metadata(values)
+        missing = [name for name in fields if name not in values]
         if missing:
             raise ValueError(f"asag metadata lack {', '.join(missing)}; export the model again with `asag export`")
-        values = {}
-        for name in fields:
-            try:
-                values[name] = msgspec.json.decode(properties[PROPERTY_PREFIX + name])
-            except (ValueError, TypeError, RecursionError, msgspec.MsgspecError):
-                raise ValueError(
-                    f"asag metadata are damaged at {PROPERTY_PREFIX}{name}; export the model again with `asag export`"
-                ) from None
-        return cls(**values)
+        return cls(**{name: values[name] for name in fields})

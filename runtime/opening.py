@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from runtime.session import Session, Variant, check_device
+from runtime.session import Session, check_device
 
 
 def open_session(
@@ -16,9 +17,7 @@ def open_session(
     precision: str | None = None,
     threads: int | None = None,
     input_size: tuple[int, int] | None = None,
-    head: str | None = None,
-    levels: str | None = None,
-    patch_capacity: tuple[int, int] | None = None,
+    choices: Mapping[str, Any] | None = None,
     contexts: int | None = None,
 ) -> Session:
     """Open a model file with the backend that its suffix names.
@@ -29,9 +28,9 @@ def open_session(
     fixed. ``threads`` bounds the CPU threads. ``contexts`` is how many batches of a stream are worked on at once: 2 by
     default for an engine, each with GPU memory of its own; 1 for ONNX Runtime on a CPU, where the threads are shared
     out, so that more images are done in a second and each takes longer; other backends need no such number. The rest
-    is fixed in an exported file and therefore for PyTorch models only: ``input_size`` (height, width in pixels),
-    ``head``, ``levels`` and ``patch_capacity`` (places for patches on P4 and P3); the default of each is what an export
-    would take.
+    is fixed in an exported file and therefore for PyTorch models only: ``input_size`` (height, width in pixels) and
+    ``choices`` (values by name of what the family lets a checkpoint be deployed with, None for its own); the default of
+    each is what an export would take.
 
     Raises FileNotFoundError for a missing file, ValueError for one that is damaged, unknown or not an asag model, and
     BackendUnavailableError where the backend cannot run on this machine.
@@ -51,12 +50,11 @@ def open_session(
         raise ValueError(f"{path} is not a file; name a model file")
     if kind == "tensorrt" and path.suffix.lower() != ".onnx":
         raise ValueError(f"{path} does not run on the device tensorrt, which is for .onnx files; use cuda")
-    chosen = Variant(input_size, head, levels, patch_capacity)
-    if chosen.names and path.suffix.lower() != ".safetensors":
-        raise ValueError(
-            f"{path} has its {chosen.names[0]} fixed in the file; export the checkpoint again with your choice"
-        )
-    session = opener(path, _Options(kind, device_index, threads, contexts, chosen))
+    chosen = {name: value for name, value in (choices or {}).items() if value is not None}
+    fixed = [*(["input size"] if input_size else []), *(name.replace("_", " ") for name in chosen)]
+    if fixed and path.suffix.lower() != ".safetensors":
+        raise ValueError(f"{path} has its {fixed[0]} fixed in the file; export the checkpoint again with your choice")
+    session = opener(path, _Options(kind, device_index, threads, contexts, input_size, chosen))
     if precision is not None and session.precision != precision:
         session.close()
         raise ValueError(f"{path} is {session.precision}, not {precision}; export or build it with that precision")
@@ -71,7 +69,8 @@ class _Options:
     device_index: int
     threads: int | None
     contexts: int | None
-    variant: Variant
+    input_size: tuple[int, int] | None
+    choices: Mapping[str, Any]
 
 
 def _open_onnxruntime(path: Path, options: _Options) -> Session:
@@ -83,7 +82,9 @@ def _open_onnxruntime(path: Path, options: _Options) -> Session:
 def _open_pytorch(path: Path, options: _Options) -> Session:
     from runtime.backends.pytorch_session import open_pytorch
 
-    return open_pytorch(path, options.device_kind, options.device_index, options.threads, options.variant)
+    return open_pytorch(
+        path, options.device_kind, options.device_index, options.threads, options.input_size, options.choices
+    )
 
 
 def _open_engine(path: Path, options: _Options) -> Session:

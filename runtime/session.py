@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
@@ -16,13 +15,15 @@ from numpy.typing import NDArray
 from runtime.image_source import Images, SourceImage, is_short, read_ahead, read_images
 from runtime.metadata import ModelMetadata
 from runtime.postprocessing import Detections, postprocess
-from runtime.preprocessing import ImageLike, prepare
+from runtime.preprocessing import ImageLike, as_image, prepare
 
 if TYPE_CHECKING:
     from runtime.backends.device_memory import DeviceArray
-    from runtime.stages import Stages
+    from runtime.stages.draw import SeenStages
 
 INPUT_NAMES = ("images", "sizes")
+
+_NO_STAGES = "{} gives detections only: stages are seen in a checkpoint (.safetensors) or an exported file (.onnx)"
 
 
 class Pending(abc.ABC):
@@ -99,18 +100,28 @@ class Session(abc.ABC):
         """
         raise ValueError(f"{self.name} runs in {self.backend}, which takes no arrays on a GPU; use run instead")
 
-    def stages(self, image: ImageLike) -> Stages:
-        """What the method did on one image (see :class:`runtime.stages.Stages`), from the same run as its detections.
+    def stage_values(self, tensors: Mapping[str, NDArray]) -> dict[str, NDArray]:
+        """What the stages of one batch hand on, by the names of ``metadata.stages``, and what :meth:`run` gives.
 
-        Raises ValueError where the model holds the result alone, as every exported file does.
+        Takes what :meth:`run` does. Raises ValueError where the backend, or the file, holds the result alone.
         """
+        raise ValueError(_NO_STAGES.format(self.name))
+
+    def stages(self, image: ImageLike) -> SeenStages:
+        """What the method did on one image, from the same run as its detections; as :meth:`stage_values` raises."""
+        from runtime.stages.draw import SeenStages
+
         self.check_stages()
-        raise NotImplementedError
+        picture = as_image(image)
+        tensors = prepare([picture], self.metadata)
+        values = self.stage_values(tensors)
+        (detections,) = postprocess(values, [(picture.height, picture.width)], self.metadata)
+        return SeenStages({**values, "sizes": tensors["sizes"]}, detections, self.metadata)
 
     def check_stages(self) -> None:
         """Raise ValueError unless :meth:`stages` works."""
         if not self.shows_stages:
-            raise ValueError(f"{self.name} gives detections only: the stages need a PyTorch checkpoint (.safetensors)")
+            raise ValueError(_NO_STAGES.format(self.name))
 
     def check_batch_size(self, batch_size: int) -> None:
         """Raise ValueError unless the model takes so many images at once."""
@@ -223,25 +234,3 @@ def check_device(device: str) -> tuple[str, int]:
     if not known or (index and (kind == "cpu" or not index.isdecimal())) or device.endswith(":"):
         raise ValueError(f"unknown device {device!r}: use cpu, cuda, cuda:<index>, tensorrt or tensorrt:<index>")
     return kind, int(index or 0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """How a checkpoint is deployed: ``input_size`` (height, width in pixels), ``head``, ``levels`` ("P3P6", "P4P6" or
-    "P5P6") and ``patch_capacity`` (places for patches on P4 and P3). None leaves a choice to the checkpoint.
-    """
-
-    input_size: tuple[int, int] | None = None
-    head: str | None = None
-    levels: str | None = None
-    patch_capacity: tuple[int, int] | None = None
-
-    @property
-    def names(self) -> list[str]:
-        """The choices that are made, in words."""
-        return [f.name.replace("_", " ") for f in dataclasses.fields(self) if getattr(self, f.name) is not None]
-
-    @classmethod
-    def of(cls, metadata: ModelMetadata) -> Variant:
-        """The choices that an exported file was made with."""
-        return cls(metadata.input_size, metadata.head, metadata.levels, metadata.patch_capacity)

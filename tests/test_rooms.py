@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "runtime": {"asag", "trt_plugins"},  # in the PyTorch session; the plugins that TensorRT embeds
     "trt_plugins": {"asag", "export"},  # in its benchmark, to compare with
     "train": {"asag", "runtime"},
-    "export": {"asag", "runtime"},
+    "export": {"asag", "runtime", "trt_plugins"},
     "asag_cli": {"asag", "train", "export", "trt_plugins", "runtime"},
 }
 """Rooms that a room may import anywhere, inside functions included."""

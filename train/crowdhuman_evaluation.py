@@ -8,7 +8,7 @@ over the detection's own area) counts neither way; any number of detections may 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from runtime.coco_evaluation import CocoFolder
 from runtime.postprocessing import Detections, box_iou
+from runtime.records import to_json
 
 IOU_THRESHOLD = 0.5
 REFERENCE_RATES = np.logspace(-2, 0, 9)
@@ -36,7 +37,7 @@ class CrowdHumanResult:
 
     def to_json(self) -> dict[str, float | int | None]:
         """The values with None for not-a-number, which JSON does not have."""
-        return {name: None if np.isnan(value) else value for name, value in asdict(self).items()}
+        return to_json(self)
 
 
 @dataclass(frozen=True)

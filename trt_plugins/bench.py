@@ -23,7 +23,7 @@ from trt_plugins.benchmark.report import describe_machine, to_json, to_markdown
 from trt_plugins.benchmark.results import Result, Timing
 from trt_plugins.benchmark.timing import CudaTimer, first_line, interleave
 from trt_plugins.launch import launch
-from trt_plugins.plan import OPERATIONS
+from trt_plugins.operations import OPERATIONS
 from trt_plugins.resources import DEMO, PUBLISHED, Case, Sizes, cases
 
 __all__ = ["case_groups", "main", "measure", "op_model"]

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from trt_plugins.compile import FIRST_WITH_TENSOR_CORES, compile_plan
-from trt_plugins.plan import OPERATIONS, Operation, Plan, Tensor, make_plan
+from trt_plugins.operations import OPERATIONS, Tensor
+from trt_plugins.plan import Plan, make_plan
 
 ITEM_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "bool": 1, "int32": 4, "int64": 8}
 _TYPES = {"f4": "float32", "f2": "float16", "V2": "bfloat16", "b1": "bool", "u1": "bool", "i4": "int32", "i8": "int64"}
@@ -120,11 +121,7 @@ def launch(
     plan = call.plan
     function = _loaded(context, capability, plan.kernel, plan.defines, plan)
     arguments = call.arguments()
-    _check(
-        driver.cuLaunchKernel(
-            function, *plan.grid, plan.threads, 1, 1, plan.shared_bytes, stream, ctypes.addressof(arguments), 0
-        )
-    )
+    _check(driver.cuLaunchKernel(function, *plan.grid, plan.threads, 1, 1, 0, stream, ctypes.addressof(arguments), 0))
 
 
 def current_capability() -> int:
@@ -141,47 +138,47 @@ def prepare_call(
     wanted = [DeviceArray.of(array) for array in outputs]
     if len(given) != len(operation.inputs) or len(wanted) != len(operation.outputs):
         raise ValueError(f"{name} takes {len(operation.inputs)} inputs and {len(operation.outputs)} outputs")
-    element = next(
-        (array.type for tensor, array in zip(operation.inputs, given, strict=True) if tensor.type == "element"),
-        "float32",
-    )
-    shapes = [array.shape for array in given]
-    channels_last = _lies_channels_last(operation, given)
-    plan = plan_for(name, tuple(shapes), tuple(attributes.items()), element, channels_last, tensor_cores)
-    expected = operation.output_shapes(shapes, attributes)
+    plan = plan_of(name, given, attributes, tensor_cores)
+    expected = operation.output_shapes([array.shape for array in given], attributes)
     for tensor, array in zip(operation.inputs, given, strict=True):
-        _check_array(operation, tensor, array, element, channels_last)
+        _check_array(plan, tensor, array, plan.channels_last)
     for tensor, array, shape in zip(operation.outputs, wanted, expected, strict=True):
-        _check_array(operation, tensor, array, element, False)
+        _check_array(plan, tensor, array, False)
         if array.shape != tuple(shape):
             raise ValueError(f"{name}: output {tensor.name} has shape {array.shape}, it must be {tuple(shape)}")
     return Call(plan, tuple(array.pointer for array in given), tuple(array.pointer for array in wanted))
 
 
+def plan_of(name: str, arrays: Sequence[DeviceArray], attributes: Mapping[str, Any], tensor_cores: bool) -> Plan:
+    """The plan that a launch of op `name` on these inputs runs, whatever types those that are no feature maps have.
+
+    The maps' type is that of the first. tensor_cores: whether the device has those that the kernels use, and they may.
+    Raises ValueError for what has no kernel.
+    """
+    inputs = list(zip(OPERATIONS[name].inputs, arrays, strict=True))
+    element = next((array.type for tensor, array in inputs if tensor.type == "element"), "float32")
+    maps = [array for tensor, array in inputs if tensor.pyramid]
+    channels_last = not all(map_.is_row_major() for map_ in maps) and all(map_.is_channels_last() for map_ in maps)
+    shapes = tuple(array.shape for array in arrays)
+    return _remembered_plan(name, shapes, tuple(attributes.items()), element, channels_last, tensor_cores)
+
+
 @lru_cache(maxsize=1024)
-def plan_for(
+def _remembered_plan(
     name: str,
     shapes: tuple[tuple[int, ...], ...],
     attributes: tuple[tuple[str, Any], ...],
     element: str,
     channels_last: bool,
-    tensor_cores: bool = False,
+    tensor_cores: bool,
 ) -> Plan:
-    """:func:`trt_plugins.plan.make_plan` of arguments that can be remembered; it raises the same ValueError."""
     return make_plan(name, shapes, dict(attributes), element, channels_last, tensor_cores)
 
 
-def _lies_channels_last(operation: Operation, arrays: Sequence[DeviceArray]) -> bool:
-    maps = [array for tensor, array in zip(operation.inputs, arrays, strict=True) if tensor.pyramid]
-    return (
-        bool(maps) and not all(map_.is_row_major() for map_ in maps) and all(map_.is_channels_last() for map_ in maps)
-    )
-
-
-def _check_array(operation: Operation, tensor: Tensor, array: DeviceArray, element: str, channels_last: bool) -> None:
-    what = f"{operation.name}: {tensor.name}"
-    if array.type != tensor.resolve(element):
-        raise ValueError(f"{what} is {array.type}, it must be {tensor.resolve(element)}")
+def _check_array(plan: Plan, tensor: Tensor, array: DeviceArray, channels_last: bool) -> None:
+    what = f"{plan.operation.name}: {tensor.name}"
+    if array.type != tensor.resolve(plan.element):
+        raise ValueError(f"{what} is {array.type}, it must be {tensor.resolve(plan.element)}")
     fits = array.is_channels_last() if channels_last and tensor.pyramid else array.is_row_major()
     if not fits:
         raise ValueError(

@@ -14,10 +14,8 @@ from numpy.typing import NDArray
 
 from trt_plugins.compile import FIRST_WITH_TENSOR_CORES, compile_plan
 from trt_plugins.launch import DeviceArray, current_capability, launch
-from trt_plugins.plan import OPERATIONS, Operation, Plan, make_plan
-
-NAMESPACE = "asag"
-"""Of the plugins; an ONNX node names it in its attribute `plugin_namespace`."""
+from trt_plugins.operations import DOMAIN, OPERATIONS, Operation
+from trt_plugins.plan import Plan, make_plan
 
 _TYPE_NAMES = {
     "float32": ("FLOAT", "FP32"),
@@ -63,12 +61,12 @@ def register_plugins(capability: int | None = None) -> tuple[str, ...]:
         for operation in OPERATIONS.values():
             _register(trt, trtp, operation, capability)
         _registered["capability"] = capability
-    return tuple(f"{NAMESPACE}::{name}" for name in OPERATIONS)
+    return tuple(f"{DOMAIN}::{name}" for name in OPERATIONS)
 
 
 def _register(trt: Any, trtp: Any, operation: Operation, capability: int | None) -> None:
     """Give TensorRT the four functions of one op. Their signatures are made from the op's description."""
-    plugin = f"{NAMESPACE}::{operation.name}"
+    plugin = f"{DOMAIN}::{operation.name}"
     inputs = [tensor.name for tensor in operation.inputs]
     attributes = [name for name, _ in operation.attributes]
     first_attribute = len(inputs)
@@ -87,14 +85,14 @@ def _register(trt: Any, trtp: Any, operation: Operation, capability: int | None)
         )
 
     def combinations(*arguments: Any) -> list[Any]:
-        channels = arguments[0].shape_expr[1] if operation.has_pyramid else None
+        channels = arguments[0].shape_expr[1] if operation.maps else None
         return _combinations(trtp, operation, channels)
 
     def embed(*arguments: Any) -> tuple[str, bytes, Any, Any]:
         tensors, values = arguments[:first_attribute], attributes_of(arguments)
         target = capability or current_capability()
         plan = _plan_of(trt, operation, tensors, values, target)
-        parameters = trtp.KernelLaunchParams(*plan.grid, block_x=plan.threads, shared_mem=plan.shared_bytes)
+        parameters = trtp.KernelLaunchParams(*plan.grid, block_x=plan.threads, shared_mem=0)
         scalars = trtp.SymIntExprs(len(plan.scalars))
         for index, scalar in enumerate(plan.scalars):
             scalars[index] = trtp.SymInt32(scalar)
@@ -138,7 +136,7 @@ def _combinations(trtp: Any, operation: Operation, channels: Any) -> list[Any]:
     for element in operation.elements:
         types = ", ".join(_TYPE_NAMES[tensor.resolve(element)][1] for tensor in tensors)
         found.append(trtp.AutoTuneCombination(types, "LINEAR"))
-        if operation.has_pyramid and channels.is_constant and channels.constant_value() % _CHANNELS_OF_HWC8 == 0:
+        if operation.maps and channels.is_constant and channels.constant_value() % _CHANNELS_OF_HWC8 == 0:
             layout = _CHANNELS_LAST_FORMATS[element]
             layouts = ", ".join(layout if tensor.pyramid else "LINEAR" for tensor in tensors)
             found.append(trtp.AutoTuneCombination(types, layouts))
@@ -151,7 +149,7 @@ def _plan_of(trt: Any, operation: Operation, tensors: Sequence[Any], values: dic
         [tuple(tensor.shape_expr) for tensor in tensors],
         values,
         _element_of(trt, operation, tensors),
-        channels_last=operation.has_pyramid and tensors[0].format != trt.TensorFormat.LINEAR,
+        channels_last=operation.maps > 0 and tensors[0].format != trt.TensorFormat.LINEAR,
         tensor_cores=capability >= FIRST_WITH_TENSOR_CORES,
     )
 

@@ -14,7 +14,8 @@ from trt_plugins.compile import (
     resource_usage,
     supported_capabilities,
 )
-from trt_plugins.plan import OPERATIONS, Plan, make_plan
+from trt_plugins.operations import OPERATIONS
+from trt_plugins.plan import Plan, make_plan
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def cases(sizes: Sizes, batch: int = 1) -> Iterator[Case]:
         for level in ("P4", "P3") if name == "AdaptiveProbing" else ("",):
             shapes, attributes = signature(name, sizes, batch, level)
             for element in operation.elements:
-                for channels_last in (False, True) if operation.has_pyramid else (False,):
+                for channels_last in (False, True) if operation.maps else (False,):
                     has_cores = name == "SamplingMixing" and element != "float32"
                     for tensor_cores in (False, True) if has_cores else (False,):
                         yield Case(name, sizes, shapes, attributes, element, channels_last, tensor_cores, level)

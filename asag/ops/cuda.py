@@ -8,27 +8,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import cached_property
+from contextlib import contextmanager
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from asag.ops.adaptive_probing import _adaptive_probing, adaptive_probing_definition
-from asag.ops.gather_anchors import _gather_anchors, gather_anchors_definition
-from asag.ops.pyramid_roi_align import _pyramid_roi_align, pyramid_roi_align_definition
-from asag.ops.sampling_mixing import _sampling_mixing, sampling_mixing_definition
-
 if TYPE_CHECKING:
-    from trt_plugins.plan import Operation
-
-_OPS: dict[str, tuple[Any, Callable[..., Any]]] = {
-    "AdaptiveProbing": (_adaptive_probing, adaptive_probing_definition),
-    "GatherAnchors": (_gather_anchors, gather_anchors_definition),
-    "PyramidRoIAlign": (_pyramid_roi_align, pyramid_roi_align_definition),
-    "SamplingMixing": (_sampling_mixing, sampling_mixing_definition),
-}
+    from trt_plugins.operations import Operation
+    from trt_plugins.plan import Plan
 
 _TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 0.1}
 """How far a kernel may be from the definition, of the largest value; whole numbers and flags must be the same."""
@@ -40,18 +29,18 @@ class KernelOp:
     Feature maps may be float16 or bfloat16 beside float32 coordinates; results have the maps' type either way.
     """
 
-    def __init__(self, name: str, definition: Callable[..., Any]) -> None:
-        self._name, self._definition = name, definition
+    enabled = True
+    """Whether kernels serve at all; of all ops together."""
+
+    def __init__(self, operation: Operation, definition: Callable[..., Any]) -> None:
+        self._operation, self._name, self._definition = operation, operation.name, definition
         self._serves: dict[Hashable, bool] = {}
-
-    @cached_property
-    def _operation(self) -> Operation:
-        from trt_plugins.plan import OPERATIONS
-
-        return OPERATIONS[self._name]
 
     def __call__(self, *arguments: Any, **named: Any) -> tuple[Tensor, ...] | Tensor:
         """The op's outputs, one tensor where it has one."""
+        if not KernelOp.enabled:
+            found = self._definition(*arguments, **named)
+            return found if isinstance(found, Tensor) else tuple(found)
         count = len(self._operation.inputs)
         names = (name for name, _ in self._operation.attributes)
         attributes = dict(zip(names, arguments[count:], strict=False)) | named
@@ -59,61 +48,56 @@ class KernelOp:
         return outputs[0] if len(outputs) == 1 else outputs
 
     def _run(self, tensors: Sequence[Tensor], attributes: Mapping[str, Any]) -> tuple[Tensor, ...]:
-        from trt_plugins.launch import plan_for
+        from trt_plugins.launch import DeviceArray, plan_of
 
-        given = list(zip(self._operation.inputs, tensors, strict=True))
-        element = next((_type(tensor) for what, tensor in given if what.type == "element"), "float32")
-        maps = [tensor for what, tensor in given if what.pyramid]
-        channels_last = bool(maps) and all(map_.is_contiguous(memory_format=torch.channels_last) for map_ in maps)
-        shapes = tuple(tuple(tensor.shape) for tensor in tensors)
+        device, arrays = tensors[0].device, [DeviceArray.of_tensor(tensor) for tensor in tensors]
         try:
-            plan = plan_for(self._name, shapes, tuple(attributes.items()), element, channels_last)
+            plan = plan_of(self._name, arrays, attributes, _has_tensor_cores(device))
         except ValueError:  # sizes or a type without a kernel
-            return self._defined(tensors, attributes, element)
-        kernel = tensors[0].device, plan.defines
+            return self._defined(tensors, attributes)
+        kernel = device, plan.defines
         if not self._serves.get(kernel, True):
-            return self._defined(tensors, attributes, element)
+            return self._defined(tensors, attributes)
         if kernel in self._serves:
-            return self._launched(tensors, attributes, element, channels_last)
+            return self._launched(tensors, attributes, plan)
         if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
             raise ValueError(
                 f"{self._name} has not run yet in this size: run the model once before capturing it in a graph"
             )
-        expected = self._defined(tensors, attributes, element)
+        expected = self._defined(tensors, attributes)
         try:
-            complaint = _complaint(self._launched(tensors, attributes, element, channels_last), expected, element)
+            complaint = _complaint(self._launched(tensors, attributes, plan), expected, plan.element)
         except ValueError as error:  # no compiler, or CUDA refuses
             complaint = str(error)
         self._serves[kernel] = complaint is None
         if complaint is not None:
-            warnings.warn(f"{self._name} runs as its PyTorch definition for {element}: {complaint}", stacklevel=2)
+            warnings.warn(f"{self._name} runs as its PyTorch definition for {plan.element}: {complaint}", stacklevel=2)
         return expected
 
-    def _defined(self, tensors: Sequence[Tensor], attributes: Mapping[str, Any], element: str) -> tuple[Tensor, ...]:
+    def _defined(self, tensors: Sequence[Tensor], attributes: Mapping[str, Any]) -> tuple[Tensor, ...]:
         """The definition's results; for 16-bit maps worked out in float32, since not all its steps take mixed types."""
+        given = list(zip(self._operation.inputs, tensors, strict=True))
+        kind = next((tensor.dtype for what, tensor in given if what.type == "element"), torch.float32)
         wide = [
             tensor.float() if what.type == "element" and tensor.element_size() == 2 else tensor
-            for what, tensor in zip(self._operation.inputs, tensors, strict=True)
+            for what, tensor in given
         ]
         found = self._definition(*wide, *attributes.values())
         outputs = (found,) if isinstance(found, Tensor) else tuple(found)
-        kind = getattr(torch, element)
         return tuple(
             output.to(kind) if what.type == "element" else output
             for what, output in zip(self._operation.outputs, outputs, strict=True)
         )
 
-    def _launched(
-        self, tensors: Sequence[Tensor], attributes: Mapping[str, Any], element: str, channels_last: bool
-    ) -> tuple[Tensor, ...]:
+    def _launched(self, tensors: Sequence[Tensor], attributes: Mapping[str, Any], plan: Plan) -> tuple[Tensor, ...]:
         """The kernel's results, on the current stream. Raises ValueError where there is no compiler or CUDA refuses."""
-        inputs = [
-            tensor if what.pyramid and channels_last else tensor.to(getattr(torch, what.resolve(element))).contiguous()
-            for what, tensor in zip(self._operation.inputs, tensors, strict=True)
-        ]
+        inputs = []
+        for what, tensor in zip(self._operation.inputs, tensors, strict=True):
+            value = tensor.to(getattr(torch, what.resolve(plan.element)))
+            inputs.append(value if what.pyramid and plan.channels_last else value.contiguous())
         shapes = self._operation.output_shapes([tuple(tensor.shape) for tensor in tensors], attributes)
         outputs = tuple(
-            torch.empty(tuple(shape), dtype=getattr(torch, what.resolve(element)), device=inputs[0].device)
+            torch.empty(tuple(shape), dtype=getattr(torch, what.resolve(plan.element)), device=inputs[0].device)
             for what, shape in zip(self._operation.outputs, shapes, strict=True)
         )
         _launch(self._name, inputs, outputs, attributes)
@@ -122,17 +106,27 @@ class KernelOp:
 
 def register_cuda_kernels() -> None:
     """Let `torch.ops.asag.*` run as kernels on CUDA tensors; importing `asag.ops` does so."""
-    for name, (op, definition) in _OPS.items():
-        op.register_kernel("cuda")(KernelOp(name, definition))
+    from trt_plugins.operations import DOMAIN, OPERATIONS
+
+    for operation in OPERATIONS.values():
+        kernel_op = KernelOp(operation, find_definition(operation))
+        torch.library.register_kernel(f"{DOMAIN}::{operation.snake_name}", "cuda", kernel_op)
+
+
+def find_definition(operation: Operation) -> Callable[..., Any]:
+    """The plain-PyTorch definition of an op."""
+    module = import_module(f"asag.ops.{operation.snake_name}")
+    return getattr(module, f"{operation.snake_name}_definition")
 
 
 @contextmanager
 def definitions_only() -> Iterator[None]:
     """Leave the kernels aside while the block runs, for comparisons."""
-    with ExitStack() as stack:
-        for op, _ in _OPS.values():
-            stack.enter_context(op.set_kernel_enabled("cuda", enabled=False))
+    before, KernelOp.enabled = KernelOp.enabled, False
+    try:
         yield
+    finally:
+        KernelOp.enabled = before
 
 
 def _complaint(found: Sequence[Tensor], expected: Sequence[Tensor], element: str) -> str | None:
@@ -165,5 +159,9 @@ def _launch(name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], attr
         launch(name, given, wanted, attributes, torch.cuda.current_stream(device).cuda_stream)
 
 
-def _type(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def _has_tensor_cores(device: torch.device) -> bool:
+    """Whether a launch on `device` finds the tensor cores that the kernels use."""
+    from trt_plugins.compile import FIRST_WITH_TENSOR_CORES
+
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor >= FIRST_WITH_TENSOR_CORES

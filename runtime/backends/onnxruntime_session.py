@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,9 @@ from runtime.errors import BackendUnavailableError, one_line
 from runtime.metadata import ModelMetadata
 from runtime.postprocessing import OUTPUT_NAMES
 from runtime.session import INPUT_NAMES, Pending, Session
+
+if TYPE_CHECKING:
+    from runtime.stages.onnx import OnnxStages
 
 _REAL = ("boxes", "scores")
 _ELEMENT_TYPES = {"uint8": "tensor(uint8)", "float32": "tensor(float)"}
@@ -84,6 +87,8 @@ class OnnxRuntimeSession(Session):
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         self.path = path
+        self._threads = options.intra_op_num_threads or None
+        self._stages: OnnxStages | None = None
         # Where memory lies that is not the host's, in ONNX Runtime's terms.
         self._memory = ("cpu" if kind == "cpu" else "cuda", device_index)
         self._device: CudaDevice | None = None
@@ -95,6 +100,18 @@ class OnnxRuntimeSession(Session):
             versions={"onnxruntime": onnxruntime.__version__},
             max_batch=max_batch,
         )
+        self.shows_stages = bool(metadata.stages)
+
+    def stage_values(self, tensors: Mapping[str, NDArray]) -> dict[str, NDArray]:
+        """What every stage hands on, on the CPU whatever the session runs on, since a copy of the file shows it; see
+        :meth:`runtime.session.Session.stage_values`.
+        """
+        self.check_stages()
+        if self._stages is None:
+            from runtime.stages.onnx import OnnxStages
+
+            self._stages = OnnxStages(self.path, self._threads)
+        return self._stages.run(tensors)
 
     def _check_contract(self, metadata: ModelMetadata) -> int | None:
         """Compare inputs and outputs with the model contract; the fixed batch size, or None for a dynamic one."""
@@ -208,7 +225,7 @@ class OnnxRuntimeSession(Session):
         """Release the model and its memory."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
-        self._session = None
+        self._session = self._stages = None
 
 
 class _Running(Pending):

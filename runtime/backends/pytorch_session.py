@@ -13,12 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import BackendUnavailableError, one_line
-from runtime.graph_stages import NETWORK_STAGES
 from runtime.metadata import ModelMetadata
 from runtime.postprocessing import OUTPUT_NAMES
-from runtime.preprocessing import ImageLike, as_image, prepare
-from runtime.session import INPUT_NAMES, Session, Variant, check_device
-from runtime.stages import Stages, read_stages
+from runtime.preprocessing import as_image, prepare
+from runtime.session import INPUT_NAMES, Session, check_device
+from runtime.stages.graph import DETECTIONS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,38 +75,33 @@ class PyTorchSession(Session):
             return self._seconds(began, self._now())
 
     def timed_run(self, tensors: Mapping[str, NDArray]) -> tuple[dict[str, NDArray], dict[str, float]]:
-        """What :meth:`run` gives, eagerly, and the seconds of each stage of the network and of ``copies``.
+        """What :meth:`run` gives, eagerly, and the seconds of each part of the network and of ``copies``.
 
-        Stages are those of :mod:`runtime.graph_stages`; on a GPU their times are those between CUDA events. No other
-        thread may use the session meanwhile.
+        Parts are those of :func:`runtime.stages.graph.network_parts`; each ends where the forward pass names its last
+        stage. On a GPU their times are those between CUDA events.
         """
         import torch
 
-        detector = self._deployed.detector
-        marks: list[Any] = []
+        from asag.detector import listening
 
-        def mark(*_: object) -> None:
-            marks.append(self._now())
+        part_of = {stage.name: stage.timed_as for stage in self.metadata.stages}
+        marks: list[tuple[str, Any]] = []
 
-        hooks = [
-            detector.anchor_generator.register_forward_pre_hook(mark),
-            detector.anchor_generator.register_forward_hook(mark),
-            detector.proposals.register_forward_hook(mark),
-        ]
-        try:
-            with torch.inference_mode():
-                mark()
-                inputs = self._inputs(tensors)
-                mark()
-                outputs = self._deployed(*inputs)
-                mark()
-                found = _on_host(outputs)
-                mark()
-        finally:
-            for hook in hooks:
-                hook.remove()
-        copied_in, *network, copied_out = (self._seconds(*pair) for pair in pairwise(marks))
-        return found, {"copies": copied_in + copied_out, **dict(zip(NETWORK_STAGES, network, strict=True))}
+        def mark(part: str) -> None:
+            marks.append((part, self._now()))
+
+        with torch.inference_mode(), listening(lambda name, values: mark(part_of[name])):
+            mark("")
+            inputs = self._inputs(tensors)
+            mark("copies")
+            outputs = self._deployed(*inputs)
+            mark(DETECTIONS)
+            found = _on_host(outputs)
+            mark("copies")
+        seconds: dict[str, float] = {}
+        for (_, earlier), (part, later) in pairwise(marks):
+            seconds[part] = seconds.get(part, 0.0) + self._seconds(earlier, later)
+        return found, seconds
 
     def _now(self) -> Any:
         """This moment in the device's work: an event on a GPU, else the clock."""
@@ -126,58 +120,15 @@ class PyTorchSession(Session):
         later.synchronize()
         return earlier.elapsed_time(later) / 1e3
 
-    def stages(self, image: ImageLike) -> Stages:
-        """Run one image and keep what the method did; see :meth:`runtime.session.Session.stages`."""
-        picture = as_image(image)
-        tensors = prepare([picture], self.metadata)
-        found = {name: value.cpu().numpy() for name, value in self._deployed.stages(*self._inputs(tensors)).items()}
-        return read_stages({**found, "sizes": tensors["sizes"]}, self.metadata, (picture.height, picture.width))
-
     def stage_values(self, tensors: Mapping[str, NDArray]) -> dict[str, NDArray]:
-        """What every stage hands to the next, by the names of :mod:`runtime.onnx_stages`; takes what :meth:`run` does.
-
-        Valid places come as bool arrays. The queries are those that the deployed head's first parameters meet: with
-        the head's embedding, and for AdaMixer the position embedding.
-        """
+        """What every stage hands on; see :meth:`runtime.session.Session.stage_values`."""
         import torch
 
-        from asag.config import HEADS
-        from asag.geometry import cxcywh_to_xyxy, position_embedding
+        from asag.detector import recorded
 
-        detector, images_and_sizes = self._deployed.detector, self._inputs(tensors)
-        with torch.inference_mode():
-            images, sizes = images_and_sizes
-            if self._deployed.input_type == "uint8":
-                images = self._deployed.normalize(images, sizes)
-            features = detector.features(images)
-            anchors = detector.anchor_generator(features, sizes, self._deployed.patch_capacity)
-            allowed = anchors.valid[:, None, None, :]
-            proposals = detector.proposals(features, anchors.boxes, allowed, sizes)
-            head = detector.config.head
-            output = detector.run_head(head, features, proposals, allowed, sizes)
-            found = dict(zip(("p2", "p3", "p4", "p5"), features, strict=True))
-            found |= {"fixed_anchors": anchors.fixed.anchors, "anchors": anchors.boxes, "valid": anchors.valid}
-            for level, probed in anchors.probed.items():
-                name = level.lower()
-                found |= {
-                    f"{name}_map": detector.anchor_generator.compressed(level, features),
-                    f"{name}_corners": probed.corners,
-                    f"{name}_valid": probed.valid,
-                    f"{name}_anchors": probed.anchors,
-                }
-            queries = proposals.queries + detector.head_embedding.weight[HEADS.index(head)]
-            if detector.config.decoder == "adamixer":
-                queries = queries + position_embedding(proposals.xyzr, queries.shape[-1])
-            found |= {
-                "queries": queries,
-                "proposal_xyzr": proposals.xyzr,
-                "proposal_pixels": proposals.boxes * sizes.flip(-1).repeat(1, 2).unsqueeze(1),
-                "head_scores": torch.where(anchors.valid.unsqueeze(-1), output.logits.sigmoid(), 0.0),
-                "head_boxes": cxcywh_to_xyxy(output.boxes),
-            }
-            decoded = self._deployed.decode(output.logits, output.boxes, anchors.valid)
-            found |= dict(zip(OUTPUT_NAMES, (*decoded, anchors.overflow), strict=True))
-        return {name: value.cpu().numpy() for name, value in found.items()}
+        with torch.inference_mode(), recorded() as values:
+            outputs = self._deployed(*self._inputs(tensors))
+        return {name: value.cpu().numpy() for name, value in values.items()} | _on_host(outputs)
 
     def _inputs(self, tensors: Mapping[str, NDArray]) -> list[Tensor]:
         import torch
@@ -199,7 +150,7 @@ def open_compiled(path: Path, device: str = "cpu", threads: int | None = None) -
     Raises what :func:`runtime.opening.open_session` does, and BackendUnavailableError where nothing can be compiled.
     """
     kind, device_index = check_device(device)
-    session = open_pytorch(path, kind, device_index, threads, Variant(), compiled=True)
+    session = open_pytorch(path, kind, device_index, threads, compiled=True)
     blank = prepare([as_image(np.zeros((64, 64, 3), np.uint8))], session.metadata)
     try:
         session.run(blank)
@@ -209,12 +160,18 @@ def open_compiled(path: Path, device: str = "cpu", threads: int | None = None) -
 
 
 def open_pytorch(
-    path: Path, kind: str, device_index: int, threads: int | None, variant: Variant, compiled: bool = False
+    path: Path,
+    kind: str,
+    device_index: int,
+    threads: int | None,
+    input_size: tuple[int, int] | None = None,
+    choices: Mapping[str, Any] | None = None,
+    compiled: bool = False,
 ) -> PyTorchSession:
-    """Load a safetensors checkpoint and deploy it as an export would, with the choices of ``variant``.
+    """Load a safetensors checkpoint and deploy it as an export would.
 
-    ``threads`` sets PyTorch's number of CPU threads, which holds for the whole process; ``compiled`` as in
-    :class:`PyTorchSession`.
+    ``threads`` sets PyTorch's number of CPU threads, which holds for the whole process; ``choices`` as in
+    :func:`asag.checkpoint.load_detector`, ``compiled`` as in :class:`PyTorchSession`.
     """
     try:
         import torch
@@ -234,9 +191,7 @@ def open_pytorch(
         torch.backends.cudnn.allow_tf32 = False
     if threads is not None:
         torch.set_num_threads(threads)
-    detector, info = load_detector(path)
-    detector.choose(variant.head, variant.levels)
-    deployed = DeployedDetector(detector, info, variant.input_size, "uint8", variant.patch_capacity)
+    deployed = DeployedDetector(*load_detector(path, choices), input_size)
     return PyTorchSession(deployed, path.name, "cpu" if kind == "cpu" else f"cuda:{device_index}", compiled)
 
 

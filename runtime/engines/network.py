@@ -9,7 +9,6 @@ from typing import Any
 
 from runtime.engines.backend import EngineBackend
 from runtime.errors import BackendUnavailableError, one_line
-from runtime.graph_stages import DOMAIN
 from runtime.metadata import ModelMetadata
 
 
@@ -51,6 +50,7 @@ def read_source(path: Path) -> SourceModel:
         import onnx.inliner
     except ImportError:
         raise BackendUnavailableError("building an engine needs the onnx package: pip install onnx") from None
+    from trt_plugins.operations import DOMAIN
 
     if not path.exists():
         raise FileNotFoundError(f"model not found: {path}")
@@ -109,8 +109,7 @@ def with_plugins(source: SourceModel) -> tuple[Any, dict[str, int]]:
     import onnx
     import onnx.inliner
 
-    from trt_plugins.plan import OPERATIONS
-    from trt_plugins.plugins import NAMESPACE
+    from trt_plugins.operations import DOMAIN, OPERATIONS
 
     model = onnx.ModelProto()
     model.CopyFrom(source.proto)
@@ -121,7 +120,7 @@ def with_plugins(source: SourceModel) -> tuple[Any, dict[str, int]]:
     nodes = [node for node in lowered.graph.node if node.domain == DOMAIN]
     for node in nodes:
         named = {attribute.name: attribute.s for attribute in node.attribute}
-        if named.get("plugin_namespace") != NAMESPACE.encode():
+        if named.get("plugin_namespace") != DOMAIN.encode():
             raise ValueError(f"{source.path}: node {node.name} names no plugin; export it again with `asag export`")
     return lowered, dict(Counter(node.op_type for node in nodes))
 

@@ -22,7 +22,7 @@ from runtime.parity.bootstrap import average_precision, draw_weights, interval
 from runtime.parity.results import AP_NAMES, SCORE_BINS, Agreement, ParityReport, ParityRow, Unavailable
 from runtime.parity.table import HEADINGS, accuracy_table, parity_table, row_cells
 from runtime.postprocessing import Detections
-from runtime.session import Session, Variant
+from runtime.session import Session
 
 STAGE_IMAGES = 8
 """Images whose stages are compared; each stage is read back in full."""
@@ -57,12 +57,12 @@ def open_reference(
     path: str | os.PathLike[str], candidates: Sequence[Session | Unavailable], **options: Any
 ) -> Session:
     """:func:`runtime.opening.open_session` of the reference; a checkpoint is deployed as the first candidate that runs
-    here was exported (input size, head, levels, patch capacity), so that a file exported with options is compared with
-    the same model.
+    here was exported (input size and choices), so that a file exported with options is compared with the same model.
     """
     sessions = [candidate for candidate in candidates if isinstance(candidate, Session)]
     if Path(path).suffix.lower() == ".safetensors" and sessions:
-        options |= dataclasses.asdict(Variant.of(sessions[0].metadata))
+        exported = sessions[0].metadata
+        options |= {"input_size": exported.input_size, "choices": exported.choices}
     return open_session(path, **options)
 
 
@@ -135,7 +135,7 @@ def add_stages(
     images: int = STAGE_IMAGES,
     progress: Callable[[int, int], None] | None = None,
 ) -> ParityReport:
-    """The report with the stages of every exported file against a PyTorch reference, on up to ``images`` images.
+    """The report with the stages of every candidate that shows them, on up to ``images`` images.
 
     The images on which a candidate differs most come first. Where either side does not show its stages, nothing is
     added.
@@ -148,7 +148,8 @@ def add_stages(
             continue
         order = dict.fromkeys((*row.agreement.worst_images, *report.image_ids))
         chosen = list(order)[:images]
-        found.append(compare_stages(reference, candidate, dataset, chosen, progress=progress))  # type: ignore[arg-type]
+        assert isinstance(candidate, Session)
+        found.append(compare_stages(reference, candidate, dataset, chosen, progress))
     return dataclasses.replace(report, stages=tuple(found))
 
 
@@ -255,7 +256,7 @@ def _with_unavailable(
 
 
 _TASK_FIELDS = (
-    *("head", "levels", "input_height", "input_width"),
+    *("choices", "input_height", "input_width"),
     *("shorter_side", "longer_side", "category_ids", "nms_iou"),
 )
 

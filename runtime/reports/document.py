@@ -8,26 +8,21 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image
 
-from runtime.backends.onnxruntime_session import OnnxRuntimeSession
-from runtime.backends.pytorch_session import PyTorchSession
 from runtime.coco_evaluation import CocoFolder
 from runtime.drawing import draw_detections
 from runtime.errors import one_line
-from runtime.onnx_stages import OnnxStages
 from runtime.parity.results import ParityReport, Unavailable
-from runtime.preprocessing import prepare
 from runtime.records import check_format, convert, to_json
-from runtime.stages import Panel, read_stage_values, stage_panels
-
-if TYPE_CHECKING:
-    from runtime.session import Session
+from runtime.schema_1 import upgraded_metadata
+from runtime.session import Session
+from runtime.stages.draw import Panel, stage_panels
 
 FORMAT = 1
-_KIND = "asag parity"
+KIND = "asag parity"
 _REMEDY = "write it with `asag parity --json`"
 
 _PICTURE_SIDE = 640
@@ -69,7 +64,7 @@ class ReportDocument:
     def to_json(self) -> dict[str, Any]:
         """The document as JSON values, for :func:`read_document`."""
         return {
-            "format": f"{_KIND} {FORMAT}",
+            "format": f"{KIND} {FORMAT}",
             **self.report.to_json(),
             "image_ids": self.report.image_ids,
             "metadata": to_json(self.report.metadata),
@@ -107,12 +102,15 @@ def make_document(
 
 def read_document(path: Path, content: Mapping[str, Any]) -> ReportDocument:
     """The document of JSON values read from ``path``; ValueError when they are not what this version writes."""
-    written = re.fullmatch(rf"{_KIND} (\d{{1,9}})", str(content.get("format")))
+    written = re.fullmatch(rf"{KIND} (\d{{1,9}})", str(content.get("format")))
     if written is None:
         raise ValueError(f"{path} holds no parity report; {_REMEDY}")
     check_format(path, int(written[1]), FORMAT, _REMEDY)
     try:
-        report = convert({**content, "detections": ()}, ParityReport)
+        values = dict(content)
+        if isinstance(values.get("metadata"), dict) and "schema" not in values["metadata"]:
+            values["metadata"] = upgraded_metadata(values["metadata"])
+        report = convert({**values, "detections": ()}, ParityReport)
         report = dataclasses.replace(report, detections=(None,) * len(report.rows))
         return convert({**content, "report": report}, ReportDocument)
     except ValueError as error:
@@ -152,7 +150,7 @@ def _picture_group(report: ParityReport, dataset: CocoFolder, image_id: int, sco
 
 def _stage_group(reference: Session, dataset: CocoFolder, image_id: int, score_threshold: float) -> PictureGroup:
     image = dataset.load(image_id)
-    panels = stage_panels(image, reference.stages(image), reference.metadata, score_threshold)
+    panels = stage_panels(image, reference.stages(image), score_threshold)
     return PictureGroup(dataset.path(image_id).name, tuple(_picture(panel) for panel in panels))
 
 
@@ -163,7 +161,7 @@ def _start_groups(
     candidates: Sequence[Session | Unavailable],
     score_threshold: float,
 ) -> tuple[PictureGroup, ...]:
-    """Patches, anchors and detections of both sides for each candidate that differs somewhere."""
+    """The stages of both sides for each candidate that differs somewhere."""
     groups = []
     for stages in report.stages:
         same = [
@@ -172,25 +170,16 @@ def _start_groups(
             if (candidate.name, candidate.backend, candidate.precision)
             == (stages.name, stages.backend, stages.precision)
         ]
-        if stages.first is None or not same or not isinstance(reference, PyTorchSession):
+        if stages.first is None or not same or reference is None:
             continue
         (candidate, *_) = same
-        if not isinstance(candidate, OnnxRuntimeSession):
-            continue
+        assert isinstance(candidate, Session)
         image_id = stages.first.images_over[0]
         image = dataset.load(image_id)
-        tensors = prepare([image], reference.metadata)
         pictures = []
-        for name, values in (
-            ("reference", reference.stage_values(tensors)),
-            (stages.name, OnnxStages(candidate.path).run(tensors)),
-        ):
-            shown = read_stage_values({**values, "sizes": tensors["sizes"]}, reference.metadata, image.size[::-1])
-            panels = stage_panels(image, shown, reference.metadata, score_threshold)
-            pictures += [
-                _picture(dataclasses.replace(panel, caption=f"{name}: {panel.caption}"))
-                for panel in (panels[0], panels[1], panels[3])
-            ]
+        for name, session in (("reference", reference), (stages.name, candidate)):
+            panels = stage_panels(image, session.stages(image), score_threshold)
+            pictures += [_picture(dataclasses.replace(panel, caption=f"{name}: {panel.caption}")) for panel in panels]
         title = f"{dataset.path(image_id).name}: {stages.name} starts to differ at {stages.first.stage}"
         groups.append(PictureGroup(title, tuple(pictures)))
     return tuple(groups)

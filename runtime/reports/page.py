@@ -14,7 +14,7 @@ from runtime.parity.results import SCORE_BINS, ParityReport
 from runtime.parity.table import ACCURACY_HEADINGS, HEADINGS, accuracy_cells, row_cells
 from runtime.records import convert, read_json
 from runtime.reports.charts import Level, Point, accuracy_latency, score_histogram, stage_bars
-from runtime.reports.document import ReportDocument, read_document
+from runtime.reports.document import KIND, ReportDocument, read_document
 from runtime.speed.benchmark import BenchmarkReport, Latency
 from runtime.speed.stage_times import StageTimes
 
@@ -44,7 +44,7 @@ def find_reports(paths: Sequence[str | os.PathLike[str]]) -> tuple[list[ReportDo
             content = content if isinstance(content, dict) else {}
             if "latencies" in content:
                 benchmarks.append(_read_benchmark(file, content))
-            elif "format" in content or not path.is_dir():
+            elif str(content.get("format")).startswith(KIND) or not path.is_dir():
                 documents.append(read_document(file, content))
     if not documents and not benchmarks:
         raise ValueError(

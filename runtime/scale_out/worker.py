@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +34,7 @@ class WorkerOptions:
     model: Path
     device: str = "cpu"
     threads: int = 1
-    head: str | None = None
-    levels: str | None = None
+    choices: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     batch_size: int = 1
     score_threshold: float = 0.3
     image_column: str = "image"
@@ -48,7 +47,7 @@ class WorkerOptions:
 
     def open(self) -> Session:
         """The session of a worker; raises ValueError too where the model does not take the batch size."""
-        session = open_session(self.model, self.device, threads=self.threads, head=self.head, levels=self.levels)
+        session = open_session(self.model, self.device, threads=self.threads, choices=self.choices)
         session.check_batch_size(self.batch_size)
         return session
 

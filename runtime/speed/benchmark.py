@@ -29,7 +29,7 @@ class Latency:
     ``ratio`` is the median over rounds of this session's time over the first session's in the same round;
     ``ratio_low`` and ``ratio_high`` are its 10th and 90th percentiles (None for the first session).
     ``rounds_ms`` are the times of the rounds, in order. ``device_p50_ms`` is the median time of the network by the
-    device's own clock, without copies, in further runs (None on the CPU).
+    device's own clock, without copies, in further runs (None on the CPU). Raises ValueError for a ratio without spread.
     """
 
     name: str
@@ -45,6 +45,10 @@ class Latency:
     ratio_high: float | None
     rounds_ms: tuple[float, ...]
     device_p50_ms: float | None = None
+
+    def __post_init__(self) -> None:
+        if len({value is None for value in (self.ratio, self.ratio_low, self.ratio_high)}) > 1:
+            raise ValueError("a ratio needs both ends of its spread")
 
     @property
     def differs(self) -> bool:

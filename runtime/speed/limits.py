@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from runtime.errors import BackendUnavailableError
-from runtime.graph_stages import NETWORK_STAGES
+from runtime.onnx_file import read_onnx
 from runtime.speed.stage_times import StageTimes
 from runtime.speed.stage_work import StageWork, stage_work
 
@@ -101,18 +101,14 @@ def model_limits(times: StageTimes, model: str | Path, batch_size: int, rates: R
 
     Raises ValueError for a file that is no export of this project.
     """
-    import onnx
-
     named = (times.name, times.backend, times.precision)
     if times.reason is not None:
         return ModelLimits(*named, reason=times.reason)
     assert rates is not None
     if times.precision not in PRECISIONS:
         return ModelLimits(*named, reason=f"no rate is measured for {times.precision}")
-    work = {item.stage: item for item in stage_work(onnx.load(model), batch_size)}
-    stages = tuple(
-        stage_limit(work[stage], times.p50_ms[stage], rates) for stage in NETWORK_STAGES if stage in times.p50_ms
-    )
+    work = stage_work(*read_onnx(model), batch_size)
+    stages = tuple(stage_limit(item, times.p50_ms[item.stage], rates) for item in work if item.stage in times.p50_ms)
     return ModelLimits(*named, stages, rates)
 
 

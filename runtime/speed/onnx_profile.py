@@ -21,9 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import BackendUnavailableError, one_line
-from runtime.graph_stages import NETWORK_STAGES, node_stages, stage_ends
+from runtime.metadata import ModelMetadata
+from runtime.onnx_file import read_onnx
 from runtime.postprocessing import OUTPUT_NAMES
 from runtime.session import INPUT_NAMES
+from runtime.stages.graph import network_parts, node_parts, part_ends
 
 OTHER = "other"
 """Nodes that the runtime made and that nothing ties to a stage."""
@@ -53,9 +55,10 @@ class OnnxStageProfile:
         self._threads = threads
         self._folder = tempfile.TemporaryDirectory(prefix="asag-profile-")
         self._overhead = self._measure_overhead(onnx)
-        model = onnx.load(path)
+        model, metadata = read_onnx(path)
+        self._parts = network_parts(metadata)
         try:
-            self._session = self._open(self._optimized(onnx, model), "stages")
+            self._session = self._open(self._optimized(onnx, model, metadata), "stages")
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         except Exception as error:  # the runtime has a family of exception classes without a common public base
@@ -77,7 +80,7 @@ class OnnxStageProfile:
         nodes = [event for event in events if event["cat"] == "Node"]
         shares = []
         for run in (event for event in events if event["name"] == "model_run"):
-            seconds = dict.fromkeys((*NETWORK_STAGES, OTHER), 0.0)
+            seconds = dict.fromkeys((*self._parts, OTHER), 0.0)
             last, recorded = run["ts"], 0
             for event in _during(nodes, run):
                 recorded += 1
@@ -90,11 +93,11 @@ class OnnxStageProfile:
             shares.append({stage: value / total for stage, value in seconds.items()})
         return shares
 
-    def _optimized(self, onnx: Any, model: Any) -> Any:
+    def _optimized(self, onnx: Any, model: Any, metadata: ModelMetadata) -> Any:
         """The model as the runtime executes it, each node named after its stage."""
-        ends = stage_ends(model.graph)
+        ends = part_ends(model.graph.node, metadata)
         inlined = onnx.inliner.inline_local_functions(model)
-        _mark(inlined.graph, node_stages(inlined.graph.node, ends))
+        _mark(inlined.graph, node_parts(inlined.graph.node, ends))
         target = Path(self._folder.name) / "optimized.onnx"
         options = self._options()
         options.optimized_model_filepath = str(target)

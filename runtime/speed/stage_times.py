@@ -15,20 +15,21 @@ from PIL import Image
 from runtime.backends.onnxruntime_session import OnnxRuntimeSession
 from runtime.backends.pytorch_session import PyTorchSession
 from runtime.errors import BackendUnavailableError
-from runtime.graph_stages import NETWORK_STAGES
 from runtime.metadata import ModelMetadata
 from runtime.postprocessing import postprocess
 from runtime.preprocessing import ImageLike, as_image, prepare
 from runtime.session import Session
 from runtime.speed.onnx_profile import OTHER, OnnxStageProfile
+from runtime.stages.graph import network_parts
 
-STAGES = ("pre-processing", "copies", *NETWORK_STAGES, OTHER, "post-processing")
-"""In order. ``copies`` go to a device and back, ``other`` is what cannot be told apart."""
+BEFORE, AFTER = ("pre-processing", "copies"), (OTHER, "post-processing")
+"""What is timed around the parts of the network, in order. ``copies`` go to a device and back, ``other`` is what cannot
+be told apart."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StageTimes:
-    """Median milliseconds of the stages of one batch; a stage that a backend does not have is missing.
+    """Median milliseconds of the parts of one batch, in order; a part that a backend does not have is missing.
 
     ``reason`` is set and ``p50_ms`` empty where the backend does not tell its stages apart.
     """
@@ -149,7 +150,7 @@ def _clock(session: Session, threads: int | None) -> _Clock | str:
         if session.backend.startswith("torch-compile"):
             return "torch.compile makes one program of all stages"
         return _PyTorchClock(session)
-    if not isinstance(session, OnnxRuntimeSession):
+    if not isinstance(session, OnnxRuntimeSession) or not session.metadata.stages:
         return f"{session.backend} does not tell its stages apart"
     if session.backend != "onnxruntime-cpu":
         return "ONNX Runtime's profiler sees a GPU's work being started, not being done"
@@ -165,5 +166,6 @@ def _summary(
     seconds = {stage: [run[stage] for run in network] for stage in network[0]}
     seconds["pre-processing"] = [times[0] for times in outside]
     seconds["post-processing"] = [times[2] for times in outside]
-    p50_ms = {stage: float(np.median(seconds[stage])) * 1e3 for stage in STAGES if any(seconds.get(stage, ()))}
+    parts = (*BEFORE, *network_parts(session.metadata), *AFTER)
+    p50_ms = {part: float(np.median(seconds[part])) * 1e3 for part in parts if any(seconds.get(part, ()))}
     return StageTimes(session.name, session.backend, session.precision, p50_ms)

@@ -11,20 +11,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from runtime.graph_stages import NETWORK_STAGES, node_stages, stage_ends, values_read
+from runtime.metadata import ModelMetadata
+from runtime.stages.graph import network_parts, node_parts, part_ends, values_read
 
-_ROI_TAPS = 7 * 7 * 4 * 4
-"""Values that a channel of a 7x7 RoI is made of: four samples for each bin, four neighbours for each sample."""
-
-_POINT_TAPS = 4
-"""Neighbours of a sampling point on each of the four levels."""
-
-_MAPS = 4
-"""P2..P5, the first inputs of the ops that sample them."""
-
-_SAMPLING = ("PyramidRoIAlign", "SamplingMixing")
+if TYPE_CHECKING:
+    from trt_plugins.operations import Operation, Work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,16 +30,16 @@ class StageWork:
     bytes: float
 
 
-def stage_work(model: Any, batch_size: int = 1) -> tuple[StageWork, ...]:
-    """The work of every stage of an exported model (``onnx.ModelProto``), in order.
+def stage_work(model: Any, metadata: ModelMetadata, batch_size: int = 1) -> tuple[StageWork, ...]:
+    """The work of every part of an exported model (``onnx.ModelProto``), in order.
 
     Raises ValueError for a graph that is no export of this project or does not tell its shapes.
     """
     graph = model.graph
-    stages = node_stages(graph.node, stage_ends(graph))
+    stages = node_parts(graph.node, part_ends(graph.node, metadata))
     values = GraphValues(model, batch_size)
     found = []
-    for stage in NETWORK_STAGES:
+    for stage in network_parts(metadata):
         nodes = [node for node, of_node in zip(graph.node, stages, strict=True) if of_node == stage]
         others = [node for node, of_node in zip(graph.node, stages, strict=True) if of_node != stage]
         operations = [(node_operations(node, values), values.is_half(node.output[0])) for node in nodes]
@@ -132,17 +125,21 @@ def node_operations(node: Any, values: GraphValues) -> float:
         transposed = any(attribute.name == "transA" and attribute.i for attribute in node.attribute)
         inner = values.shape(node.input[0])[-2 if transposed else -1]
         return 2.0 * math.prod(values.shape(node.output[0])) * inner
-    if node.op_type == "PyramidRoIAlign":
-        channels, queries = values.shape(node.input[0])[1], math.prod(values.shape(node.input[4])[:2])
-        return 2.0 * queries * channels * _ROI_TAPS
-    if node.op_type == "SamplingMixing":
-        batch, queries, groups, points, _ = values.shape(node.input[4])
-        channels = values.shape(node.input[0])[1] // groups
-        mixed = next(attribute.i for attribute in node.attribute if attribute.name == "mixed_points")
-        sampling = points * channels * _MAPS * _POINT_TAPS
-        mixing = points * channels * channels + mixed * points * channels
-        return 2.0 * batch * queries * groups * (sampling + mixing)
-    return 0.0
+    operation = _custom_op(node)
+    return 0.0 if operation is None else _work(operation, node, values).operations
+
+
+def _custom_op(node: Any) -> Operation | None:
+    from trt_plugins.operations import DOMAIN, OPERATIONS
+
+    return OPERATIONS.get(node.op_type) if node.domain == DOMAIN else None
+
+
+def _work(operation: Operation, node: Any, values: GraphValues) -> Work:
+    import onnx
+
+    attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+    return operation.work([values.shape(name) for name in node.input], attributes)
 
 
 def _bytes(nodes: Sequence[Any], others: Sequence[Any], values: GraphValues) -> float:
@@ -150,7 +147,7 @@ def _bytes(nodes: Sequence[Any], others: Sequence[Any], values: GraphValues) -> 
     own = {name for node in nodes for name in node.output}
     whole = {name for node in nodes for name in _read(node)[_maps_sampled(node) :]} - own
     wanted = {name for node in others for name in _read(node)} | values.outputs
-    sampled = sum(_sampled_bytes(node, values) for node in nodes if _maps_sampled(node))
+    sampled = sum(_sampled_bytes(node, values) for node in nodes)
     return sum(values.bytes(name) for name in whole | (own & wanted)) + sampled
 
 
@@ -161,16 +158,13 @@ def _read(node: Any) -> list[str]:
 
 def _maps_sampled(node: Any) -> int:
     """How many of its first inputs a node reads in places only."""
-    return _MAPS if node.op_type in _SAMPLING else 0
+    operation = _custom_op(node)
+    return 0 if operation is None else operation.maps
 
 
 def _sampled_bytes(node: Any, values: GraphValues) -> float:
     """What an op reads of the feature maps at most."""
-    maps = [math.prod(values.shape(name)) for name in node.input[:_MAPS]]
-    places, channels = values.shape(node.input[4]), values.shape(node.input[0])[1]
-    if node.op_type == "PyramidRoIAlign":  # of the one level that each box belongs to
-        elements = min(sum(maps), math.prod(places[:2]) * channels * _ROI_TAPS)
-    else:
-        taps = math.prod(places[:4]) * (channels // places[2]) * _POINT_TAPS
-        elements = sum(min(volume, taps) for volume in maps)
-    return float(elements * values.item_size(node.input[0]))
+    operation = _custom_op(node)
+    if operation is None:
+        return 0.0
+    return _work(operation, node, values).map_values * values.item_size(node.input[0])

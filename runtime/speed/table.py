@@ -11,15 +11,9 @@ from rich.text import Text
 
 from runtime.speed.benchmark import STAGES, BenchmarkReport, Latency, Throughput
 from runtime.speed.limits import ModelLimits
-from runtime.speed.stage_times import STAGES as IMAGE_STAGES
-from runtime.speed.stage_times import StageTimes
+from runtime.speed.stage_times import AFTER, StageTimes
 
-_HEADINGS = {
-    "pre-processing": "pre-\nproc.",
-    "backbone+neck": "backbone\n+neck",
-    "proposals": "propo-\nsals",
-    "post-processing": "post-\nproc.",
-}
+_HEADINGS = {"pre-processing": "pre-\nproc.", "post-processing": "post-\nproc."}
 
 
 def benchmark_table(report: BenchmarkReport) -> Group:
@@ -84,7 +78,8 @@ def _empty_table(title: str) -> Table:
 def stage_times_table(rows: Sequence[StageTimes]) -> Group:
     """A row for each session and a column for each stage, with its share of the whole below the time."""
     measured = [row for row in rows if row.reason is None]
-    shown = [stage for stage in IMAGE_STAGES if any(stage in row.p50_ms for row in measured)]
+    named = list(dict.fromkeys(stage for row in measured for stage in row.p50_ms))
+    shown = [stage for stage in named if stage not in AFTER] + [stage for stage in AFTER if stage in named]
     table = _empty_table("Time per stage, ms, and share of the whole")
     for stage in shown:
         table.add_column(_HEADINGS.get(stage, stage), justify="right", no_wrap=True)

@@ -15,6 +15,11 @@ from asag.deploy import DeployedDetector
 from asag.ops import definitions_only, gather_anchors_definition, sampling_mixing_definition
 from asag.ops.cuda import KernelOp
 from tests.builders import random_detector, random_picture, small_info, uint8_batch
+from trt_plugins.launch import DeviceArray, prepare_call
+from trt_plugins.operations import OPERATIONS
+from trt_plugins.plan import Plan, make_plan
+
+pytestmark = pytest.mark.usefixtures("played_device")
 
 ATTRIBUTES = (4, 0.1, 2, 6)
 """first, keep_threshold, fewest and most."""
@@ -46,6 +51,13 @@ class CountedDefinition:
         return gather_anchors_definition(*arguments)
 
 
+@pytest.fixture
+def played_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors on the CPU count as being on a GPU with tensor cores; tests that have a GPU ask it."""
+    if request.node.get_closest_marker("gpu") is None:
+        monkeypatch.setattr(asag.ops.cuda, "_has_tensor_cores", lambda device: True)
+
+
 def gather_inputs(count: int = 12) -> tuple[Tensor, Tensor]:
     anchors = torch.rand((2, count, 5), generator=torch.Generator().manual_seed(0))
     return anchors * torch.tensor([100, 100, 30, 30, 1.0]), torch.ones((2, count), dtype=torch.bool)
@@ -56,7 +68,7 @@ def calls(
 ) -> tuple[PlayedLaunch, CountedDefinition]:
     launch, definition = PlayedLaunch(error), CountedDefinition()
     monkeypatch.setattr(asag.ops.cuda, "_launch", launch)
-    op, inputs = KernelOp("GatherAnchors", definition), gather_inputs()
+    op, inputs = KernelOp(OPERATIONS["GatherAnchors"], definition), gather_inputs()
     expected = gather_anchors_definition(*inputs, *ATTRIBUTES)
     for _ in range(times):
         for found, wanted in zip(op(*inputs, *ATTRIBUTES), expected, strict=True):
@@ -88,7 +100,7 @@ def test_a_kernel_that_does_not_is_left_with_one_warning(
 def test_what_is_no_number_in_both_is_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     launch = PlayedLaunch()
     monkeypatch.setattr(asag.ops.cuda, "_launch", launch)
-    op, (anchors, selectable) = KernelOp("GatherAnchors", gather_anchors_definition), gather_inputs()
+    op, (anchors, selectable) = KernelOp(OPERATIONS["GatherAnchors"], gather_anchors_definition), gather_inputs()
     anchors[..., 0] = torch.nan
     anchors[..., 1] = torch.inf
     with warnings.catch_warnings():
@@ -101,7 +113,7 @@ def test_what_is_no_number_in_both_is_no_difference(monkeypatch: pytest.MonkeyPa
 def test_every_compiled_kernel_is_tried_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     launch, definition = PlayedLaunch(), CountedDefinition()
     monkeypatch.setattr(asag.ops.cuda, "_launch", launch)
-    op = KernelOp("GatherAnchors", definition)
+    op = KernelOp(OPERATIONS["GatherAnchors"], definition)
     for count in (12, 12, 20):
         op(*gather_inputs(count), *ATTRIBUTES)
     op(*(tensor[:1] for tensor in gather_inputs(20)), *ATTRIBUTES)  # another batch size, the same machine code
@@ -111,11 +123,54 @@ def test_every_compiled_kernel_is_tried_by_itself(monkeypatch: pytest.MonkeyPatc
 def test_sizes_without_a_kernel_run_as_the_definition_in_the_type_of_the_maps() -> None:
     maps = [torch.rand((1, 4, 8 >> level, 8 >> level)).half() for level in range(4)]  # one channel per group
     points, parameters = torch.rand((1, 2, 4, 8, 3)), torch.rand((1, 2, 4 * (1 + 8 * 8))).half()
-    op = KernelOp("SamplingMixing", sampling_mixing_definition)
+    op = KernelOp(OPERATIONS["SamplingMixing"], sampling_mixing_definition)
     found = op(*maps, points, parameters, mixed_points=8)
     wide = sampling_mixing_definition(*(map_.float() for map_ in maps), points, parameters.float(), 8)
     assert isinstance(found, Tensor)
     assert torch.equal(found, wide.half())
+
+
+def test_definitions_only_leaves_the_kernels_aside_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = PlayedLaunch()
+    monkeypatch.setattr(asag.ops.cuda, "_launch", launch)
+    op = KernelOp(OPERATIONS["GatherAnchors"], gather_anchors_definition)
+    with definitions_only():
+        op(*gather_inputs(), *ATTRIBUTES)
+    assert launch.launches == 0
+    op(*gather_inputs(), *ATTRIBUTES)
+    assert launch.launches == 1
+
+
+@pytest.mark.parametrize(("points", "mixed_points"), [(64, 128), (48, 128), (32, 192), (64, 64)])
+def test_sizes_that_only_tensor_cores_serve_run_as_kernels(
+    points: int, mixed_points: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plain kernel of these sizes does not fit the shared memory of a block, that of the tensor cores does."""
+    with pytest.raises(ValueError, match="does not fit"):
+        make_plan("SamplingMixing", mixing_shapes(points, mixed_points), {"mixed_points": mixed_points}, "float16")
+    launched: list[Plan] = []
+
+    def launch(name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], attributes: Mapping[str, Any]) -> None:
+        arrays = [[DeviceArray.of_tensor(tensor) for tensor in tensors] for tensors in (inputs, outputs)]
+        launched.append(prepare_call(name, *arrays, attributes, tensor_cores=True).plan)
+        wide = [tensor.float() for tensor in inputs]
+        outputs[0].copy_(sampling_mixing_definition(*wide, **attributes))
+
+    monkeypatch.setattr(asag.ops.cuda, "_launch", launch)
+    random = torch.Generator().manual_seed(0)
+    *maps, place, parameters = (torch.rand(shape, generator=random) for shape in mixing_shapes(points, mixed_points))
+    op = KernelOp(OPERATIONS["SamplingMixing"], sampling_mixing_definition)
+    for _ in range(2):
+        op(*(map_.half() for map_ in maps), 8 * place, parameters.half(), mixed_points=mixed_points)
+    assert [dict(plan.defines)["TENSOR_CORES"] for plan in launched] == ["1", "1"]
+    # What was found of a kernel is remembered under the kernel that ran.
+    assert op._serves == {(torch.device("cpu"), launched[0].defines): True}
+
+
+def mixing_shapes(points: int, mixed_points: int) -> list[tuple[int, ...]]:
+    """256 channels in 4 groups, two queries."""
+    maps = [(1, 256, 8 >> level, 8 >> level) for level in range(4)]
+    return [*maps, (1, 2, 4, points, 3), (1, 2, 4 * (64 * 64 + mixed_points * points))]
 
 
 @pytest.mark.gpu

@@ -23,8 +23,9 @@ from asag.ops import (
     pyramid_roi_align_definition,
     sampling_mixing_definition,
 )
-from export.functions import HELPER_FUNCTIONS, OP_FUNCTIONS
-from export.functions.domain import DOMAIN, DOMAIN_VERSION, OPSET_VERSION
+from export.op_bodies import HELPER_FUNCTIONS, OP_FUNCTIONS
+from export.op_bodies.domain import DOMAIN_VERSION, OPSET_VERSION
+from trt_plugins.operations import DOMAIN
 
 FUNCTIONS = {function.name: function.to_function_proto() for function in (*OP_FUNCTIONS, *HELPER_FUNCTIONS)}
 ELEMENT_TYPES = {torch.float32: TensorProto.FLOAT, torch.bool: TensorProto.BOOL}

@@ -20,9 +20,9 @@ from asag.config import DetectorConfig
 from asag.deploy import DeployedDetector
 from asag.detector import Detector
 from asag.presets import PRESETS
-from export.functions import OP_FUNCTIONS
-from export.functions.domain import DOMAIN, DOMAIN_VERSION
 from export.model import ExportReport, export_onnx
+from export.op_bodies import OP_FUNCTIONS
+from export.op_bodies.domain import DOMAIN_VERSION
 from runtime.metadata import ModelMetadata
 from runtime.opening import open_session
 from runtime.parity.agreement import compare_detections
@@ -36,6 +36,7 @@ from tests.builders import (
     uint8_batch,
     write_checkpoint,
 )
+from trt_plugins.operations import DOMAIN
 
 HEIGHT, WIDTH = 192, 256
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 import trt_plugins
 from trt_plugins.launch import DeviceArray, prepare_call
-from trt_plugins.plan import OPERATIONS
+from trt_plugins.operations import OPERATIONS
 
 HERE = Path(__file__).parent
 KERNELS = Path(trt_plugins.__file__).parent / "kernels"

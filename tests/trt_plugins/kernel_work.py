@@ -15,7 +15,7 @@ from ptx_emulator import run_ptx
 from ptx_work import Work
 
 from trt_plugins.benchmark.contenders import random_inputs
-from trt_plugins.plan import OPERATIONS
+from trt_plugins.operations import OPERATIONS
 from trt_plugins.resources import PUBLISHED, Case, cases
 
 QUERIES = 2

@@ -43,7 +43,7 @@ from trt_plugins.benchmark.limits import (
 from trt_plugins.benchmark.results import Result, Timing, check_aims
 from trt_plugins.benchmark.timing import ClockTimer, NotCapturableError, Sampler, Spread, interleave
 from trt_plugins.launch import ITEM_SIZES, DeviceArray, prepare_call
-from trt_plugins.plan import OPERATIONS
+from trt_plugins.operations import OPERATIONS
 from trt_plugins.resources import DEMO, PUBLISHED, Case, Sizes, cases
 
 SMALL = dataclasses.replace(

@@ -40,7 +40,7 @@ from runtime.engines.build import BuildOptions, build_engine
 from tests.builders import random_detector, small_info
 from trt_plugins.bench import op_model
 from trt_plugins.launch import DeviceArray, current_capability, launch
-from trt_plugins.plan import OPERATIONS
+from trt_plugins.operations import OPERATIONS
 from trt_plugins.plugins import register_plugins
 
 pytestmark = pytest.mark.gpu

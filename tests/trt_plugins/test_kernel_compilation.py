@@ -14,7 +14,8 @@ from trt_plugins.compile import (
     resource_usage,
     supported_capabilities,
 )
-from trt_plugins.plan import OPERATIONS, STATIC_SHARED_LIMIT, Plan, make_plan
+from trt_plugins.operations import OPERATIONS, STATIC_SHARED_LIMIT
+from trt_plugins.plan import Plan, make_plan
 from trt_plugins.resources import DEMO, PUBLISHED, Case, cases, resource_rows, signature
 
 pytestmark = pytest.mark.usefixtures("kernel_cache")

@@ -15,7 +15,8 @@ import pytest
 
 from trt_plugins.compile import compile_plan
 from trt_plugins.launch import DeviceArray, launch, prepare_call
-from trt_plugins.plan import OPERATIONS, make_plan
+from trt_plugins.operations import OPERATIONS
+from trt_plugins.plan import make_plan
 from trt_plugins.resources import DEMO, signature
 
 ADDRESS = 4096

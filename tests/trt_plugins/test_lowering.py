@@ -14,8 +14,8 @@ import pytest
 from onnx import helper
 
 from asag.deploy import DeployedDetector
-from export.functions import HELPER_FUNCTIONS
 from export.model import export_onnx
+from export.op_bodies import HELPER_FUNCTIONS
 from runtime.engines.backend import TENSORRT
 from runtime.engines.build import BuildOptions, build_engine
 from runtime.engines.manifest import read_manifest
@@ -23,8 +23,7 @@ from runtime.engines.network import read_source, with_plugins
 from runtime.errors import BackendUnavailableError
 from tests.builders import random_detector, small_info
 from tests.runtime.toy_detector import build_toy_model, toy_metadata
-from trt_plugins.plan import OPERATIONS
-from trt_plugins.plugins import NAMESPACE
+from trt_plugins.operations import DOMAIN, OPERATIONS
 
 CAPABILITY = 90
 USED = {"AdaptiveProbing": 2, "GatherAnchors": 1, "PyramidRoIAlign": 1, "SamplingMixing": 1}
@@ -49,11 +48,11 @@ def test_plugins_stand_without_bodies(exported: Path) -> None:
     lowered, plugins = with_plugins(source)
     assert plugins == USED
     assert list(lowered.functions) == []
-    nodes = [node for node in lowered.graph.node if node.domain == NAMESPACE]
+    nodes = [node for node in lowered.graph.node if node.domain == DOMAIN]
     assert {node.op_type for node in nodes} == set(OPERATIONS)
     for node in nodes:
         given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-        assert given.pop("plugin_namespace") == NAMESPACE.encode()
+        assert given.pop("plugin_namespace") == DOMAIN.encode()
         assert set(given) == {name for name, _ in OPERATIONS[node.op_type].attributes}
     onnx.checker.check_model(lowered)
     assert len(source.proto.functions) > 0, "the file's own model is untouched"
@@ -82,7 +81,7 @@ def test_functions_without_a_plugin_are_inlined(tmp_path: Path) -> None:
     lowered, plugins = with_plugins(read_source(path))
     assert plugins == {}
     assert "AveragePool" in {node.op_type for node in lowered.graph.node}
-    assert all(node.domain != NAMESPACE for node in lowered.graph.node)
+    assert all(node.domain != DOMAIN for node in lowered.graph.node)
     onnx.checker.check_model(lowered, full_check=True)
 
 
@@ -187,7 +186,7 @@ def test_what_tensorrts_builder_is_asked_for(
     assert builder.flags == 1 << int(flags.STRONGLY_TYPED) | 1 << int(flags.PREFER_AOT_PYTHON_PLUGINS)
     parsed = onnx.load_model_from_string(builder.parsed)
     assert list(parsed.functions) == []
-    assert sum(node.domain == NAMESPACE for node in parsed.graph.node) == sum(USED.values())
+    assert sum(node.domain == DOMAIN for node in parsed.graph.node) == sum(USED.values())
     assert (tensorrt.BuilderFlag.TF32 in builder.config.on) == tf32
     assert builder.config.profiling_verbosity == tensorrt.ProfilingVerbosity.DETAILED
     assert builder.config.limits == {tensorrt.MemoryPoolType.WORKSPACE: 512 << 20}
@@ -210,5 +209,5 @@ def test_inlined_on_tensorrt_has_no_plugins(
     options = BuildOptions(TENSORRT, (1,), op_lowering="inlined")
     manifest = build_engine(exported, tmp_path / "small.engine", options).manifest
     parsed = onnx.load_model_from_string(builder.parsed)
-    assert all(node.domain != NAMESPACE for node in parsed.graph.node)
+    assert all(node.domain != DOMAIN for node in parsed.graph.node)
     assert (manifest.op_lowering, manifest.plugins) == ("inlined", {})

@@ -17,7 +17,7 @@ from asag.ops import (
     sampling_mixing_definition,
 )
 from trt_plugins.bench import op_model
-from trt_plugins.plan import OPERATIONS
+from trt_plugins.operations import OPERATIONS
 
 
 def run_body(

@@ -13,13 +13,14 @@ from onnx import helper
 from plugin_driver import TYPES, create, embed, with_expressions
 
 from asag.deploy import DeployedDetector
-from export.functions import OP_FUNCTIONS
 from export.model import build_onnx
+from export.op_bodies import OP_FUNCTIONS
 from tests.builders import random_detector, small_info
 from trt_plugins.compile import compile_plan
 from trt_plugins.launch import prepare_call
-from trt_plugins.plan import OPERATIONS, make_plan
-from trt_plugins.plugins import NAMESPACE, register_plugins
+from trt_plugins.operations import DOMAIN, OPERATIONS
+from trt_plugins.plan import make_plan
+from trt_plugins.plugins import register_plugins
 
 CAPABILITY = 90
 MAPS = [(None, 64, 40, 56), (None, 64, 20, 28), (None, 64, 10, 14), (None, 64, 5, 7)]
@@ -36,7 +37,7 @@ KINDS = [
     (name, element, channels_last)
     for name, operation in OPERATIONS.items()
     for element in operation.elements
-    for channels_last in ((False, True) if operation.has_pyramid else (False,))
+    for channels_last in ((False, True) if operation.maps else (False,))
 ]
 
 
@@ -73,7 +74,7 @@ def test_what_goes_into_an_engine_is_what_launch_uses(
     assert embedded.output_types == wanted
     assert embedded.grid == plan.grid
     assert embedded.block == (plan.threads, 1, 1)
-    assert embedded.shared_bytes == plan.shared_bytes
+    assert embedded.shared_bytes == 0
     assert embedded.scalars == plan.scalars
     assert embedded.kernel == plan.kernel
     assert embedded.image == compile_plan(plan, CAPABILITY, ptx=True).image.rstrip(b"\0")
@@ -147,7 +148,7 @@ def test_every_node_of_an_exported_detector_becomes_a_plugin(trt: ModuleType) ->
         value.name: [None if side.dim_param else side.dim_value for side in value.type.tensor_type.shape.dim]
         for value in values
     }
-    nodes = [node for node in model.graph.node if node.domain == NAMESPACE]
+    nodes = [node for node in model.graph.node if node.domain == DOMAIN]
     assert {node.op_type for node in nodes} == set(OPERATIONS)
     for node in nodes:
         given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}

@@ -13,9 +13,10 @@ from torch import Tensor
 
 import asag.ops.cuda
 from asag.deploy import DeployedDetector
-from asag.ops.cuda import _OPS, KernelOp
+from asag.ops.cuda import KernelOp, find_definition
 from tests.builders import random_detector, random_picture, small_info, uint8_batch
 from trt_plugins.launch import DeviceArray
+from trt_plugins.operations import OPERATIONS
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -28,24 +29,21 @@ def test_a_detector_with_kernels_detects_the_same(channels_last: bool, monkeypat
         launch_ptx(name, *arrays, attributes)
 
     monkeypatch.setattr(asag.ops.cuda, "_launch", launch)
+    monkeypatch.setattr(asag.ops.cuda, "_has_tensor_cores", lambda device: True)
     deployed = DeployedDetector(random_detector(), small_info((160, 192))).eval()
     if channels_last:
         deployed = deployed.to(memory_format=torch.channels_last)
     images, sizes = uint8_batch([random_picture(seed, 150, 180) for seed in range(2)], 160, 192)
     with torch.inference_mode():
         expected = deployed(images, sizes)
-        for name, (op, definition) in _OPS.items():
-            op.register_kernel("cpu")(KernelOp(name, definition))
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("error", message=".*runs as its PyTorch definition")
-                deployed(images, sizes)  # tries the kernels
-                tried = len(launched)
-                found = deployed(images, sizes)
-        finally:
-            for op, _ in _OPS.values():
-                op.register_kernel("cpu")(op._init_fn)
-    assert set(launched[:tried]) == set(_OPS)
+        for operation in OPERATIONS.values():
+            monkeypatch.setattr(torch.ops.asag, operation.snake_name, KernelOp(operation, find_definition(operation)))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*runs as its PyTorch definition")
+            deployed(images, sizes)  # tries the kernels
+            tried = len(launched)
+            found = deployed(images, sizes)
+    assert set(launched[:tried]) == set(OPERATIONS)
     assert launched[tried:] == launched[:tried]
     assert torch.equal(found[3], expected[3])
     torch.testing.assert_close(found[1], expected[1], atol=1e-5, rtol=0)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from trt_plugins.benchmark.timing import ClockTimer, Sampler, Timer, first_line
 from trt_plugins.launch import DeviceArray
-from trt_plugins.plan import OPERATIONS, Tensor
+from trt_plugins.operations import DOMAIN, OPERATIONS, Tensor
 from trt_plugins.resources import Case
 
 KERNEL, DEFINITION, TORCHVISION, ONNX_BODY = "kernel", "PyTorch definition", "torchvision", "ONNX body"
@@ -71,46 +71,16 @@ def find_contenders(
 
 
 def random_inputs(case: Case) -> list[NDArray[Any]]:
-    """numpy inputs of a case: boxes and points spread over the image, feature maps in float32."""
-    random = np.random.default_rng(0)
-    height, width = (4 * side for side in case.sizes.finest)
-    arrays: list[NDArray[Any]] = []
-    array: NDArray[Any]
-    for tensor, shape in zip(OPERATIONS[case.name].inputs, case.shapes, strict=True):
-        if tensor.name == "anchors":
-            sizes = random.uniform(2, 100, (*shape[:2], 2))
-            parts = (random.random((*shape[:2], 2)) * (width, height), sizes, random.random((*shape[:2], 1)))
-            array = np.concatenate(parts, axis=-1)
-        elif tensor.name == "boxes":
-            sides = np.exp(random.uniform(np.log(16), np.log(600), (*shape[:2], 2)))
-            array = np.concatenate((random.random((*shape[:2], 2)) * (width, height), sides), axis=-1)
-        elif tensor.name == "points":
-            # As the decoder makes them: around a box of each query, on any level.
-            centre = random.random((*shape[:2], 1, 1, 2)) * (width / 4, height / 4)
-            extent = np.exp(random.uniform(np.log(4), np.log(100), (*shape[:2], 1, 1, 1)))
-            place = centre + random.normal(size=(*shape[:4], 2)) * extent / 2
-            array = np.concatenate((place, random.uniform(-1, 4, (*shape[:4], 1))), axis=-1)
-        elif tensor.type == "bool":
-            array = np.ones(shape, np.bool_)
-        elif tensor.name == "sizes":
-            array = np.broadcast_to(np.array([height, width]), shape)
-        else:
-            array = random.standard_normal(shape, np.float32)
-        arrays.append(np.ascontiguousarray(array, np.bool_ if tensor.type == "bool" else np.float32))
-    return arrays
+    """numpy inputs of a case; feature maps in float32."""
+    return OPERATIONS[case.name].sample(np.random.default_rng(0), case.shapes, case.attributes)
 
 
 def definition(case: Case, tensors: Sequence[Any]) -> Callable[[], Any]:
     """The op's PyTorch definition on `tensors`."""
-    from asag import ops
+    from asag.ops.cuda import find_definition
 
-    function = {
-        "AdaptiveProbing": ops.adaptive_probing_definition,
-        "GatherAnchors": ops.gather_anchors_definition,
-        "PyramidRoIAlign": ops.pyramid_roi_align_definition,
-        "SamplingMixing": ops.sampling_mixing_definition,
-    }[case.name]
-    return lambda: function(*tensors, **case.attributes)  # type: ignore[operator]
+    function = find_definition(OPERATIONS[case.name])
+    return lambda: function(*tensors, **case.attributes)
 
 
 def multi_scale_roi_align(case: Case, tensors: Sequence[Any]) -> Callable[[], Any]:
@@ -131,8 +101,8 @@ def op_model(
     """A serialized ONNX model of one op's node with its body; `element` ("float32" or "float16") is the maps' type."""
     from onnx import TensorProto, helper
 
-    from export.functions import HELPER_FUNCTIONS, OP_FUNCTIONS
-    from export.functions.domain import DOMAIN, DOMAIN_VERSION, OPSET_VERSION
+    from export.op_bodies import HELPER_FUNCTIONS, OP_FUNCTIONS
+    from export.op_bodies.domain import DOMAIN_VERSION, OPSET_VERSION
 
     operation = OPERATIONS[name]
     types = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bool": TensorProto.BOOL}

@@ -12,7 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_plugins.benchmark.timing import Timer, interleave
-from trt_plugins.plan import OPERATIONS, PATCH_SIDE, ROI_SIDE
+from trt_plugins.operations import OPERATIONS
+from trt_plugins.operations.adaptive_probing import PATCH_SIDE
+from trt_plugins.operations.pyramid_roi_align import ROI_SIDE
 from trt_plugins.resources import Case
 
 FLOAT_LANES = {75: 64, 80: 64, 86: 128, 87: 128, 89: 128, 90: 128, 100: 128, 103: 128, 120: 128}

@@ -10,6 +10,7 @@ LEVELS = ("P3P6", "P4P6", "P5P6")
 DATASETS = ("coco", "crowdhuman")
 HEADS = ("aux_0", "aux_1", "aux_2", "main")
 
+
 @dataclass(frozen=True)
 class AnchorBudget:
     """How many anchors are predicted and how many survive."""

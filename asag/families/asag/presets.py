@@ -48,9 +48,7 @@ _TINY_RECIPE = {
 }
 
 
-PAPER = (
-    "ASAG: Building Strong One-Decoder-Layer Sparse Detectors via Adaptive Sparse Anchor Generation, ICCV 2023"
-)
+PAPER = "ASAG: Building Strong One-Decoder-Layer Sparse Detectors via Adaptive Sparse Anchor Generation, ICCV 2023"
 
 
 def _coco(config: ASAGConfig, recipe: Mapping[str, Any], ap: float, queries: str) -> Preset:

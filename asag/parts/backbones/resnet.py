@@ -79,8 +79,8 @@ def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential | None:
 class ResNet(nn.Module):
     """Images [B, 3, H, W] (normalized) -> C2..C5 at strides 4, 8, 16, 32.
 
-    Batch norm runs on its stored statistics even while training (as the published detectors train), so that a small batch does
-    not move them; `train_statistics` lets it learn them, for a backbone that starts from random weights.
+    Batch norm runs on its stored statistics even while training, as published detectors train, so that a small batch
+    does not move them; `train_statistics` lets it learn them, for a backbone that starts from random weights.
     """
 
     def __init__(self, name: str, width: int = 64, train_statistics: bool = False) -> None:

@@ -27,6 +27,7 @@ from runtime.reports.charts import Level, Point, accuracy_latency, score_histogr
 from runtime.reports.document import make_document, read_document
 from runtime.reports.page import find_reports, write_page
 from runtime.speed.benchmark import measure
+from tests.asag_cli.damage import damage_json
 from tests.runtime.toy_detector import ToySession, write_toy_dataset
 
 
@@ -112,7 +113,7 @@ def changed(outputs: dict[str, np.ndarray]) -> None:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A folder with a parity run, a benchmark, and a JSON file of something else."""
+    """A folder with a parity run, a benchmark, and JSON files of something else."""
     folder = tmp_path / "run"
     dataset = write_toy_dataset(tmp_path / "data", images=5)
     sessions = [ToySession(), ToySession(change=changed, name="changed")]
@@ -123,6 +124,8 @@ def run(tmp_path: Path) -> Path:
     write_json(folder / "parity.json", document.to_json())
     write_json(folder / "bench.json", measure(sessions, [dataset.load(1)], rounds=3).to_json())
     write_json(folder / "config.json", {"steps": 3})
+    write_json(folder / "model.engine.json", {"format": 3})
+    (folder / "damaged.json").write_text("{")
     return folder
 
 
@@ -200,6 +203,7 @@ DAMAGES = [
     ("parity.json", ("pictures", 0, "pictures", 0, "width"), "640", r"pictures\[0\]\.pictures\[0\]\.width must be"),
     ("bench.json", ("latencies",), [3], r"latencies\[0\] must be an object"),
     ("bench.json", ("latencies", 0, "p50_ms"), None, r"latencies\[0\]\.p50_ms must be a number"),
+    ("bench.json", ("latencies", 1, "ratio_low"), None, r"latencies\[1\]: a ratio needs both ends of its spread"),
     ("bench.json", ("machine", "gpus"), "one", r"machine\.gpus must be a list"),
 ]
 
@@ -217,6 +221,22 @@ def test_a_damaged_report_names_file_and_field(
     with pytest.raises(ValueError, match=f"{name} holds no .* that can be read: {message}") as caught:
         find_reports([run])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["parity.json", "bench.json"])
+def test_a_damaged_report_is_shown_or_refused_in_one_line(run: Path, name: str) -> None:
+    content = (run / name).read_bytes()
+    refusals = []
+    for seed in range(300):
+        (run / name).write_bytes(damage_json(content, np.random.default_rng(seed)))
+        try:
+            documents, benchmarks = find_reports([run / name])
+        except ValueError as error:
+            refusals.append(str(error))
+        else:
+            write_page(run / "report.html", documents, benchmarks)
+    assert len(refusals) > 150
+    assert all("\n" not in text and len(text) < 700 for text in refusals)
 
 
 @pytest.mark.parametrize("name", ["parity.json", "bench.json"])

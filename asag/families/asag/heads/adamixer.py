@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from asag.families.asag.config import ASAGConfig
 from asag.families.asag.geometry import decode_xyzr, refine_xyzr
 from asag.families.asag.layers import Branches, FeedForward, GeometryAttention
-from asag.ops import sampling_mixing
 from asag.families.asag.proposals import Proposals, normalized_boxes
+from asag.ops import sampling_mixing
 
 
 class SampleAndMix(nn.Module):

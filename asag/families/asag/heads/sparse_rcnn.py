@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from asag.families.asag.config import ASAGConfig
 from asag.families.asag.layers import Branches, FeedForward, SelfAttention, exclude
+from asag.families.asag.proposals import Proposals
 from asag.ops import pyramid_roi_align
 from asag.ops.pyramid_roi_align import ROI_SIDE
-from asag.families.asag.proposals import Proposals
 from asag.parts.boxes import content_scale
 
 CENTRE_WEIGHT = 2.0

@@ -2,7 +2,7 @@
 
 from onnxscript import script
 
-from export.functions.domain import asag_opset, op
+from export.op_bodies.domain import asag_opset, op
 
 
 @script(asag_opset, default_opset=op)

@@ -3,7 +3,8 @@
 from onnxscript import opset20
 from onnxscript.values import Opset
 
-DOMAIN = "asag"
+from trt_plugins.operations import DOMAIN
+
 DOMAIN_VERSION = 1
 OPSET_VERSION = 20
 

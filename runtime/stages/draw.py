@@ -1,0 +1,232 @@
+"""Pictures of a forward pass on one image: what its stages name, by kind, and its detections.
+
+A part of the network is drawn once for its places (what was looked at more closely) and once for the boxes that it
+ends with, coloured by class where the stage has scores.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from asag.family import Stage, Value
+from runtime.drawing import Colour, caption_font, class_colour, draw_detections
+from runtime.metadata import ModelMetadata
+from runtime.postprocessing import Detections
+
+PLACE_COLOUR: Colour = (255, 40, 40)
+BOX_COLOUR: Colour = (255, 255, 255)
+
+_PANEL_SIDE = 480
+_NARROWEST_PANEL = 300
+_GAP = 8
+_BACKGROUND: Colour = (24, 26, 30)
+_CAPTION_COLOUR: Colour = (235, 235, 235)
+
+
+@dataclasses.dataclass(frozen=True)
+class SeenStages:
+    """What one run of one image named: the values by name, for a batch of one, with the model's input ``sizes``.
+
+    ``detections`` are those of the same run, in pixels of the original image.
+    """
+
+    values: Mapping[str, NDArray]
+    detections: Detections
+    metadata: ModelMetadata
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """One drawn step with its caption."""
+
+    picture: Image.Image
+    caption: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Boxes:
+    """Boxes `xyxy` [N, 4] in pixels of the original image; with a label and a score each, where there are some."""
+
+    boxes: NDArray[np.float64]
+    labels: NDArray[np.int64] | None = None
+    scores: NDArray[np.float64] | None = None
+
+
+def stage_panels(image: Image.Image, seen: SeenStages, score_threshold: float) -> list[Panel]:
+    """The stages of a run drawn on copies of ``image``, and in the end its detections.
+
+    Places are red, the coarsest with the thickest line, boxes without classes white; both on a darkened image. What
+    scores at least ``score_threshold`` is coloured by class. The last stage is what the detections are chosen from.
+    """
+    scale = _PANEL_SIDE / max(image.size)
+    shown = image.convert("RGB").resize(
+        (max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.BILINEAR
+    )
+    dark = Image.blend(shown, Image.new("RGB", shown.size), 0.45)
+    factors = np.array([shown.width / image.width, shown.height / image.height] * 2)
+    reader = _Reader(seen)
+    panels = []
+    for stages in _by_part(seen.metadata.stages[:-1]):
+        places = [(stage.title, boxes) for stage in stages if (boxes := reader.places(stage)) is not None]
+        if places:
+            picture = dark.copy()
+            for thickness, (_, boxes) in enumerate(reversed(places)):
+                _outline(picture, boxes * factors, [PLACE_COLOUR], 1 + 2 * thickness)
+            panels.append(Panel(picture, ", ".join(f"{title}: {len(boxes)}" for title, boxes in places)))
+        found = [(stage.title, boxes) for stage in stages if (boxes := reader.boxes(stage)) is not None]
+        if found:
+            title, boxes = found[-1]
+            panels.append(_box_panel(title, boxes, shown, dark, factors, seen.metadata, score_threshold))
+    count = len(seen.detections.above(score_threshold))
+    caption = f"detections: {count} of {len(seen.detections)} score at least {score_threshold:g}"
+    return [*panels, Panel(draw_detections(shown, seen.detections, seen.metadata, score_threshold), caption)]
+
+
+def _by_part(stages: Sequence[Stage]) -> list[list[Stage]]:
+    parts: dict[str, list[Stage]] = {}
+    for stage in stages:
+        parts.setdefault(stage.timed_as, []).append(stage)
+    return list(parts.values())
+
+
+def _box_panel(
+    title: str,
+    found: _Boxes,
+    shown: Image.Image,
+    dark: Image.Image,
+    factors: NDArray[np.float64],
+    metadata: ModelMetadata,
+    score_threshold: float,
+) -> Panel:
+    if found.scores is None or found.labels is None:
+        picture = dark.copy()
+        _outline(picture, found.boxes * factors, [BOX_COLOUR], 1)
+        return Panel(picture, f"{title}: {len(found.boxes)}")
+    order = np.argsort(found.scores, kind="stable")  # the most confident on top
+    order = order[found.scores[order] >= score_threshold]
+    picture = shown.copy()
+    colours = [class_colour(int(found.labels[index])) for index in order]
+    _outline(picture, found.boxes[order] * factors, colours, 2)
+    return Panel(picture, f"{title}: {len(order)} of {len(found.boxes)} score at least {score_threshold:g}")
+
+
+class _Reader:
+    """Values of a run as boxes of the original image, row by row as far as the rows exist."""
+
+    def __init__(self, seen: SeenStages) -> None:
+        height, width = seen.detections.image_size
+        content_height, content_width = (float(value) for value in seen.values["sizes"][0])
+        self._values = seen.values
+        self._scale = {
+            "input": np.array([width / content_width, height / content_height] * 2),
+            "content": np.array([width, height] * 2, np.float64),
+        }
+        self._valid: NDArray | None = None
+
+    def places(self, stage: Stage) -> NDArray[np.float64] | None:
+        """The squares [N, 4] that a stage cut out, `xyxy`; None where it has no places."""
+        value, corners = self._value(stage, "places")
+        if value is None or corners is None:
+            return None
+        pixels, cells = value.cell
+        first = self._existing(stage, corners).astype(np.float64) * pixels
+        return np.concatenate((first, first + pixels * cells), axis=1) * self._scale["input"]
+
+    def boxes(self, stage: Stage) -> _Boxes | None:
+        """The boxes of a stage, with the best class of each where it has scores; None where it has none."""
+        value, boxes = self._value(stage, "boxes")
+        if value is None or boxes is None:
+            return None
+        boxes = self._existing(stage, boxes)[:, :4].astype(np.float64)
+        half = boxes[:, 2:] / 2
+        corners = np.concatenate((boxes[:, :2] - half, boxes[:, :2] + half), axis=1) * self._scale[value.frame]
+        _, logits = self._value(stage, "scores")
+        if logits is None:
+            return _Boxes(corners)
+        logits = self._existing(stage, logits).astype(np.float64)
+        return _Boxes(corners, logits.argmax(axis=1), 1 / (1 + np.exp(-logits.max(axis=1, initial=-np.inf))))
+
+    def _value(self, stage: Stage, kind: str) -> tuple[Value, NDArray] | tuple[None, None]:
+        for value in stage.values:
+            if value.kind == kind and (name := f"{stage.name}/{value.name}") in self._values:
+                return value, self._values[name][0]
+        return None, None
+
+    def _existing(self, stage: Stage, rows: NDArray) -> NDArray:
+        """The rows that exist, by this stage's word or that of the one before that spoke of as many."""
+        _, valid = self._value(stage, "valid")
+        if valid is not None:
+            self._valid = valid.astype(bool)
+        if self._valid is None or len(self._valid) != len(rows):
+            return rows
+        return rows[self._valid]
+
+
+def draw_stages(image: Image.Image, seen: SeenStages, score_threshold: float) -> Image.Image:
+    """One picture of the stages side by side, captions above and the classes' colours below."""
+    panels = stage_panels(image, seen, score_threshold)
+    font = caption_font(16)
+    column = max(_NARROWEST_PANEL, panels[0].picture.width)
+    captions = ["\n".join(_wrapped(panel.caption, font, column)) for panel in panels]
+    above = 22 * max(caption.count("\n") + 1 for caption in captions) + _GAP
+    below = 22 + 2 * _GAP
+    height = max(40, panels[0].picture.height)
+    width = len(panels) * (column + _GAP) + _GAP
+    canvas = Image.new("RGB", (width, above + height + below), _BACKGROUND)
+    draw = ImageDraw.Draw(canvas)
+    for index, (panel, caption) in enumerate(zip(panels, captions, strict=True)):
+        left = _GAP + index * (column + _GAP)
+        draw.multiline_text((left, _GAP // 2), caption, fill=_CAPTION_COLOUR, font=font, spacing=4)
+        canvas.paste(panel.picture, (left, above))
+    _draw_legend(draw, seen, score_threshold, (above + height + _GAP, width))
+    return canvas
+
+
+def _outline(canvas: Image.Image, boxes: NDArray, colours: Sequence[Colour], width: int) -> None:
+    """Draw boxes [N, 4], clipped to the canvas; one colour for all, or one for each."""
+    draw = ImageDraw.Draw(canvas)
+    limit = np.array([canvas.width - 1, canvas.height - 1] * 2)
+    for index, box in enumerate(boxes):
+        if not np.isfinite(box).all():
+            continue
+        left, top, right, bottom = (float(value) for value in np.clip(box, 0, limit))
+        draw.rectangle((left, top, right, bottom), outline=colours[index % len(colours)], width=width)
+
+
+def _wrapped(text: str, font: object, width: int) -> list[str]:
+    """Lines of whole words that fit ``width`` pixels."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and _text_width(longer, font) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
+
+
+def _text_width(text: str, font: object) -> float:
+    return float(font.getlength(text))  # type: ignore[attr-defined]
+
+
+def _draw_legend(draw: ImageDraw.ImageDraw, seen: SeenStages, score_threshold: float, place: tuple[int, int]) -> None:
+    """A swatch and the name of every class that is detected, the most frequent first, as far as the row reaches."""
+    top, width = place
+    font = caption_font(16)
+    found, counts = np.unique(seen.detections.above(score_threshold).labels, return_counts=True)
+    left = _GAP
+    for label in found[np.argsort(-counts, kind="stable")]:
+        name = seen.metadata.category_name(int(label))
+        right = left + 24 + _text_width(name, font)
+        if right > width - _GAP:
+            draw.text((left, top), "...", fill=_CAPTION_COLOUR, font=font)
+            break
+        colour = class_colour(seen.metadata.category_ids.index(int(label)))
+        draw.rectangle((left, top + 3, left + 16, top + 17), fill=colour)
+        draw.text((left + 22, top), name, fill=_CAPTION_COLOUR, font=font)
+        left = int(right) + 20

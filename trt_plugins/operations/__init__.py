@@ -1,0 +1,18 @@
+"""The custom ops, each described once; everything that handles ops goes through :data:`OPERATIONS`.
+
+A new op is its definition in `asag.ops`, its body in `export.op_bodies`, its kernel in `trt_plugins/kernels`, and a
+module here with its :class:`Operation`, which is listed below.
+"""
+
+from trt_plugins.operations.adaptive_probing import ADAPTIVE_PROBING
+from trt_plugins.operations.description import DOMAIN, ELEMENT_TYPES, STATIC_SHARED_LIMIT, Operation, Tensor, Work
+from trt_plugins.operations.gather_anchors import GATHER_ANCHORS
+from trt_plugins.operations.pyramid_roi_align import PYRAMID_ROI_ALIGN
+from trt_plugins.operations.sampling_mixing import SAMPLING_MIXING
+
+__all__ = ["DOMAIN", "ELEMENT_TYPES", "OPERATIONS", "STATIC_SHARED_LIMIT", "Operation", "Tensor", "Work"]
+
+OPERATIONS: dict[str, Operation] = {
+    operation.name: operation for operation in (ADAPTIVE_PROBING, GATHER_ANCHORS, PYRAMID_ROI_ALIGN, SAMPLING_MIXING)
+}
+"""By the names of their ONNX nodes."""
