@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 from msgspec import Meta
 
-from asag.families import FAMILIES, find_preset
+from asag import families
+from asag.families import find_preset
 from runtime.records import convert, convert_fields, to_json
 
 Positive = Annotated[float, Meta(gt=0)]
@@ -217,7 +218,7 @@ class TrainConfig:
 
 def option_names() -> set[str]:
     """Every field that a file or the command line may name: those of all runs, and of every family's settings."""
-    return _loop_fields().union(*(_names(family.settings) for family in FAMILIES))
+    return _loop_fields().union(*(_names(family.settings) for family in families.FAMILIES))
 
 
 def _loop_fields() -> set[str]:

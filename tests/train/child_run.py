@@ -15,24 +15,24 @@ from pathlib import Path
 
 import torch
 
-from asag import presets
+from asag import families
+from asag.families.asag import ASAG
+from asag.family import Family, InputSpec
 from train.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 MICRO, FROZEN = "micro", "micro-frozen"
 
 
-def micro_presets() -> dict[str, presets.Preset]:
-    """Presets with a tiny network on 96-pixel images, with norms that learn their statistics and without."""
-    tiny = presets.PRESETS["asag-a-tiny"]
+def micro_families() -> tuple[Family, ...]:
+    """The families, with two presets of a tiny network on 96-pixel images: norms that learn, and norms that stay."""
+    tiny = ASAG.presets["asag-a-tiny"]
     size = dataclasses.replace(tiny.config.size, backbone_width=8, anchor_hidden=32, feed_forward=32)
     learning = dataclasses.replace(tiny.config, size=size)
     frozen = dataclasses.replace(learning, train_batch_statistics=False)
-    sizes = {"shorter_side": 96, "longer_side": 96, "input_size": (96, 96)}
-    return {
-        MICRO: dataclasses.replace(tiny, config=learning, **sizes),
-        FROZEN: dataclasses.replace(tiny, config=frozen, **sizes),
-    }
+    micro = dataclasses.replace(tiny, config=learning, input=InputSpec(96, 96, (96, 96)))
+    presets = {**ASAG.presets, MICRO: micro, FROZEN: dataclasses.replace(micro, config=frozen)}
+    return (dataclasses.replace(ASAG, presets=presets), *families.FAMILIES[1:])
 
 
 def start(config: TrainConfig, folder: Path, **variables: str) -> subprocess.Popen[str]:
@@ -81,14 +81,14 @@ def main() -> None:
     from train.loop import train
 
     torch.set_num_threads(1)
-    presets.PRESETS.update(micro_presets())
+    families.FAMILIES = micro_families()
     values = json.loads(Path(sys.argv[1]).read_text())
     folder = os.environ.get("ASAG_TEST_GRADIENTS")
     if folder and os.environ.get("RANK") == "0":
         record_gradients(Path(folder))
     if buffers := os.environ.get("ASAG_TEST_BUFFERS"):
         record_buffers(Path(buffers) / f"buffers-{os.environ['RANK']}.pt")
-    print("losses", json.dumps(train(TrainConfig(**values), progress=True).losses))
+    print("losses", json.dumps(train(TrainConfig.of(values), progress=True).losses))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from asag import presets
-from tests.train.child_run import FROZEN, MICRO, micro_presets
+from asag import families
+from tests.train.child_run import FROZEN, MICRO, micro_families
 from train.config import TrainConfig
 from train.synthetic import write_synthetic_dataset
 
@@ -13,8 +13,7 @@ from train.synthetic import write_synthetic_dataset
 @pytest.fixture
 def micro_preset(monkeypatch):
     """A registered preset with a tiny network on 96-pixel images; gives its name."""
-    for name, preset in micro_presets().items():
-        monkeypatch.setitem(presets.PRESETS, name, preset)
+    monkeypatch.setattr(families, "FAMILIES", micro_families())
     return MICRO
 
 

@@ -11,15 +11,15 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from asag.config import DetectorConfig, ModelSize
 from asag.detector import Detector, build_detector
+from asag.families.asag.config import ASAGConfig, ModelSize
 from train.initialization import load_backbone
 
 
 @pytest.fixture
 def detector() -> Detector:
     size = ModelSize(8, 16, 8, anchor_hidden=8, feed_forward=8, attention_heads=2, sampling_points=4, mixed_points=4)
-    return build_detector(DetectorConfig(backbone="resnet10", queries=50, num_classes=2, size=size))
+    return build_detector(ASAGConfig(backbone="resnet10", queries=50, num_classes=2, size=size))
 
 
 @pytest.fixture
@@ -107,6 +107,6 @@ class Command:
 
 def test_nothing_in_the_file_is_run(detector: Detector, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"conv1.weight": torch.zeros(1), "evil": Command()}, tmp_path / "evil.pth")
-    with pytest.raises(ValueError, match="cannot be read as tensors"):
+    with pytest.raises(ValueError, match="no dictionary of tensors"):
         load_backbone(detector, tmp_path / "evil.pth")
     assert capsys.readouterr().out == ""

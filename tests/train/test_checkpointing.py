@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from asag.checkpoint import load_detector
+from asag.training.protocol import rates_of
 from train.checkpointing import (
     TrainingState,
     has_run,
@@ -25,17 +26,17 @@ from train.schedule import build_optimizer, build_schedule
 
 
 @pytest.fixture
-def config(tmp_path):
+def config(micro_preset, tmp_path):
     return TrainConfig(preset="micro", data=tmp_path, output=tmp_path, steps=5)
 
 
 def make_state(config, seed):
     from asag.detector import build_detector
-    from asag.presets import find_preset
+    from asag.families import find_preset
 
     torch.manual_seed(seed)
     detector = build_detector(find_preset(config.preset).config)
-    optimizer = build_optimizer(detector, config)
+    optimizer = build_optimizer(rates_of(detector), config)
     schedule = build_schedule(optimizer, config, 5, 5)
     return TrainingState(detector, None, optimizer, schedule)
 

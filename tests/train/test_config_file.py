@@ -3,8 +3,9 @@ import json
 import click
 import pytest
 
+from asag.families import find_preset
 from asag_cli.train import resolve_config
-from train.config import RECIPES, TrainConfig
+from train.config import TrainConfig
 from train.config_file import read_config_file
 
 
@@ -24,7 +25,7 @@ def test_a_file_replaces_the_recipe_and_the_command_line_replaces_the_file(tmp_p
     assert config.learning_rate == 3e-4  # YAML 1.1 takes 3e-4 for a text
     assert config.epochs == 7
     assert config.training_shorter_sides == (288, 320)
-    assert config.batch_size == RECIPES["tiny"]["batch_size"]
+    assert config.batch_size == find_preset("asag-a-tiny").recipe["batch_size"]
 
 
 def test_the_record_of_a_run_gives_the_same_configuration(tmp_path):

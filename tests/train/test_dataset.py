@@ -9,8 +9,7 @@ from PIL import ExifTags, Image
 from torch.utils.data import DataLoader
 from torchvision.ops import box_convert
 
-from asag.config import IMAGE_MEAN, IMAGE_STD
-from asag.normalization import ImageNormalization
+from asag.normalization import IMAGE_MEAN, IMAGE_STD, ImageNormalization
 from runtime.metadata import ModelMetadata
 from runtime.preprocessing import prepare, resize, resized_size
 from train.dataset import DetectionDataset, open_training_split
@@ -36,12 +35,11 @@ def write_dataset(root, images, annotations, categories=({"id": 2, "name": "cat"
 
 def metadata(input_type):
     return ModelMetadata(
+        family="asag",
         preset="mine",
-        decoder="adamixer",
-        backbone="resnet10",
-        queries=100,
-        head="main",
-        levels="P3P6",
+        choices={},
+        stages=(),
+        half_layers=(),
         precision="fp32",
         input_height=128,
         input_width=128,
@@ -54,7 +52,6 @@ def metadata(input_type):
         category_names=("thing",),
         nms_iou=None,
         max_detections=100,
-        patch_capacity=(1, 1),
         package_version="0",
         weights_digest="",
     )

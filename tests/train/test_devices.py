@@ -10,13 +10,13 @@ import torch
 from torch.amp import GradScaler
 
 from asag.deploy import DeployedDetector
+from asag.families import family_of
 from runtime.backends.pytorch_session import PyTorchSession
 from runtime.preprocessing import as_image, prepare
 from tests.builders import random_detector, random_picture, small_config, small_info
 from tests.other_device import other_device
 from train.checkpointing import TrainingState
 from train.config import TrainConfig
-from train.criterion import DetectionCriterion
 from train.processes import Processes
 from train.profile import random_pieces
 from train.schedule import build_optimizer, build_schedule
@@ -35,11 +35,11 @@ def one_step(
     pieces = random_pieces(config, 160, 192, detector.config.classes)
     with other_device(waits) if elsewhere else nullcontext(CPU) as device:
         prepare_detector(detector, config, device)
-        optimizer = build_optimizer(detector, config)
+        training = family_of(detector.config).training(detector, config.settings)
+        optimizer = build_optimizer(training.parameter_groups(), config)
         schedule = build_schedule(optimizer, config, 2, 2)
         state = TrainingState(detector, None, optimizer, schedule, GradScaler("cpu", enabled=False))
-        criterion = DetectionCriterion(detector.config.classes).to(device)
-        maker = StepMaker(state, criterion, config, Processes(), device)
+        maker = StepMaker(state, training, config, Processes(), device)
         before = len(waits or ())
         result = maker.make(pieces, epoch)
         if waits is not None:

@@ -11,7 +11,7 @@ import pytest
 
 from asag.checkpoint import CheckpointInfo
 from asag.detector import build_detector
-from asag.presets import PRESETS
+from asag.families import find_preset
 from runtime.coco_evaluation import open_coco
 from train.evaluation import Evaluation, evaluate_detector
 from train.processes import Processes
@@ -29,8 +29,8 @@ class Share(Processes):
 
 def test_the_shares_of_all_processes_are_the_whole(micro_preset: str, shapes: Path) -> None:
     validation = open_coco(shapes)
-    preset = PRESETS[micro_preset]
-    info = CheckpointInfo(micro_preset, validation.category_ids, validation.category_names, 96, 96, (96, 96), (6, 8))
+    preset = find_preset(micro_preset)
+    info = CheckpointInfo.of(preset, dict(zip(validation.category_ids, validation.category_names, strict=True)))
     detector = build_detector(dataclasses.replace(preset.config, num_classes=len(validation.category_ids)))
     whole = evaluate_detector(detector, info, validation)
     assert isinstance(whole, Evaluation)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import distributed
 
+from asag.families.asag.training.settings import ASAGSettings
 from tests.train import child_run
 from train.checkpointing import kept_states
 from train.config import TrainConfig
@@ -59,7 +60,7 @@ def config(frozen_preset, equal_shapes, tmp_path):
         learning_rate=1e-7,
         backbone_learning_rate=1e-7,
         gradient_clip=1e9,
-        denoising_scale=0.4,
+        settings=ASAGSettings(denoising_scale=0.4),
         # The first step is of epoch 0, the second of epoch 1: patches from ground truth, and predicted ones.
         warmup_steps=0,
         workers=0,

@@ -1,9 +1,15 @@
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
+from asag.families import FAMILIES, all_presets, find_preset
+from asag.families.asag.training.settings import ASAGSettings
+from asag.training.protocol import ParameterGroup, rates_of
+from runtime.records import to_json
 from train.averaging import average_of
-from train.config import RECIPES, TrainConfig, recipe_name
+from train.config import TrainConfig
 from train.schedule import build_optimizer, build_schedule, learning_rate_factor
 
 
@@ -21,7 +27,7 @@ class Parts(nn.Module):
 
 def test_the_backbone_has_its_own_rate_and_frozen_parts_none():
     parts = Parts()
-    optimizer = build_optimizer(parts, config())
+    optimizer = build_optimizer(rates_of(parts), config())
     rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
     assert rates == {
         id(parts.backbone.weight): 2e-5,
@@ -30,7 +36,7 @@ def test_the_backbone_has_its_own_rate_and_frozen_parts_none():
         id(parts.backbone_like.bias): 2e-4,
     }
     with pytest.raises(ValueError, match="no parameter"):
-        build_optimizer(parts.requires_grad_(False), config())
+        build_optimizer(rates_of(parts.requires_grad_(False)), config())
 
 
 def test_the_published_schedule():
@@ -52,7 +58,7 @@ def test_the_cosine_schedule_falls_to_its_end():
 
 
 def test_the_scheduler_sets_both_groups():
-    optimizer = build_optimizer(Parts(), config())
+    optimizer = build_optimizer(rates_of(Parts()), config())
     schedule = build_schedule(optimizer, config(warmup_steps=2, milestones=(1,)), total_steps=6, steps_per_epoch=3)
     seen = []
     for _ in range(5):
@@ -64,24 +70,46 @@ def test_the_scheduler_sets_both_groups():
     assert seen[3] == pytest.approx([2e-5, 2e-6])
 
 
-def test_presets_find_their_recipe():
-    assert recipe_name("asag-a-tiny") == "tiny"
-    assert recipe_name("asag-a-dn-r50-1x-100") == "dn"
-    assert recipe_name("asag-s-r50-3x-300") == "3x"
-    assert recipe_name("asag-s-crowdhuman") == "crowdhuman"
-    assert recipe_name("mine") == "1x"
+def test_a_group_takes_a_share_of_its_rate():
+    first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+    groups = [ParameterGroup((first.weight,), factor=0.5), ParameterGroup((second.weight,), backbone=True, factor=0.1)]
+    assert [group["lr"] for group in build_optimizer(groups, config()).param_groups] == pytest.approx([1e-4, 2e-6])
+
+
+def test_every_recipe_makes_a_configuration():
+    for preset in all_presets():
+        made = TrainConfig.for_preset(preset.name, "data", "run").to_dict()
+        assert {name: made[name] for name in preset.recipe} == to_json(dict(preset.recipe))
     published = TrainConfig.for_preset("asag-a-r50-1x-100", "data", "run")
     assert (published.epochs, published.milestones, published.learning_rate) == (12, (8, 11), 2e-4)
-    for name in RECIPES:
-        TrainConfig.for_preset(name, "data", "run")
+    assert TrainConfig.for_preset("asag-a-dn-r50-1x-100", "data", "run").settings.denoising_scale == 0.4
+
+
+def test_a_preset_that_does_not_exist_is_named_with_its_neighbours():
+    with pytest.raises(ValueError, match=r"no preset 'asag-a-r5O-1x-100'; did you mean .*asag-a-r50-1x-100"):
+        TrainConfig.for_preset("asag-a-r5O-1x-100", "data", "run")
+
+
+def test_no_setting_of_a_family_is_called_like_a_field_of_all_runs():
+    fields = {field.name for field in dataclasses.fields(TrainConfig)}
+    for family in FAMILIES:
+        assert not fields & {field.name for field in dataclasses.fields(family.settings)}
 
 
 def test_overrides():
-    made = TrainConfig.for_preset("asag-a-tiny", "data", "run", batch_size=3, learning_rate=None)
+    made = TrainConfig.for_preset("asag-a-tiny", "data", "run", batch_size=3, learning_rate=None, denoising_scale=1)
     assert made.batch_size == 3
-    assert made.learning_rate == RECIPES["tiny"]["learning_rate"]
+    assert made.learning_rate == find_preset("asag-a-tiny").recipe["learning_rate"]
+    assert made.settings == ASAGSettings(denoising_scale=1.0)
+    assert made.replaced(first_epoch=2, steps=9).settings == ASAGSettings(first_epoch=2, denoising_scale=1.0)
+    assert made.replaced(denoising_scale=None, steps=9) == dataclasses.replace(made, settings=ASAGSettings(), steps=9)
+    assert TrainConfig.of(made.to_dict()) == made
     with pytest.raises(ValueError, match="unknown training options: batch"):
         TrainConfig.for_preset("asag-a-tiny", "data", "run", batch=3)
+    with pytest.raises(ValueError, match="unknown training options: settings"):
+        TrainConfig.for_preset("asag-a-tiny", "data", "run", settings=ASAGSettings())
+    with pytest.raises(ValueError, match="settings are dict; asag-a-tiny trains with ASAGSettings"):
+        config(settings={})
 
 
 @pytest.mark.parametrize(
@@ -96,11 +124,17 @@ def test_overrides():
         {"flip_probability": 1.5},
         {"training_shorter_sides": (16,)},
         {"evaluation_interval": -1},
+        {"first_epoch": -1},
+        {"first_epoch": 1.5},
+        {"denoising_scale": 0},
+        {"denoising_scale": "much"},
+        {"denoising_scale": float("inf")},
+        {"denoising_fall": 1.5},
     ],
 )
 def test_values_out_of_range_are_named(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        config(**wrong)
+        TrainConfig.for_preset("asag-a-tiny", "data", "run", **wrong)
 
 
 def test_the_average_follows_the_weights():

@@ -15,14 +15,12 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.amp import GradScaler
 
-from asag.backbone import fold_batch_norm
 from asag.detector import Detector
+from asag.families import family_of
 from tests.builders import random_detector, small_config
 from train.averaging import average_of
 from train.checkpointing import TrainingState
 from train.config import TrainConfig
-from train.criterion import DetectionCriterion
-from train.forward import training_outputs
 from train.processes import ALONE, Processes
 from train.profile import random_pieces
 from train.schedule import build_optimizer, build_schedule
@@ -40,36 +38,11 @@ def recipe(**changes: Any) -> TrainConfig:
 def make_step(
     detector: Detector, config: TrainConfig, scaler: GradScaler | None = None, processes: Processes = ALONE
 ) -> tuple[StepMaker, TrainingState]:
-    optimizer = build_optimizer(detector, config)
+    training = family_of(detector.config).training(detector, config.settings)
+    optimizer = build_optimizer(training.parameter_groups(), config)
     state = TrainingState(detector, None, optimizer, build_schedule(optimizer, config, 9, 9))
     state.scaler = scaler or state.scaler
-    return StepMaker(state, DetectionCriterion(detector.config.classes), config, processes, CPU), state
-
-
-def test_only_backbone_and_neck_compute_in_reduced_precision() -> None:
-    detector = random_detector(small_config(**FROZEN)).train()
-    batch = random_pieces(recipe(), 160, 192, 3)[0].batch
-    inside: dict[str, set[tuple[bool, torch.dtype]]] = {}
-
-    def watch(name: str) -> Any:
-        def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            inside.setdefault(name, set()).add((torch.is_autocast_enabled("cpu"), output.dtype))
-
-        return hook
-
-    for name, module in detector.named_modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            module.register_forward_hook(watch(name.split(".")[0]))
-    images = batch.images.float() / 255
-    outputs = training_outputs(detector, images, batch.sizes, batch.targets, 1, feature_precision=torch.bfloat16)
-    assert inside["backbone"] == inside["neck"] == {(True, torch.bfloat16)}
-    assert {kind for name in ("anchor_generator", "proposals", "heads") for kind in inside[name]} == {
-        (False, torch.float32)
-    }
-    floating = {name: value.dtype for name, value in outputs.items() if getattr(value, "is_floating_point", bool)()}
-    assert set(floating.values()) == {torch.float32}, floating
-    losses = DetectionCriterion(3)(outputs, batch.targets)
-    assert {loss.dtype for loss in losses.values()} == {torch.float32}
+    return StepMaker(state, training, config, processes, CPU), state
 
 
 def test_gradients_are_unscaled_before_they_are_clipped() -> None:
@@ -150,21 +123,7 @@ def test_gradients_are_exchanged_once_a_step(monkeypatch: pytest.MonkeyPatch) ->
     exchanges = maker._synchronized
     assert isinstance(exchanges, Exchanges)
     assert exchanges.pieces == ["alone", "exchanged"]
-    assert exchanges.options["find_unused_parameters"] is False
-
-
-@pytest.mark.parametrize("decoder", ["adamixer", "sparse_rcnn"])
-@pytest.mark.parametrize("objects", [0, 1])
-def test_every_parameter_has_a_gradient_without_any_patch(decoder: str, objects: int) -> None:
-    # Else DistributedDataParallel would wait for it forever.
-    detector = random_detector(small_config(decoder=decoder, **FROZEN)).train()
-    images, sizes = torch.rand(2, 3, 160, 192), torch.tensor([[160.0, 192.0]] * 2)
-    large = {"boxes": torch.tensor([[0.5, 0.5, 0.9, 0.9]])[:objects], "labels": torch.zeros(objects, dtype=torch.int64)}
-    outputs = training_outputs(detector, images, sizes, [large] * 2, epoch=0)
-    assert len(outputs["p4_image_index"]) == len(outputs["p3_image_index"]) == 0
-    criterion = DetectionCriterion(3)
-    criterion.total(criterion(outputs, [large] * 2)).backward()
-    assert not [name for name, parameter in detector.named_parameters() if parameter.grad is None]
+    assert not exchanges.options.get("find_unused_parameters", False)
 
 
 def test_norms_that_learn_are_synchronized_on_gpus() -> None:
@@ -183,7 +142,7 @@ def test_norms_that_learn_are_synchronized_on_gpus() -> None:
     images = torch.rand(1, 3, 64, 96)
     averaged = average_of(detector, 0.9).module
     folded = copy.deepcopy(detector.backbone).eval()
-    fold_batch_norm(folded)
+    folded.fold()
     with torch.no_grad():
         expected = plain.eval().backbone(images)
         for backbone in (detector.eval().backbone, averaged.backbone, folded):

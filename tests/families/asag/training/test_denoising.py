@@ -3,7 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.denoising import (
+from asag.families.asag.training.denoising import (
+    SLOTS,
     assign_slots,
     denoising_attention_mask,
     noise_scale,
@@ -18,7 +19,7 @@ def targets_of(*counts: int) -> list[dict[str, torch.Tensor]]:
 
 
 def test_noise_scale_is_constant_or_falls() -> None:
-    assert [noise_scale(epoch) for epoch in (0, 30)] == [0.4, 0.4]
+    assert [noise_scale(epoch, start=0.4, fall=0.0) for epoch in (0, 30)] == [0.4, 0.4]
     assert [noise_scale(epoch, start=0.8, fall=0.04) for epoch in (0, 10, 36)] == pytest.approx([0.8, 0.4, 0.0])
 
 
@@ -36,8 +37,8 @@ def test_slots_hold_whole_repetitions(counts: list[int], slots: int) -> None:
 def test_noise_stays_within_its_reach_and_follows_its_object() -> None:
     targets = targets_of(3, 0, 7)
     scale = 0.4
-    queries = noised_queries(targets, scale, torch.Generator().manual_seed(0), slots=200)
-    valid, matches = repetition_matches([3, 0, 7], 200, torch.device("cpu"))
+    queries = noised_queries(targets, scale, torch.Generator().manual_seed(0))
+    valid, matches = repetition_matches([3, 0, 7], SLOTS, torch.device("cpu"))
     assert torch.equal(valid, queries.valid)
     assert valid.sum(1).tolist() == [198, 0, 196]
     assert (queries.boxes >= 0).all()
@@ -69,6 +70,6 @@ def test_attention_mask_separates_groups_and_keeps_noise_from_ordinary_queries()
 
 
 def test_no_slots_for_more_objects_than_slots() -> None:
-    queries = noised_queries(targets_of(12), 0.4, slots=10)
+    queries = noised_queries(targets_of(SLOTS + 1), 0.4)
     assert not queries.valid.any()
     assert queries.boxes.unique(dim=1).tolist() == [[[0.5, 0.5, 1.0, 1.0]]]

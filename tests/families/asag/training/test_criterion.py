@@ -9,11 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from train import DetectionCriterion
-from train.anchor_targets import flip_boxes, patch_groups, quarter_groups
-from train.criterion import BatchTotals
-from train.matching import pad_targets
-from train.query_weighting import pair_weights, weighting_curve
+from asag.families.asag.detector import HeadOutput
+from asag.families.asag.training.anchor_targets import flip_boxes, patch_groups, quarter_groups
+from asag.families.asag.training.criterion import PARTS, STAGES, WEIGHTS, anchor_terms, detection_losses
+from asag.families.asag.training.forward import PatchPredictions, TrainingAnchors, TrainingOutputs
+from asag.families.asag.training.matching import TargetGroups, matching_costs
+from asag.families.asag.training.query_weighting import pair_weights, weighting_curve
+from asag.training.assignment import assign, pad_targets
+from asag.training.timing import PartTimer
 
 CLASSES = 5
 Outputs = dict[str, Any]
@@ -78,6 +81,48 @@ def part_of_case(outputs: Outputs, targets: Targets, images: slice) -> tuple[Out
     return part, targets[images]
 
 
+def as_outputs(named: Outputs) -> TrainingOutputs:
+    """What the losses take, of the golden cases' names."""
+    probed = {
+        level.upper(): PatchPredictions(*(named[f"{level}_{name}"] for name in ("anchors", "crop_xy", "image_index")))
+        for level in ("p4", "p3")
+        if f"{level}_anchors" in named
+    }
+    no_boxes = torch.empty(0)  # of the queries' anchors, which no loss looks at
+    anchors = TrainingAnchors(named["p6_anchors"], named["p5_anchors"], probed, no_boxes, named["valid"])
+    stages = {stage: HeadOutput(named[f"{stage}_logits"], named[f"{stage}_boxes"]) for stage in STAGES}
+    return TrainingOutputs(named["image_sizes_hw"], anchors, stages, named.get("denoising_queries", 0))
+
+
+def losses_of(named: Outputs, targets: Targets, totals: Tensor | None = None) -> dict[str, Tensor]:
+    """Losses of a case; totals are its own counts unless others are given."""
+    outputs = as_outputs(named)
+    if totals is None:
+        objects = sum(len(target["boxes"]) for target in targets)
+        totals = torch.tensor([objects, outputs.anchors.patches, len(targets)]).clamp(min=1)
+    return detection_losses(outputs, targets, totals.float(), PartTimer(enabled=False))
+
+
+def total_of(losses: dict[str, Tensor]) -> Tensor:
+    return torch.stack([loss * WEIGHTS[name] for name, loss in losses.items()]).sum()
+
+
+def mean_iou_of_matched_anchors(named: Outputs, targets: Targets) -> Tensor:
+    """The mean over the terms of the matched anchors' mean IoU with their objects."""
+    images = images_of(targets)
+    found = []
+    for term in anchor_terms(as_outputs(named).anchors, images, named["image_sizes_hw"]):
+        cost, iou = matching_costs(term.logits[..., None], term.boxes, None, term.groups)
+        (matches,) = assign([cost])
+        matched = iou[matches.group, matches.query, matches.target]
+        found.append(matched.sum() / max(len(matched), 1))
+    return torch.stack(found).mean()
+
+
+def images_of(targets: Targets) -> TargetGroups:
+    return TargetGroups.of_images(pad_targets(targets, torch.device("cpu")))
+
+
 def assert_losses_close(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
     assert set(first) == set(second)
     for name, value in first.items():
@@ -98,18 +143,28 @@ def golden_case(path: Path) -> tuple[Outputs, Targets, dict[str, Any]]:
 @pytest.mark.parametrize("case", GOLDEN_CASES)
 def test_every_golden_loss_and_the_total(goldens: Path, case: str) -> None:
     outputs, targets, meta = golden_case(goldens / f"criterion_{case}.npz")
-    criterion = DetectionCriterion(80)
-    losses = criterion(outputs, targets)
+    losses = losses_of(outputs, targets)
     assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(meta["losses"], rel=2e-6)
-    assert {name: criterion.weights[name] for name in losses} == meta["weights"]
-    assert criterion.total(losses).item() == pytest.approx(meta["total"], rel=2e-6)
-    assert criterion.statistics["iou_anchor"].item() == pytest.approx(meta["extras"]["iou_anchor"], rel=2e-6)
+    assert {name: WEIGHTS[name] for name in losses} == meta["weights"]
+    assert total_of(losses).item() == pytest.approx(meta["total"], rel=2e-6)
+    iou = mean_iou_of_matched_anchors(outputs, targets)
+    assert iou.item() == pytest.approx(meta["extras"]["iou_anchor"], rel=2e-6)
+
+
+def test_every_loss_has_a_weight_and_a_part() -> None:
+    outputs, targets = random_case((2, 1), noised=10)
+    assert set(losses_of(outputs, targets)) == set(WEIGHTS) == set(PARTS)
+    assert PARTS["loss_ce"] == PARTS["loss_giou_1"] == "heads"
+    assert (PARTS["loss_ce_rpn"], PARTS["loss_bbox_anchor"], PARTS["dn_loss_ce_0"]) == (
+        "proposals",
+        "anchors",
+        "denoising",
+    )
 
 
 def test_the_order_of_queries_objects_and_patches_does_not_matter() -> None:
     outputs, targets = random_case((4, 3))
-    criterion = DetectionCriterion(CLASSES)
-    expected = criterion(outputs, targets)
+    expected = losses_of(outputs, targets)
     generator = torch.Generator().manual_seed(9)
     order = torch.randperm(12, generator=generator)
     shuffled = dict(outputs)
@@ -120,16 +175,15 @@ def test_the_order_of_queries_objects_and_patches_does_not_matter() -> None:
     for name in ("p4_anchors", "p4_crop_xy", "p4_image_index"):
         shuffled[name] = outputs[name][patches]
     turned = [{name: value.flip(0) for name, value in target.items()} for target in targets]
-    assert_losses_close(criterion(shuffled, turned), expected)
+    assert_losses_close(losses_of(shuffled, turned), expected)
 
 
 @pytest.mark.parametrize("counts", [(0, 0), (0, 3)])
 @pytest.mark.parametrize("noised", [0, 10])
 def test_images_without_objects_give_finite_losses_and_gradients(counts: tuple[int, ...], noised: int) -> None:
     outputs, targets = random_case(counts, noised=noised)
-    criterion = DetectionCriterion(CLASSES)
-    losses = criterion(outputs, targets)
-    criterion.total(losses).backward()
+    losses = losses_of(outputs, targets)
+    total_of(losses).backward()
     assert all(loss.isfinite() for loss in losses.values())
     for name, value in outputs.items():
         if isinstance(value, Tensor) and value.requires_grad:
@@ -142,30 +196,27 @@ def test_images_without_objects_give_finite_losses_and_gradients(counts: tuple[i
 
 def test_padding_queries_get_no_gradient_and_do_not_count() -> None:
     outputs, targets = random_case((3, 2))
-    criterion = DetectionCriterion(CLASSES)
-    expected = criterion(outputs, targets)
+    expected = losses_of(outputs, targets)
     padding = ~outputs["valid"]
     changed = {**outputs, "main_logits": outputs["main_logits"].masked_fill(padding[..., None], 8.0)}
-    assert_losses_close(criterion(changed, targets), expected)
-    criterion.total(expected).backward()
+    assert_losses_close(losses_of(changed, targets), expected)
+    total_of(expected).backward()
     assert outputs["main_logits"].grad[padding].abs().max() == 0
     assert outputs["main_boxes"].grad[padding].abs().max() == 0
 
 
 def test_halves_of_a_batch_add_up_under_the_whole_batchs_totals() -> None:
     outputs, targets = random_case((4, 0, 2, 3))
-    criterion = DetectionCriterion(CLASSES)
-    whole = criterion(outputs, targets)
-    totals = BatchTotals(objects=9, patches=28)
-    first = criterion(*part_of_case(outputs, targets, slice(0, 2)), totals)
-    second = criterion(*part_of_case(outputs, targets, slice(2, 4)), totals)
+    whole = losses_of(outputs, targets)
+    totals = torch.tensor([9, 28, 4])
+    first = losses_of(*part_of_case(outputs, targets, slice(0, 2)), totals)
+    second = losses_of(*part_of_case(outputs, targets, slice(2, 4)), totals)
     assert_losses_close({name: first[name] + second[name] for name in whole}, whole)
 
 
 def test_levels_and_patches_may_be_missing() -> None:
-    criterion = DetectionCriterion(CLASSES)
     outputs, targets = random_case((3, 2), probed=False)
-    without = criterion(outputs, targets)
+    without = losses_of(outputs, targets)
     empty = {
         f"{level}_{name}": value
         for level in ("p4", "p3")
@@ -175,42 +226,40 @@ def test_levels_and_patches_may_be_missing() -> None:
             ("image_index", torch.empty(0, dtype=torch.int64)),
         )
     }
-    assert_losses_close(criterion({**outputs, **empty}, targets), without)
+    assert_losses_close(losses_of({**outputs, **empty}, targets), without)
 
 
 @pytest.mark.parametrize(("view", "order"), [(1, [1, 0, 3, 2]), (2, [2, 3, 0, 1]), (3, [3, 2, 1, 0])])
 def test_mirroring_the_objects_exchanges_the_views_of_the_coarse_patch(view: int, order: list[int]) -> None:
     outputs, targets = random_case((3, 4), probed=False)
-    del outputs["p5_anchors"]
-    criterion = DetectionCriterion(CLASSES)
-    expected = criterion(outputs, targets)
+    outputs["p5_anchors"] = torch.empty(2, 4, 0, 5)
+    expected = losses_of(outputs, targets)
     mirrored = [{**target, "boxes": flip_boxes(target["boxes"])[view]} for target in targets]
-    found = criterion({**outputs, "p6_anchors": outputs["p6_anchors"][:, order]}, mirrored)
+    found = losses_of({**outputs, "p6_anchors": outputs["p6_anchors"][:, order]}, mirrored)
     for name in ("loss_ce_anchor", "loss_bbox_anchor", "loss_giou_anchor"):
         torch.testing.assert_close(found[name], expected[name])
 
 
 def test_losses_teach_a_free_prediction_its_objects() -> None:
     outputs, targets = random_case((2, 3), probed=False)
-    criterion = DetectionCriterion(CLASSES)
     leaves = [value for value in outputs.values() if isinstance(value, Tensor) and value.requires_grad]
     optimizer = torch.optim.Adam(leaves, lr=0.02)
     history = []
     for _ in range(150):
-        losses = criterion(outputs, targets)
+        losses = losses_of(outputs, targets)
         optimizer.zero_grad()
-        criterion.total(losses).backward()
+        total_of(losses).backward()
         optimizer.step()
         history.append(losses)
     for name in ("loss_ce", "loss_bbox", "loss_giou", "loss_ce_rpn", "loss_ce_anchor", "loss_bbox_anchor"):
         assert history[-1][name] < 0.3 * history[0][name], name
-    assert criterion.statistics["iou_anchor"] > 0.8
+    assert mean_iou_of_matched_anchors(outputs, targets) > 0.8
 
 
 def test_neighbouring_quarters_share_no_object() -> None:
     generator = torch.Generator().manual_seed(3)
     boxes = torch.cat([random_boxes(40, generator=generator), torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.5, 0.1, 1, 0.1]])])
-    images = pad_targets([{"boxes": boxes, "labels": torch.zeros(42, dtype=torch.int64)}], boxes.device)
+    images = images_of([{"boxes": boxes, "labels": torch.zeros(42, dtype=torch.int64)}])
     quarters = quarter_groups(images)
     assert quarters.valid.sum(0).tolist() == [1] * 42
     assert quarters.valid[3, 40]
@@ -224,9 +273,8 @@ def test_neighbouring_quarters_share_no_object() -> None:
 def test_a_patch_owns_the_small_objects_centred_in_it_in_its_own_coordinates() -> None:
     pixels = torch.tensor([[100.0, 90.0, 24.0, 48.0], [100.0, 90.0, 241.0, 20.0], [290.0, 90.0, 30.0, 30.0]])
     sizes = torch.tensor([[200, 400]])
-    images = pad_targets(
-        [{"boxes": pixels / torch.tensor([400, 200, 400, 200]), "labels": torch.zeros(3, dtype=torch.int64)}],
-        pixels.device,
+    images = images_of(
+        [{"boxes": pixels / torch.tensor([400, 200, 400, 200]), "labels": torch.zeros(3, dtype=torch.int64)}]
     )
     corners, index = torch.tensor([[2, 1], [2, 1]]), torch.tensor([0, 0])
     groups = patch_groups(images, sizes, corners, index, strides=torch.tensor([16, 8]))
@@ -254,20 +302,19 @@ def test_query_weights_meet_the_formula() -> None:
     assert negative.item() == pytest.approx(curve(doubt) - curve(0), rel=1e-5)
 
 
-@pytest.mark.parametrize("broken", ["classes", "images", "queries"])
+@pytest.mark.parametrize("broken", ["images", "queries"])
 def test_shapes_that_disagree_are_refused(broken: str) -> None:
     outputs, targets = random_case((2, 1))
-    criterion = DetectionCriterion(CLASSES + (broken == "classes"))
     if broken == "images":
         targets = targets[:1]
     if broken == "queries":
         outputs["denoising_queries"] = 3
-    with pytest.raises(ValueError, match="proposal_logits"):
-        criterion(outputs, targets)
+    with pytest.raises(ValueError, match="stages, images and queries ask for"):
+        losses_of(outputs, targets)
 
 
 def test_predictions_that_are_not_numbers_are_named() -> None:
     outputs, targets = random_case((2, 1))
     outputs["main_logits"] = outputs["main_logits"] * torch.nan
     with pytest.raises(ValueError, match="not numbers"):
-        DetectionCriterion(CLASSES)(outputs, targets)
+        losses_of(outputs, targets)

@@ -6,8 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from asag.config import PATCH_SIDE
-from train.probing import (
+from asag.families.asag.training.probing import (
     four_flips,
     ground_truth_corners,
     last_corner,
@@ -15,6 +14,7 @@ from train.probing import (
     top_up_corners,
     training_patches,
 )
+from asag.ops.adaptive_probing import PATCH_SIDE
 
 
 def scattered_boxes(count: int, content: tuple[int, int], generator: torch.Generator) -> Tensor:

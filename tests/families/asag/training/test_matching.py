@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torchvision.ops import box_convert, generalized_box_iou
 
-from train.matching import TargetGroups, assign, iou_and_giou, matching_costs, object_area_factor, pad_targets
+from asag.families.asag.training.matching import TargetGroups, matching_costs, object_area_factor
+from asag.training.assignment import assign, pad_targets
 
 
 def boxes_of(count: int, generator: torch.Generator) -> Tensor:
@@ -20,25 +20,7 @@ def groups_of(counts: list[int], classes: int, generator: torch.Generator) -> Ta
         {"boxes": boxes_of(n, generator), "labels": torch.randint(0, classes, (n,), generator=generator)}
         for n in counts
     ]
-    return pad_targets(targets, torch.device("cpu"))
-
-
-def test_pairwise_giou_agrees_with_torchvision() -> None:
-    generator = torch.Generator().manual_seed(0)
-    first, second = boxes_of(30, generator), boxes_of(20, generator)
-    expected = generalized_box_iou(box_convert(first, "cxcywh", "xyxy"), box_convert(second, "cxcywh", "xyxy"))
-    torch.testing.assert_close(iou_and_giou(first[:, None], second)[1], expected)
-    torch.testing.assert_close(iou_and_giou(first[:20], second)[1], expected[:20].diagonal())
-
-
-def test_boxes_without_area_give_finite_overlap_and_gradient() -> None:
-    point = torch.tensor([[0.5, 0.5, 0.0, 0.0]], requires_grad=True)
-    iou, giou = iou_and_giou(point, point.detach().clone())
-    (iou + giou).sum().backward()
-    assert iou.isfinite().all()
-    assert giou.isfinite().all()
-    assert point.grad is not None
-    assert point.grad.isfinite().all()
+    return TargetGroups.of_images(pad_targets(targets, torch.device("cpu")))
 
 
 def test_cost_of_a_pair_by_hand() -> None:
@@ -82,8 +64,3 @@ def cheapest(cost: Tensor, rows: list[int], columns: list[int]) -> float:
         cost, rows, columns = cost.T, columns, rows
     options = permutations(rows, len(columns))
     return min(sum(cost[row, column].item() for row, column in zip(option, columns, strict=True)) for option in options)
-
-
-def test_targets_of_disagreeing_shapes_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"target 0: boxes must be \[n, 4\]"):
-        pad_targets([{"boxes": torch.zeros(2, 4), "labels": torch.zeros(3)}], torch.device("cpu"))
