@@ -192,7 +192,7 @@ class TrainConfig:
         """
         family = find_preset(values["preset"]).family
         loop, own = _loop_fields(), _names(family.settings)
-        unknown = sorted(set(values) - loop - own)
+        unknown = sorted(set(values).difference(loop, own))
         if unknown:
             raise ValueError(f"unknown training options: {', '.join(unknown)}")
         settings = convert({name: value for name, value in values.items() if name in own}, family.settings)
@@ -200,16 +200,16 @@ class TrainConfig:
 
     def replaced(self, **changes: Any) -> TrainConfig:
         """A copy with other values of some fields, the family's among the others."""
-        return self.of({**self._flat(), **changes})
+        return self.of({**self.fields(), **changes})
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values, the family's among the others."""
-        return to_json(self._flat())
+        return to_json(self.fields())
 
-    def _flat(self) -> dict[str, Any]:
-        values = {**vars(self), **vars(self.settings)}
-        del values["settings"]
-        return values
+    def fields(self) -> dict[str, Any]:
+        """The values of all fields by name, the family's among the others."""
+        loop = {name: getattr(self, name) for name in _loop_fields()}
+        return loop | {name: getattr(self.settings, name) for name in _names(type(self.settings))}
 
     def computation(self) -> dict[str, Any]:
         """The fields that decide the sequence of weights, for JSON; a resumed run must agree on them."""
@@ -218,20 +218,20 @@ class TrainConfig:
 
 def option_names() -> set[str]:
     """Every field that a file or the command line may name: those of all runs, and of every family's settings."""
-    return _loop_fields().union(*(_names(family.settings) for family in families.FAMILIES))
+    return set(_loop_fields()).union(*(_names(family.settings) for family in families.FAMILIES))
 
 
-def _loop_fields() -> set[str]:
-    return _names(TrainConfig) - {"settings"}
+def _loop_fields() -> list[str]:
+    return [name for name in _names(TrainConfig) if name != "settings"]
 
 
-def _names(kind: type[Any]) -> set[str]:
-    return {field.name for field in dataclasses.fields(kind)}
+def _names(kind: type[Any]) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]
 
 
 def _check(config: TrainConfig) -> None:
     """Refuse values that no run can have."""
-    for name, value in {**vars(config), **vars(config.settings)}.items():
+    for name, value in config.fields().items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} is {value}; it must be finite")
     for name, choices in (("schedule", SCHEDULES), ("precision", PRECISIONS)):

@@ -41,6 +41,31 @@ def test_the_record_of_a_run_gives_the_same_configuration(tmp_path):
     assert resolve_config(file, {"epochs": 2.0}).steps is None
 
 
+def test_the_record_of_an_earlier_version_is_read_and_written_alike():
+    # As it was written when recipes went by a preset's name and one class held the fields of loop and method.
+    record = {
+        **{"preset": "asag-a-tiny", "data": "shapes", "output": "run", "train_split": "train2017"},
+        **{"val_split": "val2017", "train_annotations": None, "train_images": None, "val_annotations": None},
+        **{"val_images": None, "skip_missing_images": False, "epochs": 24.0, "steps": 9, "first_epoch": 0},
+        **{"batch_size": 8, "accumulate": 1, "learning_rate": 0.0006, "backbone_learning_rate": 0.0006},
+        **{"weight_decay": 0.05, "gradient_clip": 5.0, "warmup_steps": 200, "warmup_start": 1 / 3},
+        **{"schedule": "cosine", "milestones": [], "decay_factor": 0.1, "final_rate": 0.01, "ema_decay": 0.998},
+        **{"denoising_scale": 0.4, "denoising_fall": 0.0, "precision": "auto", "compile": False},
+        **{"channels_last": None, "training_shorter_sides": [], "crop_probability": 0.0},
+        **{"crop_shorter_sides": [400, 500, 600], "crop_sides": [384, 600], "flip_probability": 0.5, "seed": 0},
+        **{"initial_weights": None, "backbone_weights": None, "learn_norms": None, "resume": False, "workers": 0},
+        **{"device": "auto", "log_interval": 50, "checkpoint_interval": 500, "evaluation_interval": None},
+        **{"evaluation_images": None, "keep_checkpoints": 2, "picture_interval": 1000, "tensorboard": True},
+        **{"stop_after": None, "time_limit": None},
+    }
+    config = TrainConfig.of(record)
+    assert config.to_dict() == record
+    assert config == TrainConfig.for_preset("asag-a-tiny", "shapes", "run", steps=9, denoising_scale=0.4)
+    # What a state of that version says of its run must be what a resumed one says.
+    assert config.computation().items() <= record.items()
+    assert {"first_epoch", "denoising_scale", "denoising_fall"} < set(config.computation())
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [

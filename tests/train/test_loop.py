@@ -350,9 +350,12 @@ def test_own_files_without_a_folder_layout(config, shapes):
 
 
 def test_crowdhuman_detectors_are_measured_as_such(config, shapes, monkeypatch):
-    micro = presets.PRESETS[config.preset]
+    family, *others = families.FAMILIES
+    micro = family.presets[config.preset]
     crowd = dataclasses.replace(micro.config, dataset="crowdhuman", queries=300, decoder="sparse_rcnn")
-    monkeypatch.setitem(presets.PRESETS, "crowd", dataclasses.replace(micro, config=crowd))
+    crowd_preset = dataclasses.replace(micro, config=crowd, dataset="crowdhuman")
+    family = dataclasses.replace(family, presets={**family.presets, "crowd": crowd_preset})
+    monkeypatch.setattr(families, "FAMILIES", (family, *others))
     result = train(dataclasses.replace(config, preset="crowd", evaluation_interval=None, steps=1), progress=False)
     assert result.crowdhuman.images == 3
     assert 0 <= result.crowdhuman.recall <= 1

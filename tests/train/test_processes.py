@@ -107,6 +107,7 @@ def assert_gradients_close(found, expected):
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4 * scale + 1e-7, msg=name)
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_step_of_one(config, gradients, tmp_path):
     whole = train(config, progress=False)
     folder = tmp_path / "gradients"
@@ -125,6 +126,7 @@ def test_two_processes_make_the_step_of_one(config, gradients, tmp_path):
     assert json.loads((output / CONFIG_FILE).read_text())["processes"] == 2
 
 
+@pytest.mark.slow
 def test_two_processes_end_with_the_same_statistics_of_norms_that_learn(config, micro_preset, tmp_path):
     learning = dataclasses.replace(config, preset=micro_preset, output=tmp_path / "two", ema_decay=0.5)
     printed = run_two(learning, tmp_path, ASAG_TEST_BUFFERS=str(tmp_path))
@@ -232,6 +234,7 @@ def test_reduced_precision_trains(config, precision):
     assert ("scale" in state["scaler"]) == (precision == "float16")
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_with_the_same_bits(config, tmp_path):
     config = dataclasses.replace(config, steps=8, batch_size=2, checkpoint_interval=1, learning_rate=1e-3)
     train(config, progress=False)
