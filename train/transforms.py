@@ -45,7 +45,7 @@ class Batch(NamedTuple):
 @dataclass(frozen=True)
 class RandomCrop:
     """With chance `probability`: a resize of the shorter side to one of `shorter_sides`, then a crop with sides drawn
-    from `sides` (shortest, longest), both in pixels (specification section 7, Schedule).
+    from `sides` (shortest, longest), both in pixels.
 
     Objects outside the crop are left out, the others clipped to it.
     """
@@ -79,7 +79,7 @@ class RandomCrop:
 
 @dataclass(frozen=True)
 class TrainingTransform:
-    """Random crop where there is one, random horizontal flip, then the resize of specification section 1 to one of
+    """Random crop where there is one, random horizontal flip, then the resize of all images to one of
     `shorter_sides`, drawn at random.
 
     Pixels are resized by the same function as for inference. Only the passed generator decides: a generator in the
