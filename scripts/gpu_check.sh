@@ -143,7 +143,7 @@ gpu=$(nvidia-smi -L 2>/dev/null | grep -m 1 '^GPU')
 echo "GPU: ${gpu:-none}"
 summarize
 
-runs="click rich numpy PIL torch torchvision safetensors"
+runs="click rich msgspec numpy PIL torch torchvision safetensors"
 writes="$runs onnx onnxscript ml_dtypes"
 kernels="numpy torch torchvision cuda.bindings"
 tests="gpu pytest hypothesis $writes $kernels onnxruntime"
