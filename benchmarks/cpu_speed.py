@@ -1,4 +1,4 @@
-"""What deployment gains on this CPU: `python -m export.cpu_speed`.
+"""What deployment gains on this CPU: `python -m benchmarks.cpu_speed`.
 
 Ratios come from one run in which the variants take turns; memory and start-up are those of the command `asag detect` in
 a process of its own.
@@ -68,7 +68,6 @@ def compare_variants(
     folder: Path,
     images: list[ImageLike],
     *,
-    input_size: tuple[int, int] = INPUT_SIZE,
     rounds: int,
     warmup: int,
     threads: int | None,
@@ -76,7 +75,7 @@ def compare_variants(
     """Export `checkpoint` into `folder` and time it against PyTorch with and without folded norms, in that order:
     unfolded, folded, ONNX Runtime. Returns the exported file and the report.
     """
-    model, sessions = open_variants(checkpoint, folder, input_size=input_size, threads=threads)
+    model, sessions = open_variants(checkpoint, folder, threads=threads)
     return model, measure(sessions, images, rounds=rounds, warmup=warmup)
 
 
@@ -84,7 +83,6 @@ def open_variants(
     checkpoint: Path,
     folder: Path,
     *,
-    input_size: tuple[int, int] = INPUT_SIZE,
     threads: int | None,
     contexts: int | None = None,
 ) -> tuple[Path, list[Session]]:
@@ -100,8 +98,8 @@ def open_variants(
     if threads is not None:
         torch.set_num_threads(threads)
     detector, info = load_detector(checkpoint)
-    folded = DeployedDetector(detector, info, input_size)
-    unfolded = DeployedDetector(detector, info, input_size, fold_norms=False)
+    folded = DeployedDetector(detector, info, INPUT_SIZE)
+    unfolded = DeployedDetector(detector, info, INPUT_SIZE, fold_norms=False)
     model = folder / "model.onnx"
     export_onnx(folded, model)
     return model, [
@@ -125,7 +123,7 @@ def ratio_lines(report: BenchmarkReport) -> list[str]:
     return lines
 
 
-def random_checkpoint(path: Path, preset: str = PRESET, seed: int = 0) -> Path:
+def random_checkpoint(path: Path) -> Path:
     """A checkpoint of random weights for :data:`INPUT_SIZE`, whose anchors ask for a closer look here and there.
 
     Timing does not depend on what weights have learned: shapes are static, all query places are computed.
@@ -137,8 +135,8 @@ def random_checkpoint(path: Path, preset: str = PRESET, seed: int = 0) -> Path:
     from asag.detector import build_detector
     from asag.presets import find_preset
 
-    known = find_preset(preset)
-    torch.manual_seed(seed)
+    known = find_preset(PRESET)
+    torch.manual_seed(0)
     detector = build_detector(known.config)
     with torch.no_grad():
         for mlp in (detector.anchor_generator.fixed_mlp, detector.anchor_generator.probed_mlp):
@@ -148,7 +146,7 @@ def random_checkpoint(path: Path, preset: str = PRESET, seed: int = 0) -> Path:
             last.bias.view(-1, 5)[:, 2:] = torch.tensor((-1.5, -1.5, -0.5))
     categories = DATASET_CATEGORIES[known.config.dataset]
     info = CheckpointInfo(
-        preset,
+        PRESET,
         tuple(categories),
         tuple(categories.values()),
         known.shorter_side,
