@@ -10,6 +10,7 @@ import torch
 from torch.amp import GradScaler
 
 from asag.deploy import DeployedDetector
+from benchmarks.training import random_pieces
 from runtime.backends.pytorch_session import PyTorchSession
 from runtime.preprocessing import as_image, prepare
 from tests.builders import random_detector, random_picture, small_config, small_info
@@ -18,7 +19,6 @@ from train.checkpointing import TrainingState
 from train.config import TrainConfig
 from train.criterion import DetectionCriterion
 from train.processes import Processes
-from train.profile import random_pieces
 from train.schedule import build_optimizer, build_schedule
 from train.step import StepMaker, prepare_detector
 

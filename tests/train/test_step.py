@@ -17,6 +17,7 @@ from torch.amp import GradScaler
 
 from asag.backbone import fold_batch_norm
 from asag.detector import Detector
+from benchmarks.training import random_pieces
 from tests.builders import random_detector, small_config
 from train.averaging import average_of
 from train.checkpointing import TrainingState
@@ -24,7 +25,6 @@ from train.config import TrainConfig
 from train.criterion import DetectionCriterion
 from train.forward import training_outputs
 from train.processes import ALONE, Processes
-from train.profile import random_pieces
 from train.schedule import build_optimizer, build_schedule
 from train.step import StepMaker, feature_precision, prepare_detector, synchronize_norms
 
