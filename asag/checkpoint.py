@@ -15,8 +15,9 @@ import msgspec
 import safetensors
 import safetensors.torch
 
+from asag import families
 from asag.detector import Detector, build_detector
-from asag.families import FAMILIES, NamedPreset, family_of, find_family
+from asag.families import NamedPreset, family_of, find_family
 from asag.family import Family, InputSpec
 
 SCHEMA = 2
@@ -102,7 +103,7 @@ def read_description(path: Path, metadata: Mapping[str, str]) -> tuple[Family, A
         schema = content.get("schema", 1)
         if not isinstance(schema, int) or schema > SCHEMA:
             raise ValueError(f"it was written by a newer version (schema {schema}, this one reads {SCHEMA})")
-        family = FAMILIES[0] if schema == 1 else find_family(content["family"])
+        family = families.FAMILIES[0] if schema == 1 else find_family(content["family"])
         values, info = (content["config"], content["info"])
         if schema == 1:
             values, info = _from_schema_1(family, values, info)

@@ -59,6 +59,10 @@ class Detector(nn.Module, ABC):
     """The convolutions after it; `nn.Identity` where there are none."""
 
     @abstractmethod
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Images -> the maps that backbone and neck make of them; in float32 where autocast made them less."""
+
+    @abstractmethod
     def forward(self, images: Tensor, sizes: Tensor) -> Predictions:
         """Names the stages that its family declares for its configuration."""
 

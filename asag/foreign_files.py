@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import collections
 import json
-import pathlib
 import pickle
+import types
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +19,6 @@ from torch import Tensor
 
 TENSORS_UNDER = ("model", "state_dict", "ema_state_dict")
 """Where training programs put the tensors of a checkpoint, in the order of preference."""
-
-_LEGACY_GLOBALS: list[Any] = [argparse.Namespace, collections.Counter, collections.defaultdict, pathlib.PosixPath]
-"""What files of the format before PyTorch 1.6 hold besides tensors; nothing tells beforehand what is in them."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +77,16 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 class _StandIn(dict[Any, Any]):
-    """An object of a class that is not known here: takes any arguments and state, and keeps nothing that can run."""
+    """An object of a class that is not known here: takes any arguments, items and state, and does nothing with them."""
+
+    __hash__ = object.__hash__  # such objects may be keys
 
     def __init__(self, *_: object, **__: object) -> None:
         super().__init__()
+
+    def __call__(self, *_: object, **__: object) -> _StandIn:
+        """What a function would give."""
+        return _StandIn()
 
     def __setstate__(self, state: object) -> None:
         """Forget it."""
@@ -94,22 +97,34 @@ class _StandIn(dict[Any, Any]):
     add = extend = append
 
 
+_KNOWN = {
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("torch", "Size"): torch.Size,
+    **{("torch._utils", name): getattr(torch._utils, name) for name in ("_rebuild_tensor", "_rebuild_tensor_v2")},
+    ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
+    **{("torch", str(kind).removeprefix("torch.")): kind for kind in (torch.float32, torch.float16, torch.bfloat16)},
+}
+"""What tensors are rebuilt by; PyTorch itself adds the classes of storages. Nothing else in a file is looked up."""
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        """What a file may name: see :data:`_KNOWN`; anything else is a stand-in."""
+        return _KNOWN.get((module_name, global_name), _StandIn)
+
+
+def _load_plain(file: Any, **options: Any) -> Any:
+    return _Unpickler(file, **options).load()
+
+
+_PICKLE: Any = types.SimpleNamespace(__name__="pickle of tensors", Unpickler=_Unpickler, load=_load_plain)
+
+
 def _read_torch(path: Path) -> Any:
     """What a file of `torch.save` holds, with stand-ins for objects of unknown classes."""
     try:
-        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except (ValueError, RuntimeError, OSError, pickle.UnpicklingError, EOFError, KeyError):
-        unknown = []  # the format before PyTorch 1.6, or no such file, which is found out below
-    # A class of its own for each name: the reader tells them apart by it.
-    stand_ins: list[Any] = [(type("StandIn", (_StandIn,), {}), name) for name in unknown]
-    try:
-        with torch.serialization.safe_globals(stand_ins or _LEGACY_GLOBALS):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise ValueError(
-            f"{path}: no PyTorch file, or one that cannot be read without running code in it; download it again, or"
-            " save only its dictionary of tensors"
-        ) from None
+        with warnings.catch_warnings(action="ignore"):  # of the old format's storages
+            return torch.load(path, map_location="cpu", pickle_module=_PICKLE, weights_only=False)
     except Exception as error:  # a damaged file raises anything from within the reader
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise ValueError(f"{path}: damaged or no PyTorch file ({reason}); download it again") from None

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from asag import families
 from asag.checkpoint import CheckpointInfo, save_detector
 from asag.datasets import categories_of
 from asag.detector import Detector, build_detector
-from asag.families import FAMILIES, NamedPreset, all_presets, family_of, find_preset
+from asag.families import NamedPreset, all_presets, family_of, find_preset
 from asag.family import Family
 from asag.foreign_files import read_foreign
 
@@ -56,7 +57,7 @@ def identify(state: Mapping[str, Tensor], description: Mapping[str, Any] | None 
 
     Raises ValueError naming what was looked for where none does, or what is odd about the tensors.
     """
-    formats = [(family, family.published()) for family in FAMILIES]
+    formats = [(family, family.published()) for family in families.FAMILIES]
     found = [
         (family, config)
         for family, published in formats

@@ -12,7 +12,18 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("asag", "numpy", "pillow", "torch", "onnxruntime", "onnxruntime-gpu", "tensorrt-rtx-cu13-bindings")
+_PACKAGES = (
+    "asag",
+    "numpy",
+    "pillow",
+    "torch",
+    "torchvision",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt",
+    "tensorrt-rtx-cu13-bindings",
+    "nvidia-cuda-nvrtc",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +104,8 @@ def _gpus() -> tuple[str, ...]:
         listing = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return ()
-    return tuple(map(_gpu_text, listing.splitlines()))
+    # Where there is no GPU, some versions say so in words and call it a success.
+    return tuple(_gpu_text(line) for line in listing.splitlines() if line.count(", ") == fields.count(","))
 
 
 def _gpu_text(line: str) -> str:

@@ -131,32 +131,34 @@ compare() { # NAME FILE...: the checkpoint against those of the files in work/ t
         --json "$output/$name.json" --report "$output/$name.html"
 }
 
-describe='import json, torch
-from trt_plugins.benchmark.report import describe_machine
-print(json.dumps(describe_machine("cuda" if torch.cuda.is_available() else "cpu"), indent=1))'
+describe='import json
+from runtime.machine import describe_machine
+print(json.dumps(describe_machine().to_json(), indent=1))'
 if ! timeout 120 "$python" -c "$describe" >"$work/machine.json" 2>"$output/logs/machine.log"; then
     rm "$work/machine.json"
     tail -n 1 "$output/logs/machine.log"
 fi
 gpu=$(nvidia-smi -L 2>/dev/null | grep -m 1 '^GPU')
-[ -n "$gpu" ] || gpu=$(sed -n 's/.*"gpu": "\(.*\)".*/\1/p' "$work/machine.json" 2>/dev/null)
+ask='import torch
+print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")'
+[ -n "$gpu" ] || gpu=$(timeout 120 "$python" -c "$ask" 2>/dev/null)
 echo "GPU: ${gpu:-none}"
 summarize
 
-runs="click rich numpy PIL torch torchvision safetensors"
+runs="click rich msgspec numpy PIL torch torchvision safetensors"
 writes="$runs onnx onnxscript ml_dtypes"
 kernels="numpy torch torchvision cuda.bindings"
 tests="gpu pytest hypothesis $writes $kernels onnxruntime"
 
 step tests-kernels 400 "$tests" "$python" -m pytest -m gpu -q -k "not sanitizer" \
-    --junitxml "$output/tests-kernels.xml" tests/trt_plugins/test_gpu.py tests/trt_plugins/test_bench.py \
+    --junitxml "$output/tests-kernels.xml" tests/trt_plugins/test_gpu.py tests/benchmarks \
     tests/asag/test_ops_cuda.py
 for op in AdaptiveProbing PyramidRoIAlign SamplingMixing GatherAnchors; do
-    step "kernels-$op" 300 "gpu $kernels" "$python" -m trt_plugins.bench --op "$op" \
+    step "kernels-$op" 300 "gpu $kernels" "$python" -m benchmarks.kernels --op "$op" \
         --output "$output/kernels-$op.md" --json "$output/kernels-$op.json"
 done
-step pytorch 300 "gpu $runs cuda.bindings" "$python" scripts/gpu_latency.py "$checkpoint" --json "$output/pytorch.json"
-step pytorch-half 300 "gpu $runs cuda.bindings" "$python" scripts/gpu_latency.py "$checkpoint" --half \
+step pytorch 300 "gpu $runs cuda.bindings" "$python" -m benchmarks.latency "$checkpoint" --json "$output/pytorch.json"
+step pytorch-half 300 "gpu $runs cuda.bindings" "$python" -m benchmarks.latency "$checkpoint" --half \
     --json "$output/pytorch-half.json"
 step tests-runtime 300 "$tests" "$python" -m pytest -m gpu -q --junitxml "$output/tests-runtime.xml" tests/runtime
 step sanitizer 500 "$tests command:compute-sanitizer" "$python" -m pytest -m gpu -q -k sanitizer \
@@ -178,7 +180,7 @@ step trt-build-int8 500 "gpu $writes $kernels tensorrt onnxruntime work/model.on
     "$python" -m asag_cli.main build "$work/model.onnx" -o "$work/tensorrt-int8.engine" --backend tensorrt --batch 1 \
     --precision int8 --calibration "$work/data/val2017" --timing-cache "$work/timings"
 compare trt-parity tensorrt.engine tensorrt-int8.engine
-step profile 300 "gpu $runs scipy yaml" "$python" -m train.profile --batch-size 16 --steps 10 \
+step profile 300 "gpu $runs scipy yaml" "$python" -m benchmarks.training --batch-size 16 --steps 10 \
     --json "$output/profile.json"
 
 if [ -n "$coco" ]; then

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +22,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from asag.deploy import DeployedDetector
-
-_RATE_SIDE = 8192
-_RATE_COPY_ELEMENTS = 1 << 28
-"""Sizes that a GPU's rates are measured with: far larger than its caches."""
 
 
 class PyTorchSession(Session):
@@ -193,46 +188,3 @@ def open_pytorch(
         torch.set_num_threads(threads)
     deployed = DeployedDetector(*load_detector(path, choices), input_size)
     return PyTorchSession(deployed, path.name, "cpu" if kind == "cpu" else f"cuda:{device_index}", compiled)
-
-
-def measure_cuda_rates(device: str) -> tuple[str, float, float, float]:
-    """A GPU's name, operations per second of a large matrix product in float32 (without TF32) and in float16, and
-    bytes per second, read and written, of a large copy.
-
-    Raises BackendUnavailableError where PyTorch or the GPU is missing.
-    """
-    try:
-        import torch
-    except ModuleNotFoundError:
-        raise BackendUnavailableError("a GPU's limits are measured with PyTorch: pip install torch") from None
-    if not torch.cuda.is_available():
-        raise BackendUnavailableError("PyTorch sees no CUDA GPU on this machine")
-    rates = []
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        for kind in (torch.float32, torch.float16):
-            matrix = torch.randn((_RATE_SIDE, _RATE_SIDE), device=device, dtype=kind)
-            rates.append(2.0 * _RATE_SIDE**3 / _best_cuda_seconds(partial(torch.mm, matrix, matrix)))
-        source = torch.ones(_RATE_COPY_ELEMENTS, device=device)
-        target = torch.empty_like(source)
-        rates.append(2.0 * 4 * _RATE_COPY_ELEMENTS / _best_cuda_seconds(partial(target.copy_, source)))
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = allowed
-    return torch.cuda.get_device_name(device), rates[0], rates[1], rates[2]
-
-
-def _best_cuda_seconds(run: Callable[[], object]) -> float:
-    """The fastest of twenty calls, between CUDA events."""
-    import torch
-
-    best = float("inf")
-    for number in range(23):
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        began.record()
-        run()
-        ended.record()
-        ended.synchronize()
-        if number > 2:
-            best = min(best, began.elapsed_time(ended) / 1e3)
-    return best

@@ -113,7 +113,7 @@ def read_manifest(engine_path: str | os.PathLike[str]) -> EngineManifest:
     except FileNotFoundError:
         raise ValueError(f"{engine_path} has no manifest {path.name} beside it; {REBUILD}") from None
     except ValueError as error:
-        raise ValueError(f"the manifest is damaged: {error}; {REBUILD}") from None
+        raise ValueError(f"{error}; {REBUILD}") from None
     if not isinstance(values, dict) or "format" not in values:
         raise ValueError(f"{path} is no engine manifest; {REBUILD}")
     check_format(path, values["format"], MANIFEST_FORMAT, REBUILD)

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ PRECISIONS = ("fp32", "fp16", "bf16")
 
 _MATRIX_SIDE = 2048
 _COPY_BYTES = 1 << 28
+_CUDA_MATRIX_SIDE = 8192
+_CUDA_COPY_BYTES = 1 << 30
+"""Far larger than a GPU's caches."""
 _SECONDS = 1.5
 """How long a rate is measured; the best run counts."""
 
@@ -120,12 +124,50 @@ def measure_rates(device: str, threads: int | None = None) -> Rates:
     and onnx, or PyTorch on a GPU.
     """
     if device != "cpu":
-        from runtime.backends.pytorch_session import measure_cuda_rates
-
-        return Rates(*measure_cuda_rates(device))
+        return _cuda_rates(device)
     count = threads or _cores()
     operations = _cpu_matrix_rate(count)
     return Rates(f"CPU, {count} thread{'s' if count > 1 else ''}", operations, operations, _cpu_copy_rate(count))
+
+
+def _cuda_rates(device: str) -> Rates:
+    """Float32 products are those without TF32, 16-bit ones those of float16."""
+    try:
+        import torch
+    except ModuleNotFoundError:
+        raise BackendUnavailableError("a GPU's limits are measured with PyTorch: pip install torch") from None
+    if not torch.cuda.is_available():
+        raise BackendUnavailableError("PyTorch sees no CUDA GPU on this machine")
+    side, rates = _CUDA_MATRIX_SIDE, []
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        for kind in (torch.float32, torch.float16):
+            # Not zeros: on those a GPU draws less power and clocks higher.
+            matrix = torch.randn((side, side), device=device, dtype=kind)
+            rates.append(2.0 * side**3 / _best_cuda_seconds(partial(torch.mm, matrix, matrix)))
+        source = torch.ones(_CUDA_COPY_BYTES, dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        rates.append(2.0 * _CUDA_COPY_BYTES / _best_cuda_seconds(partial(target.copy_, source)))
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+    return Rates(torch.cuda.get_device_name(device), *rates)
+
+
+def _best_cuda_seconds(run: Callable[[], object]) -> float:
+    """The fastest of twenty calls, between CUDA events."""
+    import torch
+
+    best = float("inf")
+    for number in range(23):
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began.record()
+        run()
+        ended.record()
+        ended.synchronize()
+        if number > 2:
+            best = min(best, began.elapsed_time(ended) / 1e3)
+    return best
 
 
 def _cpu_matrix_rate(threads: int) -> float:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
 import pytest
 import torch
 from torch import nn
 
-from asag.config import HEADS
 from asag.deploy import DeployedDetector, weights_digest
-from asag.detector import Detector
-from asag.geometry import cxcywh_to_xyxy
+from asag.families.asag.config import HEADS
+from asag.families.asag.detector import ASAGDetector
+from asag.parts.boxes import cxcywh_to_xyxy
 from runtime.metadata import ModelMetadata
 from tests.builders import (
     CATEGORY_IDS,
@@ -23,20 +22,21 @@ from tests.builders import (
     small_info,
     uint8_batch,
 )
+from tests.families.asag.everything import all_stages
 
 
 @pytest.fixture(scope="module")
-def detector() -> Detector:
+def detector() -> ASAGDetector:
     return random_detector(small_config(head="aux_1"))
 
 
 @pytest.fixture(scope="module")
-def deployed(detector: Detector) -> DeployedDetector:
+def deployed(detector: ASAGDetector) -> DeployedDetector:
     return DeployedDetector(detector, small_info(), input_type="float32")
 
 
 @torch.no_grad()
-def test_detections_are_the_best_pairs_of_the_full_detector(detector: Detector, deployed: DeployedDetector) -> None:
+def test_detections_are_the_best_pairs_of_the_full_detector(detector: ASAGDetector, deployed: DeployedDetector) -> None:
     """Every pair of a valid query and a class, by score, from the detector with all heads and unfolded norms."""
     images, sizes = normalized_batch([random_picture(1, 160, 192), random_picture(2, 70, 120)], 160, 192)
     boxes, scores, labels, overflow = deployed(images, sizes)
@@ -44,7 +44,7 @@ def test_detections_are_the_best_pairs_of_the_full_detector(detector: Detector, 
     assert (scores.shape, labels.shape, overflow.shape) == ((2, 100), (2, 100), (2,))
     assert (labels.dtype, overflow.dtype) == (torch.int64, torch.int32)
     assert not overflow.any()
-    stages = detector.stages(images, sizes)
+    stages = all_stages(detector, images, sizes)
     for image in range(2):
         valid = stages["valid"][image]
         expected = stages["aux_1_logits"][image, valid].sigmoid()
@@ -60,8 +60,7 @@ def test_detections_are_the_best_pairs_of_the_full_detector(detector: Detector, 
         assert len(place[:count].unique()) == count
 
 
-def test_the_other_heads_are_left_out(detector: Detector, deployed: DeployedDetector) -> None:
-    assert deployed.left_out == ["aux_0", "aux_2", "main"]
+def test_the_other_heads_are_left_out(detector: ASAGDetector, deployed: DeployedDetector) -> None:
     assert list(deployed.detector.heads) == ["aux_1"]
     assert not [module for module in deployed.modules() if isinstance(module, nn.BatchNorm2d)]
     assert not any(parameter.requires_grad for parameter in deployed.parameters())
@@ -83,29 +82,17 @@ def test_the_original_stays_as_it_is() -> None:
     assert all(torch.equal(value, before[name]) for name, value in detector.state_dict().items())
 
 
-def test_a_failed_copy_leaves_the_heads(monkeypatch: pytest.MonkeyPatch) -> None:
-    detector = random_detector()
-
-    def out_of_memory(value: object) -> None:
-        raise MemoryError
-
-    monkeypatch.setattr("asag.deploy.copy.deepcopy", out_of_memory)
-    with pytest.raises(MemoryError):
-        DeployedDetector(detector, small_info())
-    assert tuple(detector.heads) == HEADS
-
-
-def test_description_is_the_runtimes_metadata(detector: Detector) -> None:
-    deployed = DeployedDetector(detector, small_info((96, 128)), patch_capacity=(2, 3))
+def test_description_is_the_runtimes_metadata() -> None:
+    detector = random_detector(small_config(head="aux_1", patch_capacity=(2, 3)))
+    deployed = DeployedDetector(detector, small_info((96, 128)))
     metadata = ModelMetadata(**deployed.describe())
     assert ModelMetadata.from_properties(metadata.to_properties()) == metadata
     assert metadata.input_size == (96, 128)
     assert metadata.input_type == "uint8"
-    assert metadata.head == "aux_1"
-    assert metadata.patch_capacity == (2, 3)
+    assert metadata.choices == {"head": "aux_1", "levels": "P3P6", "patch_capacity": [2, 3]}
+    assert metadata.stages == deployed.stages
     assert metadata.category_ids == CATEGORY_IDS
     assert metadata.weights_digest == weights_digest(detector)
-    json.dumps(deployed.describe())
 
 
 def test_digest_follows_the_weights() -> None:
@@ -124,7 +111,7 @@ def test_digest_follows_the_weights() -> None:
 
 
 @torch.no_grad()
-def test_what_lies_in_the_padding_does_not_matter(detector: Detector) -> None:
+def test_what_lies_in_the_padding_does_not_matter(detector: ASAGDetector) -> None:
     deployed = DeployedDetector(detector, small_info())
     images, sizes = uint8_batch([random_picture(3, 90, 100)], 160, 192)
     expected = deployed(images, sizes)
@@ -135,7 +122,7 @@ def test_what_lies_in_the_padding_does_not_matter(detector: Detector) -> None:
 
 
 @torch.no_grad()
-def test_input_size_may_differ_from_the_checkpoints(detector: Detector) -> None:
+def test_input_size_may_differ_from_the_checkpoints(detector: ASAGDetector) -> None:
     deployed = DeployedDetector(detector, small_info(), input_size=(128, 256))
     boxes, *_ = deployed(*uint8_batch([random_picture(4, 128, 250)], 128, 256))
     assert boxes.isfinite().all()
@@ -148,10 +135,9 @@ def test_input_size_may_differ_from_the_checkpoints(detector: Detector) -> None:
         ({"input_size": (100, 128)}, r"input size is \(100, 128\); height and width must be multiples of 32"),
         ({"input_size": (0, 32)}, "multiples of 32"),
         ({"input_type": "float16"}, "input type is 'float16'; choose one of uint8, float32"),
-        ({"patch_capacity": (0, 4)}, "at least one place"),
     ],
 )
-def test_impossible_options(detector: Detector, options: dict, message: str) -> None:
+def test_impossible_options(detector: ASAGDetector, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DeployedDetector(detector, small_info(), **options)
     assert tuple(detector.heads) == HEADS

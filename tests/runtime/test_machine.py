@@ -30,3 +30,11 @@ esac
     assert machine.clock_mhz is None or 100 < machine.clock_mhz < 10_000
     assert "at 2600 MHz, " in dataclasses.replace(machine, clock_mhz=2600.4).summary()
     assert "MHz, memory" not in dataclasses.replace(machine, clock_mhz=None, gpus=()).summary()
+
+
+def test_words_in_place_of_gpus_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'No devices were found'\n")
+    tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert describe_machine().gpus == ()

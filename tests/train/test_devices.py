@@ -11,6 +11,7 @@ from torch.amp import GradScaler
 
 from asag.deploy import DeployedDetector
 from asag.families import family_of
+from benchmarks.training import random_pieces
 from runtime.backends.pytorch_session import PyTorchSession
 from runtime.preprocessing import as_image, prepare
 from tests.builders import random_detector, random_picture, small_config, small_info
@@ -18,7 +19,6 @@ from tests.other_device import other_device
 from train.checkpointing import TrainingState
 from train.config import TrainConfig
 from train.processes import Processes
-from train.profile import random_pieces
 from train.schedule import build_optimizer, build_schedule
 from train.step import StepMaker, prepare_detector
 

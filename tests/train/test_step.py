@@ -17,12 +17,12 @@ from torch.amp import GradScaler
 
 from asag.detector import Detector
 from asag.families import family_of
+from benchmarks.training import random_pieces
 from tests.builders import random_detector, small_config
 from train.averaging import average_of
 from train.checkpointing import TrainingState
 from train.config import TrainConfig
 from train.processes import ALONE, Processes
-from train.profile import random_pieces
 from train.schedule import build_optimizer, build_schedule
 from train.step import StepMaker, feature_precision, prepare_detector, synchronize_norms
 

@@ -14,9 +14,8 @@ from kernel_cases import to_element
 from ptx_emulator import run_ptx
 from ptx_work import Work
 
-from trt_plugins.benchmark.contenders import random_inputs
+from benchmarks.kernel_cases import PUBLISHED, Case, cases
 from trt_plugins.operations import OPERATIONS
-from trt_plugins.resources import PUBLISHED, Case, cases
 
 QUERIES = 2
 
@@ -40,9 +39,10 @@ class Counted:
 
 def count(case: Case, capability: int = 90) -> Counted:
     """Run a case and count."""
+    arrays = OPERATIONS[case.name].sample(np.random.default_rng(0), case.shapes, case.attributes)
     inputs = [
         to_element(array, case.element) if tensor.type == "element" else array
-        for tensor, array in zip(OPERATIONS[case.name].inputs, random_inputs(case), strict=True)
+        for tensor, array in zip(OPERATIONS[case.name].inputs, arrays, strict=True)
     ]
     work, plan = Work(), case.plan()
     layout = case.element, case.channels_last, case.tensor_cores

@@ -33,12 +33,12 @@ from asag.ops import (
     pyramid_roi_align_definition,
     sampling_mixing_definition,
 )
+from benchmarks.kernel_cases import op_model
 from export.model import export_onnx
 from runtime import open_session
 from runtime.engines.backend import TENSORRT
 from runtime.engines.build import BuildOptions, build_engine
 from tests.builders import random_detector, small_info
-from trt_plugins.bench import op_model
 from trt_plugins.launch import DeviceArray, current_capability, launch
 from trt_plugins.operations import OPERATIONS
 from trt_plugins.plugins import register_plugins
@@ -218,8 +218,8 @@ def build_op(trt: ModuleType, model: bytes, just_in_time: bool) -> bytes:
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_an_engine_gives_what_the_definition_gives(name: str, just_in_time: bool) -> None:
     trt = tensorrt_with_builder()
-    from trt_plugins.resources import DEMO as DEMO_SIZES
-    from trt_plugins.resources import signature
+    from benchmarks.kernel_cases import DEMO as DEMO_SIZES
+    from benchmarks.kernel_cases import signature
 
     shapes, attributes = signature(name, DEMO_SIZES, batch=2)
     inputs = engine_inputs(name)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.kernel_cases import DEMO, PUBLISHED, Case, cases, signature
+from benchmarks.kernel_resources import resource_rows
 from trt_plugins.compile import (
     ARCHITECTURES,
     FIRST_WITH_TENSOR_CORES,
@@ -16,7 +18,6 @@ from trt_plugins.compile import (
 )
 from trt_plugins.operations import OPERATIONS, STATIC_SHARED_LIMIT
 from trt_plugins.plan import Plan, make_plan
-from trt_plugins.resources import DEMO, PUBLISHED, Case, cases, resource_rows, signature
 
 pytestmark = pytest.mark.usefixtures("kernel_cache")
 

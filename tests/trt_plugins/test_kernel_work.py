@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from kernel_work import count, counted_cases
 
-from trt_plugins.resources import Case
+from benchmarks.kernel_cases import Case
 
 # PTX instructions per warp, a tenth above what is counted; sectors and shared passes for each that must be.
 MOST = {

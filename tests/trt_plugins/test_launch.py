@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.kernel_cases import DEMO, signature
 from trt_plugins.compile import compile_plan
 from trt_plugins.launch import DeviceArray, launch, prepare_call
 from trt_plugins.operations import OPERATIONS
 from trt_plugins.plan import make_plan
-from trt_plugins.resources import DEMO, signature
 
 ADDRESS = 4096
 
@@ -170,7 +170,7 @@ def test_the_driver_gets_what_the_plan_says(tmp_path: Path, kernel_cache: Path) 
 
 def test_the_room_starts_without_pytorch_and_tensorrt() -> None:
     script = (
-        "import sys, trt_plugins.launch, trt_plugins.plugins, trt_plugins.bench\n"
+        "import sys, trt_plugins.launch, trt_plugins.plugins\n"
         "print([name for name in ('torch', 'tensorrt', 'onnx', 'onnxruntime') if name in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

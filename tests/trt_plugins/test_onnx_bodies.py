@@ -16,7 +16,7 @@ from asag.ops import (
     pyramid_roi_align_definition,
     sampling_mixing_definition,
 )
-from trt_plugins.bench import op_model
+from benchmarks.kernel_cases import op_model
 from trt_plugins.operations import OPERATIONS
 
 

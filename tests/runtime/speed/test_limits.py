@@ -12,7 +12,6 @@ from rich.console import Console
 
 from asag.deploy import DeployedDetector
 from export.model import export_onnx
-from runtime.backends.pytorch_session import measure_cuda_rates
 from runtime.speed import limits
 from runtime.speed.limits import ModelLimits, Rates, measure_rates, model_limits, stage_limit
 from runtime.speed.stage_times import StageTimes
@@ -87,7 +86,7 @@ def test_rates_of_this_processor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.gpu
 def test_rates_of_a_gpu() -> None:
-    name, operations, half_operations, copied = measure_cuda_rates("cuda")
-    assert name
-    assert 1e12 < operations < half_operations < 1e16
-    assert 5e10 < copied < 1e14
+    rates = measure_rates("cuda")
+    assert rates.device
+    assert 1e12 < rates.operations < rates.half_operations < 1e16
+    assert 5e10 < rates.bytes < 1e14

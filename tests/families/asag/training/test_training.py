@@ -13,9 +13,9 @@ from asag.families.asag.training.settings import ASAGSettings
 from asag.families.asag.training.training import ASAGTraining
 from asag.training.protocol import Batch, Step
 from asag.training.randomness import image_generators
+from benchmarks.training import random_pieces
 from tests.builders import random_detector, small_config
 from train.config import TrainConfig
-from train.profile import random_pieces
 
 FROZEN = {"train_batch_statistics": False}
 

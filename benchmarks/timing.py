@@ -1,7 +1,6 @@
 """How to time: contenders in turn, round after round, by a clock or on a GPU.
 
-A sampler measures once and gives microseconds per call. Who times what decides nothing about how: the benchmark takes a
-timer, and a test gives it one that needs no GPU.
+A sampler measures once and gives microseconds per call.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -29,22 +28,6 @@ Key = TypeVar("Key", bound=Hashable)
 
 class NotCapturableError(RuntimeError):
     """A CUDA graph cannot hold the work; the text says why."""
-
-
-class Timer(Protocol):
-    """Three ways to time work: each takes a function that starts it, calls it to warm up, and gives a sampler."""
-
-    def from_python(self, run: Callable[[], Any]) -> Sampler:
-        """Calls one after another, each started from Python."""
-        ...
-
-    def in_graph(self, run: Callable[[], Any]) -> Sampler:
-        """Calls one after another in a CUDA graph. Raises NotCapturableError where no graph can hold the work."""
-        ...
-
-    def cold(self, run: Callable[[], Any]) -> Sampler:
-        """Calls that find none of their inputs in the GPU's caches. Raises NotCapturableError as `in_graph` does."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -81,36 +64,34 @@ def ratio(times: Sequence[float], base: Sequence[float]) -> Spread:
 
 
 class ClockTimer:
-    """Times by this machine's clock; for work that has ended when its function returns."""
+    """Three ways to time work, here by this machine's clock, for work that has ended when its function returns.
+
+    Each takes a function that starts the work, calls it to warm up, and gives a sampler.
+    """
 
     def from_python(self, run: Callable[[], Any]) -> Sampler:
-        """Microseconds from call to return."""
+        """Calls one after another, each started from Python."""
         run()
         calls = _calls(_clock_sampler(run, 1)())
         return _clock_sampler(run, calls)
 
     def in_graph(self, run: Callable[[], Any]) -> Sampler:
-        """Raises NotCapturableError."""
+        """Calls one after another in a CUDA graph. Raises NotCapturableError where no graph can hold the work."""
         raise NotCapturableError("CUDA graphs need a GPU")
 
     def cold(self, run: Callable[[], Any]) -> Sampler:
-        """Raises NotCapturableError."""
+        """Calls that find none of their inputs in the GPU's caches. Raises NotCapturableError as `in_graph` does."""
         raise NotCapturableError("CUDA graphs need a GPU")
 
 
-class CudaTimer:
-    """Times by the current GPU's clock, between events."""
+class CudaTimer(ClockTimer):
+    """The same by the current GPU's clock, between events."""
 
     def __init__(self) -> None:
         import torch
 
         size = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
         self._flushed = torch.zeros(max(2 * size, 1 << 26), dtype=torch.uint8, device="cuda")
-
-    @property
-    def flushed_bytes(self) -> int:
-        """How much is written to empty the caches: at least twice the second-level cache."""
-        return self._flushed.numel()
 
     def from_python(self, run: Callable[[], Any]) -> Sampler:
         """From an idle GPU on, so that a slow start from Python counts, as it does in a detector run eagerly."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -11,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from asag.config import DECODERS, HEADS
 from asag.deploy import DeployedDetector
-from asag.detector import Detector, HeadOutput
+from asag.families.asag.config import DECODERS, HEADS
+from asag.families.asag.detector import ASAGDetector, HeadOutput
 from tests.builders import normalized_batch, random_detector, random_picture, small_config, small_info, uint8_batch
+from tests.families.asag.everything import all_stages
 
 HEIGHT, WIDTH = 160, 192
 
@@ -26,22 +28,26 @@ content = st.tuples(st.integers(1, HEIGHT), st.integers(1, WIDTH))
 
 
 @pytest.fixture(scope="module", params=DECODERS)
-def detector(request: pytest.FixtureRequest) -> Detector:
+def detector(request: pytest.FixtureRequest) -> ASAGDetector:
     return random_detector(small_config(decoder=request.param))
 
 
 @pytest.fixture(scope="module")
-def tiny() -> Detector:
+def tiny() -> ASAGDetector:
     return random_detector()
 
 
 def run(
-    detector: Detector, images: Tensor, sizes: Tensor, capacity: tuple[int, int] | None = None
+    detector: ASAGDetector, images: Tensor, sizes: Tensor, capacity: tuple[int, int] | None = None
 ) -> tuple[HeadOutput, Tensor, Tensor]:
     """Head output, which queries are valid, and the overflow."""
+    model = copy.copy(detector)
+    model.capacity = capacity
     with torch.no_grad():
-        output, anchors = detector(images, sizes, capacity)
-    return output, anchors.valid, anchors.overflow
+        found = model(images, sizes)
+    assert found.valid is not None
+    assert found.overflow is not None
+    return HeadOutput(found.logits, found.boxes), found.valid, found.overflow
 
 
 def check_same(found: tuple[HeadOutput, Tensor, Tensor], expected: tuple[HeadOutput, Tensor, Tensor]) -> None:
@@ -55,7 +61,7 @@ def check_same(found: tuple[HeadOutput, Tensor, Tensor], expected: tuple[HeadOut
 @REPEATABLE
 @given(st.lists(content, min_size=2, max_size=3), st.sampled_from([None, (3, 4)]), st.integers(0, 100))
 def test_an_image_does_not_depend_on_its_neighbours(
-    detector: Detector, contents: list[tuple[int, int]], capacity: tuple[int, int] | None, seed: int
+    detector: ASAGDetector, contents: list[tuple[int, int]], capacity: tuple[int, int] | None, seed: int
 ) -> None:
     """Given its own padded tensor (specification section 1): also where a neighbour probes more or less."""
     pictures = [random_picture(seed + index, *size) for index, size in enumerate(contents)]
@@ -71,7 +77,7 @@ def test_an_image_does_not_depend_on_its_neighbours(
 
 @REPEATABLE
 @given(content, st.integers(0, 100))
-def test_a_large_capacity_agrees_with_none(detector: Detector, size: tuple[int, int], seed: int) -> None:
+def test_a_large_capacity_agrees_with_none(detector: ASAGDetector, size: tuple[int, int], seed: int) -> None:
     images, sizes = normalized_batch([random_picture(seed, *size)], HEIGHT, WIDTH)
     free, roomy = run(detector, images, sizes), run(detector, images, sizes, (12, 24))
     check_same(roomy, free)
@@ -81,21 +87,21 @@ def test_a_large_capacity_agrees_with_none(detector: Detector, size: tuple[int, 
 
 
 @pytest.mark.parametrize("size", [(1, WIDTH), (HEIGHT, 1), (1, 1), (2, 3), (15, 17), (31, 33), (HEIGHT, WIDTH)])
-def test_tiny_contents(detector: Detector, size: tuple[int, int]) -> None:
+def test_tiny_contents(detector: ASAGDetector, size: tuple[int, int]) -> None:
     output, valid, _ = run(detector, *normalized_batch([random_picture(1, *size)], HEIGHT, WIDTH))
     assert int(valid.sum()) >= detector.config.budget.fewest
     assert output.logits.isfinite().all()
     assert output.boxes.isfinite().all()
 
 
-def test_input_smaller_than_a_patch(detector: Detector) -> None:
+def test_input_smaller_than_a_patch(detector: ASAGDetector) -> None:
     """Maps of a few cells, down to a single one on P5."""
     for height, width in ((32, 32), (32, 96), (64, 32)):
         output, _, _ = run(detector, *normalized_batch([random_picture(2, height, width)], height, width))
         assert output.boxes.isfinite().all()
 
 
-def test_without_candidates_the_first_level_serves(detector: Detector) -> None:
+def test_without_candidates_the_first_level_serves(detector: ASAGDetector) -> None:
     """Nobody is confident: the fewest are taken and nothing is explored."""
     unsure = random_detector(detector.config, confidence_shift=-30.0)
     images, sizes = normalized_batch([random_picture(3, 100, 120), random_picture(4, 160, 90)], HEIGHT, WIDTH)
@@ -104,10 +110,10 @@ def test_without_candidates_the_first_level_serves(detector: Detector) -> None:
         assert valid.sum(dim=1).tolist() == [unsure.config.budget.fewest] * 2
         assert output.boxes[valid].isfinite().all()
         assert overflow.tolist() == [0, 0]
-    assert {"p4_anchors", "p3_anchors"}.isdisjoint(unsure.stages(images, sizes))
+    assert {"p4_anchors", "p3_anchors"}.isdisjoint(all_stages(unsure, images, sizes))
 
 
-def test_an_image_without_any_anchor_gives_nothing(tiny: Detector) -> None:
+def test_an_image_without_any_anchor_gives_nothing(tiny: ASAGDetector) -> None:
     """Damaged numbers in one image: it has no queries, and its neighbour's are untouched."""
     images, sizes = normalized_batch(
         [random_picture(5, HEIGHT, WIDTH), random_picture(6, HEIGHT, WIDTH)], HEIGHT, WIDTH
@@ -127,7 +133,7 @@ def test_an_image_without_any_anchor_gives_nothing(tiny: Detector) -> None:
     assert scores[1].any()
 
 
-def test_a_full_capacity_is_counted(tiny: Detector) -> None:
+def test_a_full_capacity_is_counted(tiny: ASAGDetector) -> None:
     images, sizes = normalized_batch([random_picture(7, 320, 320)], 320, 320)
     overflow = [int(run(tiny, images, sizes, capacity)[2]) for capacity in ((1, 1), (2, 4), (16, 32))]
     assert overflow[0] > 0
@@ -135,7 +141,7 @@ def test_a_full_capacity_is_counted(tiny: Detector) -> None:
 
 
 @pytest.mark.parametrize("size", [(HEIGHT, WIDTH), (97, 131), (1, 50)])
-def test_uint8_and_float32_inputs_agree(tiny: Detector, size: tuple[int, int]) -> None:
+def test_uint8_and_float32_inputs_agree(tiny: ASAGDetector, size: tuple[int, int]) -> None:
     picture = random_picture(8, *size)
     info = small_info((HEIGHT, WIDTH))
     with torch.no_grad():
@@ -145,9 +151,9 @@ def test_uint8_and_float32_inputs_agree(tiny: Detector, size: tuple[int, int]) -
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
-def test_stages_names_and_shapes(detector: Detector) -> None:
+def test_stages_names_and_shapes(detector: ASAGDetector) -> None:
     images, sizes = normalized_batch([random_picture(9, HEIGHT, WIDTH), random_picture(10, 90, 100)], HEIGHT, WIDTH)
-    found = detector.stages(images, sizes)
+    found = all_stages(detector, images, sizes)
     budget, classes = detector.config.budget, detector.config.classes
     queries = found["anchors"].shape[1]
     assert found["p6_anchors"].shape == (2, 1, budget.fixed_anchors, 5)
@@ -165,9 +171,9 @@ def test_stages_names_and_shapes(detector: Detector) -> None:
     assert np.isfinite(found["main_boxes"][found["valid"]].numpy()).all()
 
 
-def test_forward_runs_the_deployed_head(tiny: Detector) -> None:
+def test_forward_runs_the_deployed_head(tiny: ASAGDetector) -> None:
     images, sizes = normalized_batch([random_picture(11, HEIGHT, WIDTH)], HEIGHT, WIDTH)
-    stages = tiny.stages(images, sizes)
+    stages = all_stages(tiny, images, sizes)
     outputs = []
     for head in HEADS:
         tiny.config = dataclasses.replace(tiny.config, head=head)
@@ -178,11 +184,10 @@ def test_forward_runs_the_deployed_head(tiny: Detector) -> None:
     assert not torch.equal(outputs[0].logits, outputs[-1].logits)
 
 
-def test_heads_send_no_gradient_into_the_proposals_boxes(tiny: Detector) -> None:
-    """The decoder takes the proposal's box detached (specification section 4), its query with gradient."""
+def test_heads_send_no_gradient_into_the_proposals_boxes(tiny: ASAGDetector) -> None:
+    """The decoder takes the proposal's box detached, its query with gradient."""
     images, sizes = normalized_batch([random_picture(12, 64, 64)], 64, 64)
-    output, _ = tiny(images, sizes)
-    output.boxes.sum().backward()
+    tiny(images, sizes).boxes.sum().backward()
     branches = tiny.proposals.branches
     assert all(parameter.grad is None for parameter in branches.parameters())
     assert tiny.proposals.roi_projection.weight.grad is not None

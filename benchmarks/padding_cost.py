@@ -1,4 +1,4 @@
-"""What a fixed input costs in average precision: `python -m runtime.parity.padding_cost CHECKPOINT --data FOLDER`.
+"""What a fixed input costs in average precision: `python -m benchmarks.padding_cost CHECKPOINT --data FOLDER`.
 
 A checkpoint runs on the same images three times: at their own size without any padding; with zeros around them, as
 large as the fixed input; and as an exported file sees them, where an image that does not fit (an upright one in a wide

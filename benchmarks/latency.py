@@ -1,6 +1,6 @@
 """PyTorch on a GPU, end to end: eager, torch.compile, and the custom kernels in a CUDA graph, measured in turn.
 
-uint8 image on the device in, detections on the device out. Prints a table and writes JSON. Has not run on a GPU yet.
+`python -m benchmarks.latency CHECKPOINT`: uint8 image on the device in, detections on the device out.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from rich.table import Table
 from asag.checkpoint import load_detector
 from asag.deploy import DeployedDetector
 from asag.ops import definitions_only
+from benchmarks.timing import ClockTimer, CudaTimer, Sampler, Spread, first_line, interleave, ratio
 from runtime.files import write_json
-from trt_plugins.benchmark.report import describe_machine
-from trt_plugins.benchmark.timing import ClockTimer, CudaTimer, Sampler, Spread, Timer, first_line, interleave, ratio
+from runtime.machine import describe_machine
 
 EAGER = "eager"
 Way = Callable[[], Sampler]
@@ -56,7 +56,7 @@ def main(
     report(times, reasons)
     if json_path is not None:
         content: dict[str, Any] = {
-            "machine": describe_machine(device),
+            "machine": describe_machine().to_json(),
             "checkpoint": checkpoint.name,
             "batch_size": batch_size,
             "half": half,
@@ -74,7 +74,7 @@ def main(
 
 
 def find_ways(
-    deployed: DeployedDetector, device: str, timer: Timer, batch_size: int, half: bool, compiled: bool
+    deployed: DeployedDetector, device: str, timer: ClockTimer, batch_size: int, half: bool, compiled: bool
 ) -> dict[str, Way]:
     """What to compare by name; each way, once called, gives its sampler or raises."""
     height, width = deployed.input_size

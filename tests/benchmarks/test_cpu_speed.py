@@ -6,18 +6,20 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from export.cpu_speed import INPUT_SIZE, PRESET, compare_variants, measure_detect, random_images, ratio_lines
+from benchmarks import cpu_speed
+from benchmarks.cpu_speed import INPUT_SIZE, compare_variants, measure_detect, random_images, ratio_lines
 from runtime import open_session
 from runtime.parity.agreement import compare_detections
 from tests.builders import random_picture, small_info, write_checkpoint
 
 
-def test_variants_take_turns_and_detect_the_same(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_variants_take_turns_and_detect_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = write_checkpoint(tmp_path / "small.safetensors")
     picture = tmp_path / "picture.png"
     Image.fromarray(random_picture(0, 150, 180)).save(picture)
-    size = small_info().input_size
-    model, report = compare_variants(checkpoint, tmp_path, [picture], input_size=size, rounds=3, warmup=1, threads=1)
+    monkeypatch.setattr(cpu_speed, "INPUT_SIZE", small_info().input_size)
+    model, report = compare_variants(checkpoint, tmp_path, [picture], rounds=3, warmup=1, threads=1)
     assert [latency.backend for latency in report.latencies] == ["pytorch", "pytorch", "onnxruntime-cpu"]
     assert all(len(latency.rounds_ms) == 3 and min(latency.rounds_ms) > 0 for latency in report.latencies)
     (expected,), (found,) = (open_session(path).detect([picture]) for path in (checkpoint, model))
@@ -42,7 +44,6 @@ def test_a_failed_command_is_reported(tmp_path: Path) -> None:
 
 
 def test_pictures_fill_the_input(tmp_path: Path) -> None:
-    assert PRESET == "asag-a-r50-1x-100"
     for path in random_images(tmp_path, count=2):
         with Image.open(path) as image:  # type: ignore[arg-type]
             assert (image.height, image.width) == INPUT_SIZE

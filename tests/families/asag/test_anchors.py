@@ -12,14 +12,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from asag.anchors import (
+from asag.families.asag.anchors import (
     AnchorGenerator,
     fixed_anchors_to_pixels,
     probed_anchors_to_pixels,
     resize_content,
     split_quarters,
 )
-from asag.config import ANCHOR_BUDGETS
+from asag.families.asag.config import ANCHOR_BUDGETS
 from tests.builders import normalized_batch, random_detector, random_picture, small_config
 
 

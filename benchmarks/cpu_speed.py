@@ -1,4 +1,4 @@
-"""What deployment gains on this CPU: `python -m export.cpu_speed`.
+"""What deployment gains on this CPU: `python -m benchmarks.cpu_speed`.
 
 Ratios come from one run in which the variants take turns; memory and start-up are those of the command `asag detect` in
 a process of its own.
@@ -6,6 +6,7 @@ a process of its own.
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 import tempfile
@@ -68,7 +69,6 @@ def compare_variants(
     folder: Path,
     images: list[ImageLike],
     *,
-    input_size: tuple[int, int] = INPUT_SIZE,
     rounds: int,
     warmup: int,
     threads: int | None,
@@ -76,7 +76,7 @@ def compare_variants(
     """Export `checkpoint` into `folder` and time it against PyTorch with and without folded norms, in that order:
     unfolded, folded, ONNX Runtime. Returns the exported file and the report.
     """
-    model, sessions = open_variants(checkpoint, folder, input_size=input_size, threads=threads)
+    model, sessions = open_variants(checkpoint, folder, threads=threads)
     return model, measure(sessions, images, rounds=rounds, warmup=warmup)
 
 
@@ -84,7 +84,6 @@ def open_variants(
     checkpoint: Path,
     folder: Path,
     *,
-    input_size: tuple[int, int] = INPUT_SIZE,
     threads: int | None,
     contexts: int | None = None,
 ) -> tuple[Path, list[Session]]:
@@ -100,8 +99,8 @@ def open_variants(
     if threads is not None:
         torch.set_num_threads(threads)
     detector, info = load_detector(checkpoint)
-    folded = DeployedDetector(detector, info, input_size)
-    unfolded = DeployedDetector(detector, info, input_size, fold_norms=False)
+    folded = DeployedDetector(detector, info, INPUT_SIZE)
+    unfolded = DeployedDetector(detector, info, INPUT_SIZE, fold_norms=False)
     model = folder / "model.onnx"
     export_onnx(folded, model)
     return model, [
@@ -125,38 +124,22 @@ def ratio_lines(report: BenchmarkReport) -> list[str]:
     return lines
 
 
-def random_checkpoint(path: Path, preset: str = PRESET, seed: int = 0) -> Path:
-    """A checkpoint of random weights for :data:`INPUT_SIZE`, whose anchors ask for a closer look here and there.
+def random_checkpoint(path: Path) -> Path:
+    """A checkpoint of random weights for :data:`INPUT_SIZE`.
 
     Timing does not depend on what weights have learned: shapes are static, all query places are computed.
     """
     import torch
-    from asag.categories import DATASET_CATEGORIES
-    from asag.presets import find_preset
 
+    from asag import build_detector, find_preset
     from asag.checkpoint import CheckpointInfo, save_detector
-    from asag.detector import build_detector
+    from asag.datasets import DATASETS
 
-    known = find_preset(preset)
-    torch.manual_seed(seed)
-    detector = build_detector(known.config)
-    with torch.no_grad():
-        for mlp in (detector.anchor_generator.fixed_mlp, detector.anchor_generator.probed_mlp):
-            last = mlp[-1]
-            assert isinstance(last, torch.nn.Linear)
-            last.weight.normal_(std=0.2)
-            last.bias.view(-1, 5)[:, 2:] = torch.tensor((-1.5, -1.5, -0.5))
-    categories = DATASET_CATEGORIES[known.config.dataset]
-    info = CheckpointInfo(
-        preset,
-        tuple(categories),
-        tuple(categories.values()),
-        known.shorter_side,
-        known.longer_side,
-        INPUT_SIZE,
-        known.patch_capacity,
-    )
-    save_detector(path, detector, info)
+    preset = find_preset(PRESET)
+    torch.manual_seed(0)
+    detector = build_detector(preset.config)
+    info = CheckpointInfo.of(preset, DATASETS[preset.dataset])
+    save_detector(path, detector, dataclasses.replace(info, input=dataclasses.replace(info.input, size=INPUT_SIZE)))
     return path
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from trt_plugins.benchmark.timing import ClockTimer, CudaTimer, NotCapturableError, capture
+from benchmarks.timing import ClockTimer, CudaTimer, NotCapturableError, capture
 
 FLUSH, WARM, COLD, START = 40.0, 5.0, 9.0, 30.0
 """Microseconds: emptying the caches, the work with warm and with empty caches, and starting a call from Python."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -15,19 +16,21 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from asag import DetectorConfig, build_detector, load_published
+from asag import build_detector, load_published
 from asag.checkpoint import CheckpointInfo
-from asag.config import HEADS
 from asag.deploy import DeployedDetector
-from asag.detector import Detector
-from asag.geometry import cxcywh_to_xyxy
+from asag.families.asag.config import HEADS, ASAGConfig
+from asag.families.asag.detector import ASAGDetector
+from asag.family import InputSpec
+from asag.parts.boxes import cxcywh_to_xyxy
 from runtime.metadata import ModelMetadata
 from runtime.parity.agreement import compare_detections
 from runtime.postprocessing import OUTPUT_NAMES, Detections, postprocess
 from tests.builders import normalized_batch
+from tests.families.asag.everything import all_stages
 
 # The same folder as the fixture `goldens`; its names are needed while tests are collected.
-FOLDER = Path(__file__).resolve().parents[3] / "shared" / "goldens"
+FOLDER = Path(__file__).resolve().parents[4] / "shared" / "goldens"
 CASES = sorted(path.stem for path in FOLDER.glob("asag_*.npz"))
 
 # One per decoder, of an image whose sides are multiples of 32.
@@ -57,14 +60,15 @@ def unshifted_state(shapes_name: str) -> dict[str, NDArray[np.float32]]:
     return golden_weights().golden_state_dict(json.loads((FOLDER / shapes_name).read_text()))
 
 
-def golden_detector(options: Mapping[str, Any], confidence_shift: float) -> Detector:
+def golden_detector(options: Mapping[str, Any], confidence_shift: float) -> ASAGDetector:
     letter = {"adamixer": "a", "sparse_rcnn": "s"}[options["decoder"]]
     shapes_name = f"asag_{letter}_{options['backbone'].replace('resnet', 'r')}_{options['queries']}.shapes.json"
     state = unshifted_state(shapes_name)
     # The shift reaches few tensors; making all of them again for each case would take longer than the detector.
     shifted = {name: list(value.shape) for name, value in state.items() if ".proj_" in name and name.endswith("bias")}
-    detector = build_detector(DetectorConfig(**options))
+    detector = build_detector(ASAGConfig(**options))
     load_published(detector, state | golden_weights().golden_state_dict(shifted, confidence_shift))
+    assert isinstance(detector, ASAGDetector)
     return detector
 
 
@@ -85,12 +89,11 @@ def detections_of(found: Mapping[str, torch.Tensor], head: str, size: tuple[int,
 
 def metadata_of(nms_iou: float | None) -> ModelMetadata:
     return ModelMetadata(
+        family="golden",
         preset="golden",
-        decoder="adamixer",
-        backbone="resnet50",
-        queries=100,
-        head="main",
-        levels="P3P6",
+        choices={},
+        stages=(),
+        half_layers=(),
         precision="fp32",
         input_height=640,
         input_width=640,
@@ -103,7 +106,6 @@ def metadata_of(nms_iou: float | None) -> ModelMetadata:
         category_names=tuple(map(str, COCO_IDS)),
         nms_iou=nms_iou,
         max_detections=100,
-        patch_capacity=(1, 1),
         package_version="0",
         weights_digest="0",
     )
@@ -164,12 +166,13 @@ def check_detections(expected: Mapping[str, NDArray], found: Mapping[str, torch.
 
 
 def check_deployed(
-    expected: Mapping[str, NDArray], detector: Detector, images: torch.Tensor, sizes: torch.Tensor
+    expected: Mapping[str, NDArray], detector: ASAGDetector, images: torch.Tensor, sizes: torch.Tensor
 ) -> None:
     """The model as it is exported (one head, folded norms, fixed capacities) gives the same detections."""
     size = tuple(images.shape[-2:])
     names = tuple(map(str, COCO_IDS))
-    info = CheckpointInfo("golden", COCO_IDS, names, min(size), max(size), size, patch_capacity=(16, 32))
+    info = CheckpointInfo("golden", COCO_IDS, names, InputSpec(min(size), max(size), size))
+    detector.config = dataclasses.replace(detector.config, patch_capacity=(16, 32))
     deployed = DeployedDetector(detector, info, input_type="float32")
     head = detector.config.head
     with torch.no_grad():
@@ -191,7 +194,7 @@ def test_stages_and_detections(goldens: Path, case: str) -> None:
     pictures = [golden_weights().golden_image(*arguments) for arguments in meta["images"]]
     height, width = np.max([picture.shape[:2] for picture in pictures], axis=0)
     images, sizes = normalized_batch(pictures, height, width)
-    found = detector.stages(images, sizes)
+    found = all_stages(detector, images, sizes)
     arrays = {name: value.numpy() for name, value in found.items()}
 
     check_predictions(arrays["p6_anchors"], expected["p6_anchors"])

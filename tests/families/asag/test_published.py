@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from asag import DetectorConfig, load_published
-from asag.config import HEADS
-from asag.detector import Detector
-from asag.published import translate_name
+from asag import load_published
+from asag.families.asag.config import HEADS, ASAGConfig
+from asag.families.asag.detector import ASAGDetector
+from asag.families.asag.published import translate_name
 from tests.builders import random_detector, small_config
 
 CONFIGS = {
-    "asag_a_r50_100": DetectorConfig(),
-    "asag_a_r50_300": DetectorConfig(queries=300),
-    "asag_s_r50_100": DetectorConfig("sparse_rcnn"),
+    "asag_a_r50_100": ASAGConfig(),
+    "asag_a_r50_300": ASAGConfig(queries=300),
+    "asag_s_r50_100": ASAGConfig("sparse_rcnn"),
 }
 
 
@@ -29,7 +29,7 @@ def published_shapes(goldens: Path, case: str) -> dict[str, list[int]]:
 
 
 @pytest.fixture
-def small(goldens: Path) -> tuple[Detector, dict[str, Tensor]]:
+def small(goldens: Path) -> tuple[ASAGDetector, dict[str, Tensor]]:
     """A small detector with a ResNet-50, and its state under the published names."""
     detector = random_detector(small_config(backbone="resnet50"), seed=1)
     ours = detector.state_dict()
@@ -41,7 +41,7 @@ def small(goldens: Path) -> tuple[Detector, dict[str, Tensor]]:
 def test_every_published_tensor_has_its_place_and_shape(goldens: Path, case: str) -> None:
     """One to one: no two names share a place, and no tensor of the detector is left without a name."""
     with torch.device("meta"):
-        ours = {name: list(value.shape) for name, value in Detector(CONFIGS[case]).state_dict().items()}
+        ours = {name: list(value.shape) for name, value in ASAGDetector(CONFIGS[case]).state_dict().items()}
     translated: dict[str, list[int]] = {}
     for name, shape in published_shapes(goldens, case).items():
         if name.endswith("num_batches_tracked"):
@@ -68,7 +68,7 @@ def test_every_published_tensor_has_its_place_and_shape(goldens: Path, case: str
     ],
 )
 def test_names_whose_order_is_not_obvious(published: str, ours: str) -> None:
-    """Norms and embeddings count from P5, the compressing convolutions from P3 (specification section 3)."""
+    """Norms and embeddings count from P5, the compressing convolutions from P3."""
     assert translate_name(published) == ours
 
 
@@ -83,7 +83,7 @@ def test_other_names_are_not_translated() -> None:
         assert translate_name(name) is None
 
 
-def test_round_trip(small: tuple[Detector, dict[str, Tensor]]) -> None:
+def test_round_trip(small: tuple[ASAGDetector, dict[str, Tensor]]) -> None:
     source, state = small
     target = random_detector(source.config, seed=2)
     load_published(target, state)
@@ -93,14 +93,14 @@ def test_round_trip(small: tuple[Detector, dict[str, Tensor]]) -> None:
             assert torch.equal(value, expected[name]), name
 
 
-def test_arrays_serve_too(small: tuple[Detector, dict[str, Tensor]]) -> None:
+def test_arrays_serve_too(small: tuple[ASAGDetector, dict[str, Tensor]]) -> None:
     source, state = small
     target = random_detector(source.config, seed=2)
     load_published(target, {name: value.numpy() for name, value in state.items()})
     assert torch.equal(target.neck.layer_blocks[3][0].weight, source.neck.layer_blocks[3][0].weight)
 
 
-def refusal(detector: Detector, state: dict[str, Tensor | np.ndarray]) -> str:
+def refusal(detector: ASAGDetector, state: dict[str, Tensor | np.ndarray]) -> str:
     """The message of the error, and that the detector stayed as it was."""
     before = {name: value.clone() for name, value in detector.state_dict().items()}
     with pytest.raises(ValueError, match="does not fit") as caught:
@@ -110,7 +110,7 @@ def refusal(detector: Detector, state: dict[str, Tensor | np.ndarray]) -> str:
     return str(caught.value)
 
 
-def test_what_does_not_fit_is_named(small: tuple[Detector, dict[str, Tensor]]) -> None:
+def test_what_does_not_fit_is_named(small: tuple[ASAGDetector, dict[str, Tensor]]) -> None:
     source, state = small
     detector = random_detector(source.config, seed=2)
     removed = dict(state)
@@ -126,13 +126,13 @@ def test_what_does_not_fit_is_named(small: tuple[Detector, dict[str, Tensor]]) -
     assert together.count("(1)") == 3
 
 
-def test_a_long_list_is_shortened(small: tuple[Detector, dict[str, Tensor]]) -> None:
+def test_a_long_list_is_shortened(small: tuple[ASAGDetector, dict[str, Tensor]]) -> None:
     source, state = small
     message = refusal(source, {name: value for name, value in state.items() if not name.startswith("neck.")})
     assert re.search(r"missing: neck\.\S+(, neck\.\S+){4} \.\.\. \(16\)", message)
 
 
-def test_the_other_decoder_does_not_fit(goldens: Path, small: tuple[Detector, dict[str, Tensor]]) -> None:
+def test_the_other_decoder_does_not_fit(goldens: Path, small: tuple[ASAGDetector, dict[str, Tensor]]) -> None:
     source, state = small
     other = random_detector(small_config(backbone="resnet50", decoder="sparse_rcnn"))
     message = refusal(other, state)

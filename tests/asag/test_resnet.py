@@ -10,7 +10,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from asag.backbone import ResNet, fold_batch_norm
+from asag.parts.backbones.resnet import ResNet
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 
@@ -56,7 +56,7 @@ def test_folding_the_norms_changes_nothing(name: str) -> None:
     torch.manual_seed(2)
     backbone = with_random_norms(ResNet(name, width=16))
     folded = copy.deepcopy(backbone)
-    fold_batch_norm(folded)
+    folded.fold()
     assert not list(folded.norms()), "a norm was left"
     images = torch.randn(2, 3, 64, 96)
     for found, expected in zip(folded(images), backbone(images), strict=True):
@@ -91,7 +91,7 @@ def test_statistics_while_training(learn: bool) -> None:
 
 def test_freezing_the_first_stages() -> None:
     backbone = ResNet("resnet10", width=8)
-    backbone.freeze_first_stages()
+    backbone.freeze()
     frozen = {name.split(".")[0] for name, parameter in backbone.named_parameters() if not parameter.requires_grad}
     trained = {name.split(".")[0] for name, parameter in backbone.named_parameters() if parameter.requires_grad}
     assert frozen == {"conv1", "bn1", "layer1"}

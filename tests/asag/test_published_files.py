@@ -9,16 +9,19 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor
 
 from asag.checkpoint import load_detector
-from asag.config import DetectorConfig
 from asag.detector import Detector, build_detector
-from asag.presets import PRESETS
-from asag.published import translate_name
-from asag.zoo import convert_published, identify, read_published
+from asag.families import all_presets, find_preset
+from asag.families.asag.config import ASAGConfig
+from asag.families.asag.published import translate_name
+from asag.foreign_files import read_foreign
+from asag.published import convert_published, identify
 from tests.builders import random_detector
 
 
@@ -41,7 +44,7 @@ def shapes(goldens: Path) -> dict[str, list[int]]:
 @pytest.fixture(scope="module")
 def published(shapes: dict[str, list[int]], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Detector]:
     """A file as the authors write it, and the detector whose tensors it holds."""
-    detector = random_detector(DetectorConfig("sparse_rcnn", "resnet50", 100))
+    detector = random_detector(ASAGConfig("sparse_rcnn", "resnet50", 100))
     path = tmp_path_factory.mktemp("published") / "asag_s.pth"
     content = {
         "model": published_names(detector, shapes),
@@ -58,11 +61,13 @@ def test_a_published_file_becomes_a_checkpoint_with_the_same_tensors(
     published: tuple[Path, Detector], tmp_path: Path
 ) -> None:
     path, detector = published
-    name, found = convert_published(path, tmp_path / "ours.safetensors")
+    found = convert_published(path, tmp_path / "ours.safetensors")
     loaded, info = load_detector(tmp_path / "ours.safetensors")
-    assert name == info.preset == "asag-s-r50-3x-100"
+    assert found.preset == info.preset == "asag-s-r50-3x-100"
     assert found.alternatives == ("asag-s-r50-3x-100",)
-    assert loaded.config.head == PRESETS[name].config.head == "aux_2"
+    preset = find_preset(found.preset)
+    assert loaded.config == preset.config
+    assert info.input == preset.input
     assert len(info.category_ids) == 80
     assert info.category_names[0] == "person"
     for tensor_name, tensor in detector.state_dict().items():
@@ -79,12 +84,14 @@ def test_another_preset_than_the_tensors_is_refused(published: tuple[Path, Detec
     assert not output.exists()
 
 
-@pytest.mark.parametrize("name", [name for name, preset in PRESETS.items() if preset.published is not None])
+@pytest.mark.parametrize("name", [preset.name for preset in all_presets() if preset.published is not None])
 def test_every_published_preset_is_told_from_its_tensors(name: str) -> None:
-    config = PRESETS[name].config
+    preset = find_preset(name)
+    config = preset.config
     with torch.device("meta"):
         detector = build_detector(config)
-    found = identify(_published_of(detector))
+    family, found = identify(_published_of(detector))
+    assert family is preset.family
     assert (found.decoder, found.backbone, found.queries, found.dataset) == (
         config.decoder,
         config.backbone,
@@ -109,33 +116,74 @@ def _published_of(detector: Detector) -> dict[str, Tensor]:
 
 
 class RunsCode:
+    """Asks whoever unpickles it to make a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
     def __reduce__(self) -> Any:
-        return os.system, ("false",)
+        return Path.touch, (self.path,)
 
 
-def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "hostile.pth"
-    torch.save({"model": {"a": torch.zeros(1)}, "args": RunsCode()}, path)
-    with pytest.raises(ValueError, match="could run code"):
-        read_published(path)
+class RunsAProcess:
+    def __reduce__(self) -> Any:
+        return os.system, ("exit 3",)
+
+
+class Settings(dict[str, Any]):
+    """A class that the reader does not know."""
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_nothing_in_a_file_is_run(new_format: bool, tmp_path: Path) -> None:
+    """Objects of unknown classes become stand-ins; whatever they ask for does not happen."""
+    path, evidence = tmp_path / "hostile.pth", tmp_path / "evidence"
+    extras = {"args": RunsCode(evidence), "log": collections.deque([1, 2]), "config": Settings(rate=1.0)}
+    more = {Path("out"): argparse.Namespace(lr=2e-4), "scores": np.float64(0.5), "shell": RunsAProcess()}
+    content = {"model": {"a": torch.ones(2)}, **extras, **more}
+    torch.save(content, path, _use_new_zipfile_serialization=new_format)
+    found = read_foreign(path)
+    assert found.tensors["a"].tolist() == [1, 1]
+    assert not evidence.exists()
+
+
+def test_tensors_are_found_wherever_programs_put_them(tmp_path: Path) -> None:
+    state = {"a": torch.arange(3.0)}
+    for content in (state, {"model": state}, {"state_dict": state, "meta": {"epoch": 12}}):
+        for new_format in (True, False):
+            torch.save(content, tmp_path / "file.pth", _use_new_zipfile_serialization=new_format)
+            found = read_foreign(tmp_path / "file.pth")
+            assert found.tensors["a"].tolist() == [0, 1, 2]
+            assert found.description == content.get("meta", {})
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    safetensors.torch.save_file(state, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"config\.json: cannot be read"):
+        read_foreign(folder)
+    (folder / "config.json").write_text('{"model_type": "x"}')
+    assert read_foreign(folder).description == {"model_type": "x"}
+    assert read_foreign(folder / "model.safetensors").tensors["a"].tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 cut short"])
-def test_a_damaged_file_is_one_line(content: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "damaged.pth"
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_a_damaged_file_is_one_line(content: bytes, suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"damaged.{suffix}"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"damaged\.pth") as caught:
-        read_published(path)
+    with pytest.raises(ValueError, match=r"damaged\.") as caught:
+        read_foreign(path)
     assert "\n" not in str(caught.value)
 
 
 def test_other_content_is_named(tmp_path: Path) -> None:
     path = tmp_path / "other.pth"
     torch.save({"model": {"weight": torch.zeros(2)}}, path)
-    with pytest.raises(ValueError, match="not an ASAG checkpoint"):
+    with pytest.raises(ValueError, match=r"other\.pth: no published detector.*looked for ASAG: anchor_generator"):
         convert_published(path, tmp_path / "ours.safetensors")
     torch.save({"epoch": 3}, path)
     with pytest.raises(ValueError, match="no dictionary of tensors"):
-        read_published(path)
+        read_foreign(path)
     with pytest.raises(FileNotFoundError, match="no such checkpoint"):
-        read_published(tmp_path / "missing.pth")
+        read_foreign(tmp_path / "missing.pth")
+    with pytest.raises(FileNotFoundError, match=r"a folder without model\.safetensors"):
+        read_foreign(tmp_path)

@@ -1,20 +1,12 @@
-"""The kernels at the sizes that matter, and what each takes of a GPU: `python -m trt_plugins.resources`."""
+"""The kernels at the sizes that matter."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trt_plugins.compile import (
-    ARCHITECTURES,
-    FIRST_WITH_TENSOR_CORES,
-    nvrtc_version,
-    resource_usage,
-    supported_capabilities,
-)
-from trt_plugins.operations import OPERATIONS
+from trt_plugins.operations import DOMAIN, OPERATIONS, Tensor
 from trt_plugins.plan import Plan, make_plan
 
 
@@ -72,6 +64,18 @@ class Case:
         extras = ", channels-last" * self.channels_last + ", tensor cores" * self.tensor_cores
         return f"{self.level} {self.element}".strip() + extras
 
+    @property
+    def place(self) -> str:
+        """Op, level, size, batch and type in words."""
+        level = f" {self.level}" if self.level else ""
+        queries = f", {self.sizes.queries} queries" if self.name != "AdaptiveProbing" else ""
+        return f"{self.name}{level}, {self.sizes.name}{queries}, batch {self.batch}, {self.element}"
+
+    @property
+    def batch(self) -> int:
+        """Images per launch."""
+        return int(self.shapes[0][0])
+
     def plan(self) -> Plan:
         """How to compile and launch it."""
         return make_plan(self.name, self.shapes, self.attributes, self.element, self.channels_last, self.tensor_cores)
@@ -98,10 +102,12 @@ def signature(
         return [(batch, count, 5), (batch, count)], attributes
     if name == "PyramidRoIAlign":
         return [*maps, (batch, sizes.queries, 4)], {}
-    width = sizes.channels // sizes.groups
-    parameters = sizes.groups * (width * width + sizes.mixed_points * sizes.points)
-    points = (batch, sizes.queries, sizes.groups, sizes.points, 3)
-    return [*maps, points, (batch, sizes.queries, parameters)], {"mixed_points": sizes.mixed_points}
+    if name == "SamplingMixing":
+        width = sizes.channels // sizes.groups
+        parameters = sizes.groups * (width * width + sizes.mixed_points * sizes.points)
+        points = (batch, sizes.queries, sizes.groups, sizes.points, 3)
+        return [*maps, points, (batch, sizes.queries, parameters)], {"mixed_points": sizes.mixed_points}
+    raise ValueError(f"no detector's sizes are known for {name}: its kernel is not measured")
 
 
 def cases(sizes: Sizes, batch: int = 1) -> Iterator[Case]:
@@ -116,33 +122,30 @@ def cases(sizes: Sizes, batch: int = 1) -> Iterator[Case]:
                         yield Case(name, sizes, shapes, attributes, element, channels_last, tensor_cores, level)
 
 
-def resource_rows(sizes: Sizes, capabilities: Sequence[int]) -> Iterator[list[str]]:
-    """Per case: op, kind, threads per block, shared bytes, and per capability registers with spilled bytes, if any."""
-    for case in cases(sizes):
-        plan, registers, shared = case.plan(), [], 0
-        for capability in capabilities:
-            if case.tensor_cores and capability < FIRST_WITH_TENSOR_CORES:
-                registers.append("-")
-                continue
-            usage = resource_usage(plan, capability)
-            shared = max(shared, usage.shared_bytes)
-            registers.append(f"{usage.registers}" + f" (spills {usage.spill_bytes} B)" * (usage.spill_bytes > 0))
-        yield [case.name, case.kind, str(plan.threads), str(shared), *registers]
+def op_model(
+    name: str, shapes: Sequence[Sequence[int]], attributes: Mapping[str, Any], element: str = "float32"
+) -> bytes:
+    """A serialized ONNX model of one op's node with its body; `element` ("float32" or "float16") is the maps' type."""
+    from onnx import TensorProto, helper
 
+    from export.op_bodies import HELPER_FUNCTIONS, OP_FUNCTIONS
+    from export.op_bodies.domain import DOMAIN_VERSION, OPSET_VERSION
 
-def main() -> None:
-    """Print the table for all architectures that the installed compiler knows."""
-    capabilities = [capability for capability in ARCHITECTURES if capability in supported_capabilities()]
-    for sizes in (PUBLISHED, DEMO):
-        print(f"Sizes: {sizes.name}; NVRTC {nvrtc_version()}; registers per thread by architecture.\n")
-        heads = ["op", "kind", "threads", "shared bytes", *(f"sm_{capability}" for capability in capabilities)]
-        for row in (heads, ["---"] * len(heads), *resource_rows(sizes, capabilities)):
-            print("| " + " | ".join(row) + " |")
-        print()
+    operation = OPERATIONS[name]
+    types = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bool": TensorProto.BOOL}
+    types |= {"int32": TensorProto.INT32, "int64": TensorProto.INT64}
 
+    def describe_values(tensors: Sequence[Tensor], sizes: Sequence[Sequence[int]]) -> list[Any]:
+        return [
+            helper.make_tensor_value_info(tensor.name, types[tensor.resolve(element)], size)
+            for tensor, size in zip(tensors, sizes, strict=True)
+        ]
 
-if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(str(error))
+    inputs = describe_values(operation.inputs, shapes)
+    outputs = describe_values(operation.outputs, operation.output_shapes(shapes, attributes))
+    names = [value.name for value in inputs], [value.name for value in outputs]
+    node = helper.make_node(name, names[0], names[1], domain=DOMAIN, **attributes)
+    graph = helper.make_graph([node], name, inputs, outputs)
+    opsets = [helper.make_opsetid("", OPSET_VERSION), helper.make_opsetid(DOMAIN, DOMAIN_VERSION)]
+    bodies = [function.to_function_proto() for function in (*OP_FUNCTIONS, *HELPER_FUNCTIONS)]
+    return helper.make_model(graph, functions=bodies, opset_imports=opsets, ir_version=10).SerializeToString()

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from export.cpu_throughput import FolderTimes, compare_on_folder, measure_folder, one_by_one, throughput_table
+from benchmarks import cpu_speed
+from benchmarks.cpu_throughput import FolderTimes, compare_on_folder, measure_folder, one_by_one, throughput_table
 from runtime import open_session
 from runtime.parity.agreement import compare_detections
 from tests.builders import random_picture, small_info, write_checkpoint
@@ -21,10 +22,13 @@ def pictures(tmp_path: Path) -> list[Path]:
     return paths
 
 
-def test_variants_are_timed_and_detect_the_same(tmp_path: Path, pictures: list[Path]) -> None:
+@pytest.mark.slow
+def test_variants_are_timed_and_detect_the_same(
+    tmp_path: Path, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoint = write_checkpoint(tmp_path / "small.safetensors")
-    size = small_info().input_size
-    found = compare_on_folder(checkpoint, tmp_path, pictures, input_size=size, rounds=2, images=3, threads=2)
+    monkeypatch.setattr(cpu_speed, "INPUT_SIZE", small_info().input_size)
+    found = compare_on_folder(checkpoint, tmp_path, pictures, rounds=2, images=3, threads=2)
     assert [times.name.partition(",")[0] for times in found] == ["PyTorch eager", "PyTorch eager", "ONNX Runtime"]
     assert all(len(times.wall) == 2 and min(times.wall + times.processor) > 0 for times in found)
     with open_session(checkpoint) as reference, open_session(tmp_path / "model.onnx", contexts=2) as exported:

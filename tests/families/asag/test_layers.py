@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from asag.geometry import position_embedding
-from asag.layers import MLP, Branches, FeedForward, GeometryAttention, SelfAttention, exclude
+from asag.families.asag.geometry import position_embedding
+from asag.families.asag.layers import MLP, Branches, FeedForward, GeometryAttention, SelfAttention, exclude
 
 
 def everything(tokens: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What `detect` gains on a folder of images on this CPU: `python -m export.cpu_throughput --images FOLDER`.
+"""What `detect` gains on a folder of images on this CPU: `python -m benchmarks.cpu_throughput --images FOLDER`.
 
 PyTorch eager handles one image after another, from the file to its detections; `detect` reads ahead and runs
 two batches beside one another. The variants take turns within each round, on the same images.
@@ -18,7 +18,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from export.cpu_speed import INPUT_SIZE, open_variants, random_checkpoint
+from benchmarks.cpu_speed import open_variants, random_checkpoint
 from runtime.image_source import images_in
 from runtime.machine import describe_machine
 from runtime.postprocessing import Detections, postprocess
@@ -78,13 +78,12 @@ def compare_on_folder(
     folder: Path,
     paths: Sequence[Path],
     *,
-    input_size: tuple[int, int] = INPUT_SIZE,
     rounds: int,
     images: int,
     threads: int | None,
 ) -> list[FolderTimes]:
     """Export `checkpoint` into `folder` and time PyTorch one by one, without and with folded norms, and `detect`."""
-    _, sessions = open_variants(checkpoint, folder, input_size=input_size, threads=threads, contexts=CONTEXTS)
+    _, sessions = open_variants(checkpoint, folder, threads=threads, contexts=CONTEXTS)
     unfolded, folded, exported = sessions
     variants: dict[str, Callable[[Sequence[Path]], object]] = {
         "PyTorch eager, norms as trained, one by one": lambda some: one_by_one(unfolded, some),
