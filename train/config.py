@@ -177,7 +177,7 @@ class TrainConfig:
 
         Raises ValueError on a preset or a field that does not exist.
         """
-        values = dict(find_preset(preset).recipe)
+        values = dict(find_preset(convert(preset, str, "preset")).recipe)
         given = {name: value for name, value in overrides.items() if value is not None}
         if "epochs" in given and "steps" not in given:
             values.pop("steps", None)
@@ -190,7 +190,7 @@ class TrainConfig:
 
         Raises ValueError on a preset or a field that does not exist.
         """
-        family = find_preset(values["preset"]).family
+        family = find_preset(convert(values["preset"], str, "preset")).family
         loop, own = _loop_fields(), _names(family.settings)
         unknown = sorted(set(values).difference(loop, own))
         if unknown:

@@ -152,11 +152,17 @@ def test_data_and_output_must_come_from_somewhere(tmp_path):
         ("backbone_weights", 3, "backbone_weights is 3; it must be a path"),
         ("train_split", 3, "train_split is 3; it must be a text"),
         ("val_images", "folder", "val_images needs val_annotations"),
+        ("preset", 3, "preset must be a text"),
+        ("preset", ["asag-a-tiny"], "preset must be a text"),
+        ("preset", "asag-a-tinny", "no preset 'asag-a-tinny'; did you mean asag-a-tiny"),
+        ("first_epoch", 0.5, "first_epoch must be a whole number"),
+        ("denoising_scale", "0.4", "denoising_scale must be a number"),
     ],
 )
 def test_values_of_another_kind_are_named(name, value, message):
+    given = {"preset": "asag-a-tiny", "data": "data", "output": "run", name: value}
     with pytest.raises(ValueError, match=message):
-        TrainConfig.for_preset("asag-a-tiny", "data", "run", **{name: value})
+        TrainConfig.for_preset(**given)
 
 
 def test_something_to_train_on():
