@@ -44,6 +44,10 @@ DEMO = Sizes("demo", 64, (80, 80), 100, 10, (16, 32), 0.1, 5, 100, 4, 16, 32)
 """The small detector of `asag demo`."""
 
 
+LEVELS = {"AdaptiveProbing": ("P4", "P3"), "GatherAnchors": ("",), "PyramidRoIAlign": ("",), "SamplingMixing": ("",)}
+"""The ops of these detectors, and on which levels they run."""
+
+
 @dataclass(frozen=True)
 class Case:
     """An op with shapes, attributes, types and layout."""
@@ -102,18 +106,17 @@ def signature(
         return [(batch, count, 5), (batch, count)], attributes
     if name == "PyramidRoIAlign":
         return [*maps, (batch, sizes.queries, 4)], {}
-    if name == "SamplingMixing":
-        width = sizes.channels // sizes.groups
-        parameters = sizes.groups * (width * width + sizes.mixed_points * sizes.points)
-        points = (batch, sizes.queries, sizes.groups, sizes.points, 3)
-        return [*maps, points, (batch, sizes.queries, parameters)], {"mixed_points": sizes.mixed_points}
-    raise ValueError(f"no detector's sizes are known for {name}: its kernel is not measured")
+    width = sizes.channels // sizes.groups
+    parameters = sizes.groups * (width * width + sizes.mixed_points * sizes.points)
+    points = (batch, sizes.queries, sizes.groups, sizes.points, 3)
+    return [*maps, points, (batch, sizes.queries, parameters)], {"mixed_points": sizes.mixed_points}
 
 
 def cases(sizes: Sizes, batch: int = 1) -> Iterator[Case]:
-    """Every op in every type and layout that has a kernel."""
-    for name, operation in OPERATIONS.items():
-        for level in ("P4", "P3") if name == "AdaptiveProbing" else ("",):
+    """Every op that these detectors have, in every type and layout that has a kernel."""
+    for name, levels in LEVELS.items():
+        operation = OPERATIONS[name]
+        for level in levels:
             shapes, attributes = signature(name, sizes, batch, level)
             for element in operation.elements:
                 for channels_last in (False, True) if operation.maps else (False,):

@@ -42,6 +42,7 @@ from runtime.machine import describe_machine
 from runtime.speed.limits import Rates, measure_rates
 from trt_plugins.launch import DeviceArray, launch
 from trt_plugins.operations import OPERATIONS
+from trt_plugins.operations.pyramid_roi_align import ROI_SIDE
 
 MIXING_QUERIES = (100, 200)
 """Numbers of queries that SamplingMixing is timed with beside the published sizes' own."""
@@ -180,7 +181,7 @@ class Contenders:
         maps = dict(zip("0123", levels, strict=True))
         corners = list(torch.cat((boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., :2] + boxes[..., 2:] / 2), dim=-1))
         height, width = self.case.sizes.finest
-        align = MultiScaleRoIAlign(list(maps), output_size=7, sampling_ratio=2)
+        align = MultiScaleRoIAlign(list(maps), output_size=ROI_SIDE, sampling_ratio=2)
         return align(maps, corners, [(4 * height, 4 * width)] * len(corners))
 
     def _start_onnx_body(self, element: str) -> Sampler:

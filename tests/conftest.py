@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,16 @@ def _shared(name: str) -> Path:
     if not path.is_dir():
         pytest.skip(f"needs {name} in a folder `shared` beside the checkout")
     return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compiled_kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Kernels that these tests compile are kept for this run, and for all of its processes together."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "kernels"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ASAG_KERNEL_CACHE", str(folder))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -43,8 +43,6 @@ class CompiledKernel:
     """Machine code (cubin), or PTX text that ends in a null byte."""
     log: str
     """What the compiler said."""
-    cached: bool
-    """Whether it was on disk already."""
 
 
 @dataclass(frozen=True)
@@ -58,34 +56,31 @@ class Usage:
     """Stores and loads together; 0 where everything stays in registers."""
 
 
-def compile_plan(
-    plan: Plan, capability: int, ptx: bool = False, cache_folder: str | Path | None = None
-) -> CompiledKernel:
+def compile_plan(plan: Plan, capability: int, ptx: bool = False) -> CompiledKernel:
     """Compile the plan's kernel for compute capability `capability`/10, such as 90 for 9.0.
 
-    ptx: PTX for that capability and every later one, which the driver finishes, instead of machine code;
-    cache_folder: where results are kept; else the folder that ASAG_KERNEL_CACHE names, else the user's cache folder.
+    ptx: PTX for that capability and every later one, which the driver finishes, instead of machine code.
+    Results are kept in the folder that ASAG_KERNEL_CACHE names, else in the user's cache folder.
     Raises ValueError with the source line and the compiler's message when it does not compile.
     """
     architecture = f"{'compute' if ptx else 'sm'}_{capability}"
     options = (f"--gpu-architecture={architecture}", *_OPTIONS, *(f"-D{key}={value}" for key, value in plan.defines))
     file_name = f"{plan.kernel}.cu"
     source, header = kernel_source(file_name), kernel_source(_HEADER)
-    folder = Path(cache_folder) if cache_folder is not None else default_cache_folder()
     key = hashlib.sha256(json.dumps([source, header, options, nvrtc_version()]).encode()).hexdigest()[:32]
-    path = folder / f"{plan.kernel}-{key}.{'ptx' if ptx else 'cubin'}"
+    path = cache_folder() / f"{plan.kernel}-{key}.{'ptx' if ptx else 'cubin'}"
     log_path = path.with_suffix(".log")
     if path.is_file() and log_path.is_file():
-        return CompiledKernel(plan.kernel, path.read_bytes(), log_path.read_text(), cached=True)
+        return CompiledKernel(plan.kernel, path.read_bytes(), log_path.read_text())
     image, log = _compile(source, header, file_name, options, ptx)
     _write(log_path, log.encode())
     _write(path, image)
-    return CompiledKernel(plan.kernel, image, log, cached=False)
+    return CompiledKernel(plan.kernel, image, log)
 
 
-def resource_usage(plan: Plan, capability: int, cache_folder: str | Path | None = None) -> Usage:
+def resource_usage(plan: Plan, capability: int) -> Usage:
     """Registers, shared memory and spills of the plan's kernel as machine code, read off the assembler's report."""
-    log = compile_plan(plan, capability, cache_folder=cache_folder).log
+    log = compile_plan(plan, capability).log
     found = _RESOURCES.search(log)
     if found is None:
         raise ValueError(f"the assembler reported no resources for {plan.kernel}; its output was: {log.strip()!r}")
@@ -103,8 +98,8 @@ def kernel_source(file_name: str) -> str:
     return (resources.files("trt_plugins") / "kernels" / file_name).read_text()
 
 
-def default_cache_folder() -> Path:
-    """Where compiled kernels are kept unless a caller says otherwise."""
+def cache_folder() -> Path:
+    """Where compiled kernels are kept."""
     if folder := os.environ.get(CACHE_VARIABLE):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "asag" / "kernels"

@@ -1,4 +1,4 @@
-"""The genuine TensorRT bindings on a machine without TensorRT's builder, and a temporary kernel cache."""
+"""The genuine TensorRT bindings on a machine without TensorRT's builder, and an exported detector."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import importlib.util
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from asag.deploy import DeployedDetector
+from export.model import export_onnx
+from tests.builders import random_detector, small_info
 from trt_plugins.compile import supported_capabilities
 
 BINDINGS = "tensorrt-cu13-bindings"
@@ -29,16 +31,20 @@ MISSING = {
 
 
 @pytest.fixture(scope="session")
-def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Compiled kernels of this test session, in place of the user's; skips where there is no compiler for them."""
+def compiler() -> None:
+    """Skips where nothing compiles kernels."""
     try:
         supported_capabilities()
     except ValueError as error:
         pytest.skip(str(error))
-    folder = tmp_path_factory.mktemp("kernels")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ASAG_KERNEL_CACHE", str(folder))
-        yield folder
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small detector as an ONNX file."""
+    path = tmp_path_factory.mktemp("exported") / "small.onnx"
+    export_onnx(DeployedDetector(random_detector(), small_info()), path)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kernel_cases import (
+
+from asag.deploy import DeployedDetector
+from asag.ops import (
+    adaptive_probing_definition,
+    gather_anchors_definition,
+    pyramid_roi_align_definition,
+    sampling_mixing_definition,
+)
+from benchmarks import kernel_cases
+from benchmarks.kernel_cases import op_model, signature
+from export.model import export_onnx
+from runtime import open_session
+from runtime.engines.backend import TENSORRT
+from runtime.engines.build import BuildOptions, build_engine
+from tests.builders import random_detector, small_info
+from tests.trt_plugins.kernel_cases import (
     TORCH_TYPES,
     Array,
     mixing_inputs,
@@ -25,20 +40,6 @@ from kernel_cases import (
     to_element,
     to_float,
 )
-
-from asag.deploy import DeployedDetector
-from asag.ops import (
-    adaptive_probing_definition,
-    gather_anchors_definition,
-    pyramid_roi_align_definition,
-    sampling_mixing_definition,
-)
-from benchmarks.kernel_cases import op_model
-from export.model import export_onnx
-from runtime import open_session
-from runtime.engines.backend import TENSORRT
-from runtime.engines.build import BuildOptions, build_engine
-from tests.builders import random_detector, small_info
 from trt_plugins.launch import DeviceArray, current_capability, launch
 from trt_plugins.operations import OPERATIONS
 from trt_plugins.plugins import register_plugins
@@ -218,12 +219,8 @@ def build_op(trt: ModuleType, model: bytes, just_in_time: bool) -> bytes:
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_an_engine_gives_what_the_definition_gives(name: str, just_in_time: bool) -> None:
     trt = tensorrt_with_builder()
-    from benchmarks.kernel_cases import DEMO as DEMO_SIZES
-    from benchmarks.kernel_cases import signature
-
-    shapes, attributes = signature(name, DEMO_SIZES, batch=2)
-    inputs = engine_inputs(name)
-    assert [array.shape for array in inputs] == [tuple(shape) for shape in shapes]
+    shapes, attributes = signature(name, kernel_cases.DEMO, batch=2)
+    inputs = OPERATIONS[name].sample(np.random.default_rng(0), shapes, attributes)
     content = build_op(trt, op_model(name, shapes, attributes), just_in_time)
     engine = trt.Runtime(trt.Logger()).deserialize_cuda_engine(content)
     context = engine.create_execution_context()
@@ -257,15 +254,3 @@ def test_an_engine_detects_what_the_exported_file_detects(op_lowering: str, tmp_
     with open_session(engine, device="cuda") as session, open_session(model) as reference:
         for ours, expected in zip(session.detect(images, 4), reference.detect(images), strict=True):
             assert np.abs(ours.scores - expected.scores).max() < 1e-3
-
-
-def engine_inputs(name: str) -> list[Array]:
-    """Inputs at the demo's sizes, two images."""
-    random = np.random.default_rng(0)
-    if name == "AdaptiveProbing":
-        return probing_inputs(0, 2, 100, (20, 20))
-    if name == "GatherAnchors":
-        return probing_inputs(0, 2, 580)[:2]
-    if name == "PyramidRoIAlign":
-        return [*pyramid(random, 2, 64, (80, 80)), roi_boxes(random, 2, 100, 320)]
-    return mixing_inputs(0, 2, 100, DEMO, (80, 80))

@@ -19,7 +19,7 @@ from trt_plugins.compile import (
 from trt_plugins.operations import OPERATIONS, STATIC_SHARED_LIMIT
 from trt_plugins.plan import Plan, make_plan
 
-pytestmark = pytest.mark.usefixtures("kernel_cache")
+pytestmark = pytest.mark.usefixtures("compiler")
 
 
 def uses_tensor_cores(case: Case, capability: int) -> bool:
@@ -64,27 +64,37 @@ def test_tensor_cores_are_in_the_machine_code_only_where_asked() -> None:
             assert (b"mma.sync" in image) == case.tensor_cores, case.kind
 
 
-def test_the_second_compilation_comes_from_disk(tmp_path: Path) -> None:
+def test_the_second_compilation_comes_from_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ASAG_KERNEL_CACHE", str(tmp_path))
     shapes, attributes = signature("GatherAnchors", DEMO)
     plan = make_plan("GatherAnchors", shapes, attributes)
-    first = compile_plan(plan, 90, cache_folder=tmp_path)
-    again = compile_plan(plan, 90, cache_folder=tmp_path)
-    assert (first.cached, again.cached) == (False, True)
-    assert again == dataclasses.replace(first, cached=True)
-    assert not compile_plan(plan, 80, cache_folder=tmp_path).cached
-    assert not compile_plan(plan, 90, ptx=True, cache_folder=tmp_path).cached
-    other = make_plan("GatherAnchors", shapes, {**attributes, "most": 7})
-    assert not compile_plan(other, 90, cache_folder=tmp_path).cached
-    # Nothing half-written stays behind: three kernels of one name, one more, each with its log.
+    others = [
+        (plan, 80, False),
+        (plan, 90, True),
+        (make_plan("GatherAnchors", shapes, {**attributes, "most": 7}), 90, False),
+    ]
+    first = compile_plan(plan, 90)
+    images = {first.image, *(compile_plan(*other).image for other in others)}
+    assert len(images) == 4
+    # Nothing half-written stays behind: four kernels, each with its log.
     assert len(list(tmp_path.iterdir())) == 8
 
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("compiled again")
 
-def test_an_error_shows_the_source_line(tmp_path: Path) -> None:
+    monkeypatch.setattr("trt_plugins.compile._compile", refuse)
+    assert compile_plan(plan, 90) == first
+    with pytest.raises(AssertionError, match="compiled again"):
+        compile_plan(plan, 86)
+
+
+def test_an_error_shows_the_source_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ASAG_KERNEL_CACHE", str(tmp_path))
     shapes, attributes = signature("GatherAnchors", DEMO)
     plan = make_plan("GatherAnchors", shapes, attributes)
     broken = dataclasses.replace(plan, defines=tuple(pair for pair in plan.defines if pair[0] != "MOST"))
     with pytest.raises(ValueError, match=r"gather_anchors\.cu\(\d+\): error: identifier \"MOST\" is undefined\n.*MOST"):
-        compile_plan(broken, 90, cache_folder=tmp_path)
+        compile_plan(broken, 90)
     assert not list(tmp_path.iterdir())
 
 

@@ -1,4 +1,4 @@
-"""The kernels on the CPU against the ops' PyTorch definitions: their own source emulated, and their PTX executed."""
+"""The kernels' PTX, executed on the CPU, against the ops' PyTorch definitions."""
 
 from __future__ import annotations
 
@@ -9,15 +9,23 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import Array, mixing_inputs, probing_inputs, pyramid, roi_boxes, tensors, to_element, to_float
-from kernel_emulator import emulate
-from ptx_emulator import run_ptx
 
 from asag.ops import (
     adaptive_probing_definition,
     gather_anchors_definition,
     pyramid_roi_align_definition,
     sampling_mixing_definition,
+)
+from tests.ptx_machine.launch import run_ptx
+from tests.trt_plugins.kernel_cases import (
+    Array,
+    mixing_inputs,
+    probing_inputs,
+    pyramid,
+    roi_boxes,
+    tensors,
+    to_element,
+    to_float,
 )
 
 HALF_TYPES = ("float16", "bfloat16")
@@ -30,14 +38,14 @@ Run = Callable[..., list[Array]]
 on_every_machine = pytest.mark.parametrize(
     "run",
     [
-        pytest.param(emulate, id="source"),
         # The first has neither tensor cores of the kernels' kind nor asynchronous copies.
         pytest.param(partial(run_ptx, capability=75), id="PTX 7.5"),
-        pytest.param(partial(run_ptx, capability=90), id="PTX 9.0"),
+        pytest.param(run_ptx, id="PTX 9.0"),
         # From 10.0 on NVRTC writes PTX with another compiler.
         pytest.param(partial(run_ptx, capability=120), id="PTX 12.0"),
     ],
 )
+"""For what the compiler could get wrong; values and sizes that the source could get wrong are tried on one."""
 
 
 def assert_close(actual: Array, expected: Array, tolerance: float) -> None:
@@ -62,40 +70,36 @@ def test_probing_equals_definition(run: Run, capacity: int, coarse: bool) -> Non
     assert (overflow > 0).all() == (capacity < 40)
 
 
-@on_every_machine
 @settings(deadline=None, max_examples=25)
 @given(seed=st.integers(0, 2**31), height=st.integers(1, 30), width=st.integers(1, 30), coarse=st.booleans())
-def test_probing_of_any_map(run: Run, seed: int, height: int, width: int, coarse: bool) -> None:
-    check_probing(run, probing_inputs(seed, count=40, cells=(height, width), coarse=coarse), capacity=5)
+def test_probing_of_any_map(seed: int, height: int, width: int, coarse: bool) -> None:
+    check_probing(run_ptx, probing_inputs(seed, count=40, cells=(height, width), coarse=coarse), capacity=5)
 
 
-@on_every_machine
-def test_probing_without_candidates_gives_zeros(run: Run) -> None:
+def test_probing_without_candidates_gives_zeros() -> None:
     anchors, valid, feature, sizes = probing_inputs()
-    patches, _, taken, candidate, overflow = check_probing(run, [anchors, np.zeros_like(valid), feature, sizes], 3)
+    patches, _, taken, candidate, overflow = check_probing(run_ptx, [anchors, np.zeros_like(valid), feature, sizes], 3)
     assert not patches.any()
     assert not taken.any()
     assert not candidate.any()
     assert not overflow.any()
 
 
-@on_every_machine
-def test_probing_never_selects_nan(run: Run) -> None:
+def test_probing_never_selects_nan() -> None:
     anchors, valid, feature, sizes = probing_inputs()
     anchors[:, ::3, 4] = np.nan
     anchors[:, 1::7, 2] = np.nan
-    candidate = check_probing(run, [anchors, valid, feature, sizes], 6)[3]
+    candidate = check_probing(run_ptx, [anchors, valid, feature, sizes], 6)[3]
     assert not candidate[:, ::3].any()
 
 
-@on_every_machine
-def test_probing_suppresses_at_exactly_the_threshold(run: Run) -> None:
+def test_probing_suppresses_at_exactly_the_threshold() -> None:
     # Equal squares of side 240 shifted by 144 along one axis share exactly a quarter of their union: kept.
     anchors, _, feature, sizes = probing_inputs(batch=1, count=40)
     anchors[...] = 0
     anchors[0, :3] = [(200, 200, 9, 9, 0.6), (344, 200, 9, 9, 0.5), (343.99, 200, 9, 9, 0.4)]
     valid = np.ones((1, 40), bool)
-    assert check_probing(run, [anchors, valid, feature, sizes], 5)[2].sum() == 2
+    assert check_probing(run_ptx, [anchors, valid, feature, sizes], 5)[2].sum() == 2
 
 
 @on_every_machine
@@ -123,7 +127,6 @@ def check_gather(
     return valid
 
 
-@on_every_machine
 @settings(deadline=None, max_examples=40)
 @given(
     seed=st.integers(0, 2**31), coarse=st.booleans(), share=st.sampled_from([0.0, 0.05, 0.3, 1.0]), nan=st.booleans()
@@ -133,14 +136,14 @@ def check_gather(
     [(60, 0.1, 5, 20), (60, 0.6, 40, 100), (60, 0.05, 70, 100), (0, 0.5, 5, 7)],
 )
 def test_gather_equals_definition(
-    run: Run, first: int, threshold: float, fewest: int, most: int, seed: int, coarse: bool, share: float, nan: bool
+    first: int, threshold: float, fewest: int, most: int, seed: int, coarse: bool, share: float, nan: bool
 ) -> None:
     anchors, _, _, _ = probing_inputs(seed, count=160, coarse=coarse)
     random = np.random.default_rng(seed)
     if nan:
         anchors[random.random((2, 160)) < 0.3, 4] = np.nan
     anchors[random.random((2, 160)) < 0.1, 4] = 0.0
-    check_gather(run, anchors, random.random((2, 160)) < share, first, threshold, fewest, most)
+    check_gather(run_ptx, anchors, random.random((2, 160)) < share, first, threshold, fewest, most)
 
 
 @on_every_machine
@@ -151,10 +154,9 @@ def test_gather_with_a_negative_threshold_and_negative_confidences(run: Run) -> 
     check_gather(run, anchors, valid, 60, -0.2, 5, 20)
 
 
-@on_every_machine
-def test_gather_of_fewer_anchors_than_places(run: Run) -> None:
+def test_gather_of_fewer_anchors_than_places() -> None:
     anchors, valid, _, _ = probing_inputs(count=20)
-    assert check_gather(run, anchors, valid, 20, 0.1, 5, 50).any()
+    assert check_gather(run_ptx, anchors, valid, 20, 0.1, 5, 50).any()
 
 
 @on_every_machine
@@ -169,22 +171,20 @@ def test_align_equals_definition(run: Run, element: str, channels_last: bool) ->
     assert_close(to_float(rois, element), expected, TOLERANCE[element])
 
 
-@on_every_machine
 @settings(deadline=None, max_examples=15)
 @given(seed=st.integers(0, 2**31), height=st.integers(1, 12), width=st.integers(1, 12))
-def test_align_of_any_map(run: Run, seed: int, height: int, width: int) -> None:
+def test_align_of_any_map(seed: int, height: int, width: int) -> None:
     random = np.random.default_rng(seed)
     inputs = [*pyramid(random, 1, 4, (height, width)), roi_boxes(random, 1, 10, 300)]
     expected = pyramid_roi_align_definition(*tensors(*inputs)).numpy()
-    assert_close(run("PyramidRoIAlign", inputs)[0], expected, 1e-4)
+    assert_close(run_ptx("PyramidRoIAlign", inputs)[0], expected, 1e-4)
 
 
-@on_every_machine
-def test_align_counts_nan_boxes_as_the_finest_level(run: Run) -> None:
+def test_align_counts_nan_boxes_as_the_finest_level() -> None:
     random = np.random.default_rng(0)
     boxes = roi_boxes(random, 1, 8, 100)
     boxes[0, 6, 0] = boxes[0, 7, 2] = np.nan
-    rois = run("PyramidRoIAlign", [*pyramid(random, 1, 4, (8, 8)), boxes])[0]
+    rois = run_ptx("PyramidRoIAlign", [*pyramid(random, 1, 4, (8, 8)), boxes])[0]
     assert not rois[0, 6].any()
     assert np.isfinite(rois).all()
 
@@ -195,55 +195,58 @@ def mixing_definition(inputs: list[Array], mixed: int, element: str) -> Array:
     return sampling_mixing_definition(*tensors(*as_float[0], points, as_float[1]), mixed).numpy()
 
 
-@on_every_machine
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("sizes", [DEMO, PUBLISHED], ids=["demo", "published"])
-@pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16", "float16 tensor cores", "bfloat16 tensor cores"])
-def test_mixing_equals_definition(run: Run, kind: str, sizes: tuple[int, int, int, int], channels_last: bool) -> None:
-    element, cores = kind.split(maxsplit=1)[0], "tensor" in kind
-    *maps, points, parameters = mixing_inputs(1, 2, 2, sizes, (16, 24))
-    inputs = [*(to_element(map_, element) for map_ in maps), points, to_element(parameters, element)]
-    expected = mixing_definition(inputs, sizes[3], element)
-    attributes = {"mixed_points": sizes[3]}
-    (mixed,) = run("SamplingMixing", inputs, attributes, element, channels_last, cores)
-    assert_close(to_float(mixed, element), expected, TOLERANCE[element])
-
-
-@on_every_machine
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize(
-    ("sizes", "cores"),
-    [((2, 8, 8, 16), False), ((1, 24, 16, 24), False), ((3, 48, 16, 48), True), ((8, 16, 32, 64), True)],
-)
-@pytest.mark.parametrize("element", ["float32", "float16"])
-def test_mixing_of_other_sizes(
-    run: Run, element: str, sizes: tuple[int, int, int, int], cores: bool, channels_last: bool
+def check_mixing(
+    run: Run, seed: int, sizes: tuple[int, int, int, int], finest: tuple[int, int], element: str, *layout: bool
 ) -> None:
-    *maps, points, parameters = mixing_inputs(2, 1, 1, sizes, (5, 9))
+    """layout: whether the maps are channels-last, and whether tensor cores may be used."""
+    *maps, points, parameters = mixing_inputs(seed, 2, 1, sizes, finest)
     inputs = [*(to_element(map_, element) for map_ in maps), points, to_element(parameters, element)]
-    (mixed,) = run("SamplingMixing", inputs, {"mixed_points": sizes[3]}, element, channels_last, cores)
+    (mixed,) = run("SamplingMixing", inputs, {"mixed_points": sizes[3]}, element, *layout)
     assert_close(to_float(mixed, element), mixing_definition(inputs, sizes[3], element), TOLERANCE[element])
 
 
 @on_every_machine
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("element", TOLERANCE)
+def test_mixing_equals_definition(run: Run, element: str, channels_last: bool) -> None:
+    check_mixing(run, 1, PUBLISHED, (16, 24), element, channels_last, False)
+
+
+@pytest.mark.parametrize("capability", [90, 120])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("element", HALF_TYPES)
+def test_mixing_on_tensor_cores_equals_definition(element: str, channels_last: bool, capability: int) -> None:
+    check_mixing(partial(run_ptx, capability=capability), 1, PUBLISHED, (16, 24), element, channels_last, True)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    ("sizes", "cores"),
+    [((2, 8, 8, 16), False), ((1, 24, 16, 24), False), ((3, 48, 16, 48), True), ((8, 16, 32, 64), True), (DEMO, True)],
+)
+@pytest.mark.parametrize("element", ["float32", "float16"])
+def test_mixing_of_other_sizes(
+    element: str, sizes: tuple[int, int, int, int], cores: bool, channels_last: bool
+) -> None:
+    check_mixing(run_ptx, 2, sizes, (5, 9), element, channels_last, cores)
+
+
 @settings(deadline=None, max_examples=10)
 @given(seed=st.integers(0, 2**31), height=st.integers(1, 12), width=st.integers(1, 12))
-def test_mixing_of_any_map(run: Run, seed: int, height: int, width: int) -> None:
+def test_mixing_of_any_map(seed: int, height: int, width: int) -> None:
     inputs = mixing_inputs(seed, 1, 2, DEMO, (height, width))
-    (mixed,) = run("SamplingMixing", inputs, {"mixed_points": DEMO[3]})
+    (mixed,) = run_ptx("SamplingMixing", inputs, {"mixed_points": DEMO[3]})
     assert_close(mixed, mixing_definition(inputs, DEMO[3], "float32"), 1e-4)
 
 
-@on_every_machine
-def test_mixing_of_points_outside_every_map_is_zero(run: Run) -> None:
+def test_mixing_of_points_outside_every_map_is_zero() -> None:
     *maps, points, parameters = mixing_inputs(0, 1, 2, DEMO, (8, 8))
     points[..., :2] = -50
-    (mixed,) = run("SamplingMixing", [*maps, points, parameters], {"mixed_points": DEMO[3]})
+    (mixed,) = run_ptx("SamplingMixing", [*maps, points, parameters], {"mixed_points": DEMO[3]})
     assert not mixed.any()
 
 
-@on_every_machine
-def test_mixing_reads_no_cell_outside(run: Run) -> None:
+def test_mixing_reads_no_cell_outside() -> None:
     # Weights of cells outside are zero, but zero times infinity would show.
     *maps, points, parameters = mixing_inputs(0, 1, 2, DEMO, (8, 8))
     for map_ in maps:
@@ -251,25 +254,26 @@ def test_mixing_reads_no_cell_outside(run: Run) -> None:
     points[..., :2] = points[..., :2].clip(2, 6)  # away from P2's first cell
     points[..., 2] = 0
     maps[1:] = [np.zeros_like(map_) for map_ in maps[1:]]
-    (mixed,) = run("SamplingMixing", [*maps, points, parameters], {"mixed_points": DEMO[3]})
+    (mixed,) = run_ptx("SamplingMixing", [*maps, points, parameters], {"mixed_points": DEMO[3]})
     assert np.isfinite(mixed).all()
 
 
 @pytest.mark.parametrize("cores", [False, True])
-def test_the_order_of_threads_does_not_show(cores: bool) -> None:
+def test_the_order_of_threads_does_not_show_in_mixing(cores: bool) -> None:
     *maps, points, parameters = mixing_inputs(5, 1, 2, PUBLISHED, (16, 16))
     element = "float16" if cores else "float32"
     inputs = [*(to_element(map_, element) for map_ in maps), points, to_element(parameters, element)]
-    runs = [
-        emulate("SamplingMixing", inputs, {"mixed_points": 128}, element, True, cores, backwards)[0]
-        for backwards in (False, True)
-    ]
-    assert runs[0].tobytes() == runs[1].tobytes()
-    check_probing(emulate, probing_inputs(count=300), 7, backwards=True)
+    forwards, back = (
+        run_ptx("SamplingMixing", inputs, {"mixed_points": 128}, element, True, cores, backwards=way)[0]
+        for way in (False, True)
+    )
+    assert forwards.tobytes() == back.tobytes()
+
+
+def test_the_order_of_threads_does_not_show_in_what_is_chosen() -> None:
+    check_probing(partial(run_ptx, backwards=True), probing_inputs(count=300), 7)
     anchors, valid, _, _ = probing_inputs(count=300, coarse=True)
-    attributes = {"first": 60, "keep_threshold": 0.1, "fewest": 50, "most": 40}
-    forwards, back = (emulate("GatherAnchors", [anchors, valid], attributes, backwards=way) for way in (False, True))
-    assert [array.tobytes() for array in forwards] == [array.tobytes() for array in back]
+    check_gather(partial(run_ptx, backwards=True), anchors, valid, 60, 0.1, 50, 40)
 
 
 @on_every_machine

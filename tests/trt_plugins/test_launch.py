@@ -146,7 +146,7 @@ for stream in (0, 77):
 """
 
 
-def test_the_driver_gets_what_the_plan_says(tmp_path: Path, kernel_cache: Path) -> None:
+def test_the_driver_gets_what_the_plan_says(tmp_path: Path, compiler: None) -> None:
     # The genuine cuda-bindings, over a library that prints what it is asked.
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None or sys.platform != "linux":

@@ -13,27 +13,18 @@ import onnxruntime
 import pytest
 from onnx import helper
 
-from asag.deploy import DeployedDetector
-from export.model import export_onnx
 from export.op_bodies import HELPER_FUNCTIONS
 from runtime.engines.backend import TENSORRT
 from runtime.engines.build import BuildOptions, build_engine
 from runtime.engines.manifest import read_manifest
 from runtime.engines.network import read_source, with_plugins
 from runtime.errors import BackendUnavailableError
-from tests.builders import random_detector, small_info
+from tests.builders import small_info
 from tests.runtime.toy_detector import build_toy_model, toy_metadata
 from trt_plugins.operations import DOMAIN, OPERATIONS
 
 CAPABILITY = 90
 USED = {"AdaptiveProbing": 2, "GatherAnchors": 1, "PyramidRoIAlign": 1, "SamplingMixing": 1}
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("exported") / "small.onnx"
-    export_onnx(DeployedDetector(random_detector(), small_info()), path)
-    return path
 
 
 @pytest.fixture
@@ -108,7 +99,7 @@ def test_without_a_gpu(tensorrt: ModuleType, exported: Path, tmp_path: Path) -> 
 
 
 def test_the_genuine_bindings_up_to_the_builder(
-    tensorrt: ModuleType, gpu: None, kernel_cache: Path, exported: Path, tmp_path: Path
+    tensorrt: ModuleType, gpu: None, compiler: None, exported: Path, tmp_path: Path
 ) -> None:
     skip_where_tensorrt_is_whole(tensorrt)
     with pytest.raises(BackendUnavailableError, match="TensorRT's builder does not start: ") as caught:
@@ -171,7 +162,7 @@ class StandInBuilder:
 def test_what_tensorrts_builder_is_asked_for(
     tensorrt: ModuleType,
     gpu: None,
-    kernel_cache: Path,
+    compiler: None,
     exported: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

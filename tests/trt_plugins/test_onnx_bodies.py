@@ -8,7 +8,6 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from kernel_cases import Array, mixing_inputs, probing_inputs, pyramid, roi_boxes, tensors
 
 from asag.ops import (
     adaptive_probing_definition,
@@ -17,6 +16,7 @@ from asag.ops import (
     sampling_mixing_definition,
 )
 from benchmarks.kernel_cases import op_model
+from tests.trt_plugins.kernel_cases import Array, mixing_inputs, probing_inputs, pyramid, roi_boxes, tensors
 from trt_plugins.operations import OPERATIONS
 
 

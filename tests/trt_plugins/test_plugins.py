@@ -8,14 +8,12 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from onnx import helper
-from plugin_driver import TYPES, create, embed, with_expressions
 
-from asag.deploy import DeployedDetector
-from export.model import build_onnx
 from export.op_bodies import OP_FUNCTIONS
-from tests.builders import random_detector, small_info
+from tests.trt_plugins.plugin_driver import TYPES, create, embed, with_expressions
 from trt_plugins.compile import compile_plan
 from trt_plugins.launch import prepare_call
 from trt_plugins.operations import DOMAIN, OPERATIONS
@@ -42,7 +40,7 @@ KINDS = [
 
 
 @pytest.fixture
-def trt(tensorrt: ModuleType, kernel_cache: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def trt(tensorrt: ModuleType, compiler: None, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     register_plugins(CAPABILITY)
     with_expressions(monkeypatch, tensorrt)
     return tensorrt
@@ -141,8 +139,8 @@ def test_registering_again_is_harmless_but_not_for_another_gpu(trt: ModuleType) 
         register_plugins(75)
 
 
-def test_every_node_of_an_exported_detector_becomes_a_plugin(trt: ModuleType) -> None:
-    model = build_onnx(DeployedDetector(random_detector(), small_info()))
+def test_every_node_of_an_exported_detector_becomes_a_plugin(trt: ModuleType, exported: Path) -> None:
+    model = onnx.load(exported)
     values = (*model.graph.value_info, *model.graph.input, *model.graph.output)
     shapes = {
         value.name: [None if side.dim_param else side.dim_value for side in value.type.tensor_type.shape.dim]

@@ -16,10 +16,6 @@ constexpr int WARP_SIZE = 32;
 template <class To>
 struct Convert;
 
-#ifdef ASAG_EMULATION
-#include "emulation_device.h"
-#else
-
 __device__ __forceinline__ float to_float(float value) { return value; }
 
 __device__ __forceinline__ float to_float(Half value) {
@@ -174,8 +170,6 @@ struct TensorCore<BFloat16> {
             : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right[0]), "r"(right[1]));
     }
 };
-
-#endif  // ASAG_EMULATION
 
 // Elements that move together: at most 16 bytes, and a whole number of them in COUNT.
 template <class Element, int COUNT>

@@ -6,9 +6,10 @@ import re
 from collections.abc import Callable
 
 import numpy as np
-from ptx_arithmetic import DTYPES
-from ptx_memory import Lanes, Values
-from ptx_program import Program
+
+from tests.ptx_machine.arithmetic import DTYPES
+from tests.ptx_machine.memory import Lanes, Values
+from tests.ptx_machine.program import Program
 
 Read = Callable[[Lanes], Values]
 Write = Callable[[Lanes, Values], None]

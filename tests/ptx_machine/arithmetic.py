@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from ptx_work import Values
+
+from tests.ptx_machine.work import Values
 
 DTYPES: dict[str, Any] = {
     **{f"{letter}{8 * size}": np.dtype(f"u{size}") for letter in "ub" for size in (1, 2, 4, 8)},

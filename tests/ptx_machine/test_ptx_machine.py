@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from kernel_cases import Array, mixing_inputs, probing_inputs, pyramid, roi_boxes, to_element
-from ptx_arithmetic import COMPARISONS, convert, function_of
-from ptx_emulator import run_ptx
-from ptx_memory import KernelFaultError
-from ptx_work import Work
 
 import trt_plugins.compile
+from tests.ptx_machine.arithmetic import COMPARISONS, convert, function_of
+from tests.ptx_machine.launch import run_ptx
+from tests.ptx_machine.memory import KernelFaultError
+from tests.ptx_machine.work import Work
+from tests.trt_plugins.kernel_cases import Array, mixing_inputs, probing_inputs, pyramid, roi_boxes, to_element
 from trt_plugins.compile import kernel_source
 
 BARRIER = "__syncthreads();"
@@ -119,6 +119,18 @@ def test_an_output_that_is_not_written_whole_is_found(plant: Callable[[str, str]
     text = kernel_source("gather_anchors.cu")
     plant("gather_anchors.cu", text.replace("blockIdx.x", "0"))
     assert any("written twice" in fault for fault in faults("gather_anchors"))
+
+
+def test_an_order_of_threads_that_shows_is_found(plant: Callable[[str, str], None]) -> None:
+    """Without the second key, which of two equal confidences comes first is left to the order of the threads."""
+    plant(
+        "device.cuh",
+        replaced("device.cuh", "high < other.high || (high == other.high && low < other.low)", "high < other.high"),
+    )
+    anchors, valid, _, _ = probing_inputs(count=300, coarse=True)
+    attributes = {"first": 60, "keep_threshold": 0.1, "fewest": 50, "most": 40}
+    runs = [run_ptx("GatherAnchors", [anchors, valid], attributes, backwards=way) for way in (False, True)]
+    assert runs[0][0].tobytes() != runs[1][0].tobytes()
 
 
 def values(*items: Any, dtype: str) -> Array:

@@ -1,4 +1,4 @@
-"""What one launch of each kernel makes a GPU do, counted on its PTX: `python tests/trt_plugins/kernel_work.py`.
+"""What one launch of each kernel makes a GPU do, counted on its PTX: `python -m tests.ptx_machine.kernel_work`.
 
 Sizes are those of the published detectors, with fewer queries where a block serves one, because all blocks do the same.
 """
@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
-from kernel_cases import to_element
-from ptx_emulator import run_ptx
-from ptx_work import Work
 
 from benchmarks.kernel_cases import PUBLISHED, Case, cases
+from tests.ptx_machine.launch import run_ptx
+from tests.ptx_machine.work import Work
+from tests.trt_plugins.kernel_cases import to_element
 from trt_plugins.operations import OPERATIONS
 
 QUERIES = 2

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from ptx_work import Values, Work
+
+from tests.ptx_machine.work import Values, Work
 
 Lanes = NDArray[np.intp]
 
@@ -84,9 +85,14 @@ class SharedMemory:
     """The shared memory of all blocks, with the order of accesses that barriers give."""
 
     def __init__(
-        self, variables: dict[str, tuple[int, int]], blocks: int, threads: int, work: Work | None = None
+        self,
+        variables: dict[str, tuple[int, int]],
+        blocks: int,
+        threads: int,
+        work: Work | None,
+        backwards: bool,
     ) -> None:
-        self.work = work
+        self.work, self.backwards = work, backwards
         size = max((address + length for address, length in variables.values()), default=0)
         self.pitch = -(-size // 64) * 64 + 64
         self.threads = threads
@@ -132,13 +138,15 @@ class SharedMemory:
             self.written[places + byte] = True
 
     def add_atomically(self, addresses: Values, values: Values, lanes: Lanes) -> Values:
-        """32-bit sums in the order of the lanes; what was there before each."""
+        """32-bit sums in the order of the lanes, or backwards; what was there before each."""
         places = self.places(addresses, 4, lanes, "an atomic operation on shared memory")
         if not all(self.written[places + byte].all() for byte in range(4)):
             raise KernelFaultError("shared memory is added to before it is written")
         self.note(places, 4, lanes, writes=True, atomic=True)
         before, memory = np.empty_like(values), self.bytes.view("u4")
-        for index, place in enumerate(places // 4):
+        order = range(len(places))
+        for index in reversed(order) if self.backwards else order:
+            place = places[index] // 4
             before[index] = memory[place]
             memory[place] += values[index]
         return before

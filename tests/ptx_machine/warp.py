@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from ptx_memory import KernelFaultError, Lanes, SharedMemory, Values
-from ptx_registers import Registers, items
-from ptx_work import WARP
+
+from tests.ptx_machine.memory import KernelFaultError, Lanes, SharedMemory, Values
+from tests.ptx_machine.registers import Registers, items
+from tests.ptx_machine.work import WARP
 
 Parts = tuple[str, ...]
 Step = Callable[[Lanes], None]

@@ -1,13 +1,14 @@
-"""What each PTX instruction does to registers and memory; warp-wide ones are in `ptx_warp`."""
+"""What each PTX instruction does to registers and memory; warp-wide ones are in `warp`."""
 
 from __future__ import annotations
 
 import numpy as np
-from ptx_arithmetic import COMPARISONS, DTYPES, convert, function_of, pack_halves
-from ptx_memory import GlobalMemory, Lanes, SharedMemory, Values
-from ptx_program import Instruction
-from ptx_registers import Registers, items
-from ptx_warp import WARP_WIDE, Step
+
+from tests.ptx_machine.arithmetic import COMPARISONS, DTYPES, convert, function_of, pack_halves
+from tests.ptx_machine.memory import GlobalMemory, Lanes, SharedMemory, Values
+from tests.ptx_machine.program import Instruction
+from tests.ptx_machine.registers import Registers, items
+from tests.ptx_machine.warp import WARP_WIDE, Step
 
 TURNS = ("bra", "ret", "bar")
 """Instructions that decide who runs next, which the machine itself handles."""

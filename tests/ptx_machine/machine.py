@@ -10,13 +10,14 @@ import ctypes
 from typing import Any
 
 import numpy as np
-from ptx_arithmetic import DTYPES
-from ptx_instructions import TURNS, Instructions
-from ptx_memory import GlobalMemory, KernelFaultError, Lanes, SharedMemory
-from ptx_program import Instruction, Program
-from ptx_registers import Registers
-from ptx_warp import WARP_WIDE, Step
-from ptx_work import WARP
+
+from tests.ptx_machine.arithmetic import DTYPES
+from tests.ptx_machine.instructions import TURNS, Instructions
+from tests.ptx_machine.memory import GlobalMemory, KernelFaultError, Lanes, SharedMemory
+from tests.ptx_machine.program import Instruction, Program
+from tests.ptx_machine.registers import Registers
+from tests.ptx_machine.warp import WARP_WIDE, Step
+from tests.ptx_machine.work import WARP
 
 RUNNING, IN_WARP, AT_BARRIER, DONE = range(4)
 
@@ -24,14 +25,21 @@ RUNNING, IN_WARP, AT_BARRIER, DONE = range(4)
 class Machine:
     """One launch of a kernel."""
 
-    def __init__(self, program: Program, grid: tuple[int, int, int], threads: int, memory: GlobalMemory) -> None:
-        """The threads of a block lie along x."""
+    def __init__(
+        self,
+        program: Program,
+        grid: tuple[int, int, int],
+        threads: int,
+        memory: GlobalMemory,
+        backwards: bool = False,
+    ) -> None:
+        """The threads of a block lie along x; backwards: its warps run one after another, the last one first."""
         if threads % WARP or threads > program.most_threads or max(grid[1:]) > 65535:
             raise KernelFaultError(f"{program.name} cannot be launched with {threads} threads on a grid of {grid}")
-        self.program, self.threads = program, threads
+        self.program, self.threads, self.backwards = program, threads, backwards
         blocks = int(np.prod(grid))
         self.registers = Registers(program, grid, threads)
-        self.memory, self.shared = memory, SharedMemory(program.shared, blocks, threads, memory.work)
+        self.memory, self.shared = memory, SharedMemory(program.shared, blocks, threads, memory.work, backwards)
         self.place = np.zeros(blocks * threads, np.int64)
         self.state = np.full(blocks * threads, RUNNING)
 
@@ -57,6 +65,9 @@ class Machine:
         if not len(running):
             self._pass_barriers()
             return
+        if self.backwards:
+            warps = running % self.threads // WARP
+            running = running[warps == warps.max()]
         places = self.place[running]
         first = int(places.min())
         lanes = running[places == first]
