@@ -119,6 +119,8 @@ class Preset:
     input: InputSpec = InputSpec()
     recipe: Mapping[str, Any] = field(default_factory=dict)
     """Settings of training, the loop's and the family's, that differ from the defaults."""
+    continued: Mapping[str, Any] = field(default_factory=dict)
+    """What the recipe changes where training starts from trained weights of a detector."""
     dataset: str = "coco"
     """A name of :data:`asag.datasets.DATASETS`: whose classes it has and whose measures judge it."""
     published: Published | None = None

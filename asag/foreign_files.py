@@ -79,7 +79,9 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 class _StandIn(dict[Any, Any]):
     """An object of a class that is not known here: takes any arguments, items and state, and does nothing with them."""
 
-    __hash__ = object.__hash__  # such objects may be keys
+    def __hash__(self) -> int:  # type: ignore[override]
+        """Such objects may be keys."""
+        return id(self)
 
     def __init__(self, *_: object, **__: object) -> None:
         super().__init__()

@@ -24,7 +24,6 @@ TRAIN_IMAGES = 1600
 VAL_IMAGES = 100
 
 CONTINUE_RECIPE = {
-    "first_epoch": 1,
     "steps": 40,
     "learning_rate": 5e-5,
     "backbone_learning_rate": 5e-5,
@@ -62,7 +61,7 @@ class DemoResult:
     "-o", "--output", type=FOLDER, default=Path("demo-output"), show_default=True, help="Folder for everything."
 )
 @click.option(
-    "--weights", type=EXISTING_FILE, help="Trained weights of asag-a-tiny to start from; from nothing by default."
+    "--weights", type=EXISTING_FILE, help=f"Trained weights of {PRESET} to start from; from nothing by default."
 )
 def demo(output: Path, weights: Path | None) -> None:
     """Make a dataset, train, export, build an engine, and compare every backend that runs here.

@@ -177,8 +177,9 @@ class TrainConfig:
 
         Raises ValueError on a preset or a field that does not exist.
         """
-        values = dict(find_preset(convert(preset, str, "preset")).recipe)
         given = {name: value for name, value in overrides.items() if value is not None}
+        found = find_preset(convert(preset, str, "preset"))
+        values = {**found.recipe, **(found.continued if "initial_weights" in given else {})}
         if "epochs" in given and "steps" not in given:
             values.pop("steps", None)
         data, output = None if data is None else Path(data), Path(output)

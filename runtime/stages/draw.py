@@ -72,12 +72,12 @@ def stage_panels(image: Image.Image, seen: SeenStages, score_threshold: float) -
     reader = _Reader(seen)
     panels = []
     for stages in _by_part(seen.metadata.stages[:-1]):
-        places = [(stage.title, boxes) for stage in stages if (boxes := reader.places(stage)) is not None]
+        places = [(stage.title, where) for stage in stages if (where := reader.places(stage)) is not None]
         if places:
             picture = dark.copy()
-            for thickness, (_, boxes) in enumerate(reversed(places)):
-                _outline(picture, boxes * factors, [PLACE_COLOUR], 1 + 2 * thickness)
-            panels.append(Panel(picture, ", ".join(f"{title}: {len(boxes)}" for title, boxes in places)))
+            for thickness, (_, where) in enumerate(reversed(places)):
+                _outline(picture, where * factors, [PLACE_COLOUR], 1 + 2 * thickness)
+            panels.append(Panel(picture, ", ".join(f"{title}: {len(where)}" for title, where in places)))
         found = [(stage.title, boxes) for stage in stages if (boxes := reader.boxes(stage)) is not None]
         if found:
             title, boxes = found[-1]

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 import pytest
+from asag.presets import PRESETS
 
 from asag import __version__
-from asag.presets import PRESETS
 from asag_cli.main import asag as root
 
 if TYPE_CHECKING:

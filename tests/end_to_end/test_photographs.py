@@ -8,11 +8,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-
 from asag.categories import COCO_CATEGORIES
+from asag.presets import PRESETS
+
 from asag.checkpoint import CheckpointInfo, save_detector
 from asag.detector import build_detector
-from asag.presets import PRESETS
 from asag.published import load_published
 from asag_cli.main import main
 

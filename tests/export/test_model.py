@@ -13,13 +13,13 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from asag.config import DetectorConfig
+from asag.presets import PRESETS
 
 import export.model
 from asag.checkpoint import load_detector
-from asag.config import DetectorConfig
 from asag.deploy import DeployedDetector
 from asag.detector import Detector
-from asag.presets import PRESETS
 from export.model import ExportReport, export_onnx
 from export.op_bodies import OP_FUNCTIONS
 from export.op_bodies.domain import DOMAIN_VERSION

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 from asag.categories import DATASET_CATEGORIES
-from asag.checkpoint import CheckpointInfo
 from asag.config import DetectorConfig
-from asag.deploy import DeployedDetector
 from asag.presets import PRESETS
+
+from asag.checkpoint import CheckpointInfo
+from asag.deploy import DeployedDetector
 from export.model import export_onnx
 from runtime import open_session
 from runtime.backends.pytorch_session import PyTorchSession

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from asag.config import HEADS, LEVELS
 
 from asag.checkpoint import load_detector
-from asag.config import HEADS, LEVELS
 from asag.deploy import DeployedDetector
 from export.model import export_onnx
 from runtime import open_session

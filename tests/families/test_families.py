@@ -17,7 +17,7 @@ from asag.family import Family, Preset
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("asag", "asag_cli", "benchmarks", "export", "runtime", "train", "trt_plugins")
-DEFAULT = re.compile(r"^(DEFAULT_)?PRESET = |default: |--preset ")
+DEFAULT = re.compile(r"^(DEFAULT_)?PRESET = |default: |--preset |@click.option\(.*default=")
 """Lines that name a preset because a command has a default or shows an example."""
 
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)

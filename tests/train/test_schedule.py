@@ -104,6 +104,9 @@ def test_overrides():
     assert made.replaced(first_epoch=2, steps=9).settings == ASAGSettings(first_epoch=2, denoising_scale=1.0)
     assert made.replaced(denoising_scale=None, steps=9) == dataclasses.replace(made, settings=ASAGSettings(), steps=9)
     assert TrainConfig.of(made.to_dict()) == made
+    continued = TrainConfig.for_preset("asag-a-tiny", "data", "run", initial_weights="trained.pt")
+    assert continued.settings == ASAGSettings(first_epoch=1)
+    assert continued.replaced(first_epoch=0).settings == ASAGSettings()
     with pytest.raises(ValueError, match="unknown training options: batch"):
         TrainConfig.for_preset("asag-a-tiny", "data", "run", batch=3)
     with pytest.raises(ValueError, match="unknown training options: settings"):

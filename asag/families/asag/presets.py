@@ -26,6 +26,8 @@ _A_R50_100 = ASAGConfig("adamixer", "resnet50", 100, head="aux_2")
 _A_R50_300 = replace(_A_R50_100, queries=300)
 _S_R50_100 = replace(_A_R50_100, decoder="sparse_rcnn")
 
+# A trained detector explores at once: the epoch in which the objects' places guide it is for those that know nothing.
+_CONTINUED = {"first_epoch": 1}
 _SHORT = {"epochs": 12, "milestones": (8, 11)}
 _MULTI_SCALE = {"training_shorter_sides": tuple(range(640, 801, 32)), "crop_probability": 0.5}
 _LONG = {"epochs": 36, "milestones": (24, 33), **_MULTI_SCALE}
@@ -53,7 +55,7 @@ PAPER = "ASAG: Building Strong One-Decoder-Layer Sparse Detectors via Adaptive S
 
 def _coco(config: ASAGConfig, recipe: Mapping[str, Any], ap: float, queries: str) -> Preset:
     published = Published(f"AP {ap}", PAPER, queries, ap)
-    return Preset(config=config, recipe=recipe, published=published)
+    return Preset(config=config, recipe=recipe, continued=_CONTINUED, published=published)
 
 
 PRESETS: dict[str, Preset] = {
@@ -61,6 +63,7 @@ PRESETS: dict[str, Preset] = {
         config=ASAGConfig("adamixer", "resnet10", 50, patch_capacity=(16, 32), size=_TINY, train_batch_statistics=True),
         input=InputSpec(320, 320, (320, 320)),
         recipe=_TINY_RECIPE,
+        continued=_CONTINUED,
     ),
     "asag-a-r50-1x-100": _coco(_A_R50_100, _SHORT, 42.6, "107"),
     "asag-a-r50-1x-300": _coco(_A_R50_300, _SHORT, 43.6, "329"),
@@ -77,6 +80,7 @@ PRESETS: dict[str, Preset] = {
         ),
         input=InputSpec(800, 1500, (800, 1504)),
         recipe={"epochs": 50, "milestones": (40, 46), **_MULTI_SCALE},
+        continued=_CONTINUED,
         dataset="crowdhuman",
         published=Published("AP 91.3, mMR 43.5, recall 96.9", PAPER, "<=500"),
     ),

@@ -21,10 +21,10 @@ from runtime.preprocessing import prepare
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small detector with random weights."""
     import torch
+    from asag.presets import PRESETS
 
     from asag.checkpoint import CheckpointInfo, save_detector
     from asag.detector import build_detector
-    from asag.presets import PRESETS
 
     torch.manual_seed(0)
     preset = PRESETS["asag-a-tiny"]

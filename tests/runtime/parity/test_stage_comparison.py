@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from PIL import Image
 from rich.console import Console
+from runtime.onnx_stages import OnnxStages
 
 from asag.deploy import DeployedDetector
 from export.model import export_onnx
 from runtime.backends.onnxruntime_session import OnnxRuntimeSession
 from runtime.backends.pytorch_session import PyTorchSession
 from runtime.coco_evaluation import CocoFolder, open_coco
-from runtime.onnx_stages import OnnxStages
 from runtime.parity.stage_comparison import STAGES, StageReport, can_compare, compare_stages, stage_table
 from tests.builders import random_detector, random_picture, small_config, small_info
 

@@ -11,12 +11,12 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
+from runtime.graph_stages import NETWORK_STAGES, node_stages, stage_ends
 
 from asag.deploy import DeployedDetector
 from export.model import export_onnx
 from runtime.backends.onnxruntime_session import OnnxRuntimeSession
 from runtime.backends.pytorch_session import PyTorchSession
-from runtime.graph_stages import NETWORK_STAGES, node_stages, stage_ends
 from runtime.speed.stage_times import StageTimes, measure_stages
 from runtime.speed.table import stage_times_table
 from tests.builders import random_detector, random_picture, small_config, small_info

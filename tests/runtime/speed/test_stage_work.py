@@ -9,10 +9,10 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+from asag.backbone import ResNet
 from onnx import TensorProto, helper
 from torch.utils.flop_counter import FlopCounterMode
 
-from asag.backbone import ResNet
 from asag.deploy import DeployedDetector
 from export.model import build_onnx, export_onnx
 from runtime.speed.stage_work import GraphValues, node_operations, stage_work
