@@ -1,9 +1,11 @@
-"""SamplingMixing: 3D feature sampling and adaptive mixing of the AdaMixer head (specification section 5).
+"""SamplingMixing: 3D feature sampling and adaptive mixing of an AdaMixer layer.
 
 Gao et al., "AdaMixer: A Fast-Converging Query-Based Object Detector", sections 3.2 and 3.3.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -11,21 +13,27 @@ from torch import Tensor
 
 from asag.ops.pyramid_roi_align import STRIDES
 
-POINT_UNIT = 4.0
-"""Pixels per unit of a point's x and y: the stride of P2."""
+POINT_UNIT = 4
+"""Pixels per unit of a point, unless an attribute says otherwise: the stride of P2."""
+
+ACTIVATIONS = ("gelu", "relu")
+"""What may follow the norms: the exact GELU or the ReLU. The op's attribute `activation` is a place in this tuple."""
 
 
-def sample_pyramid(features: tuple[Tensor, ...], points: Tensor) -> Tensor:
+def sample_pyramid(features: tuple[Tensor, ...], points: Tensor, point_unit: int = POINT_UNIT) -> Tensor:
     """Bilinear samples of each group's channels, the four levels summed with weights from z.
 
-    features: P2..P5, each [B, G*C, H, W]; points: [B, Q, G, P, 3]: x, y in units of 4 pixels, z in pyramid levels
-    -> [B, Q, G, P, C]. A map of W x H cells at stride s spans W*s x H*s pixels; zeros outside.
+    features: P2..P5, each [B, G*C, H, W]; points: [B, Q, G, P, 3]: x, y and 2^z in units of `point_unit` pixels
+    -> [B, Q, G, P, C]. A level's weight is the softmax of `-(z - log2(stride))^2 / 2`, the stride in the same unit. A
+    map of W x H cells at stride s spans W*s x H*s pixels; zeros outside.
     """
     batch, queries, groups, count = points.shape[:4]
-    levels = torch.arange(len(features), device=points.device, dtype=points.dtype)
+    levels = torch.tensor(
+        [math.log2(stride / point_unit) for stride in STRIDES], device=points.device, dtype=points.dtype
+    )
     weights = torch.softmax(-((points[..., 2:] - levels) ** 2) / 2, dim=-1)
     weights = weights.transpose(1, 2).reshape(batch * groups, 1, queries, count, len(features))
-    places = (points[..., :2] * (2 * POINT_UNIT)).transpose(1, 2).reshape(batch * groups, queries, count, 2)
+    places = (points[..., :2] * (2 * point_unit)).transpose(1, 2).reshape(batch * groups, queries, count, 2)
     total = None
     for level, (feature, stride) in enumerate(zip(features, STRIDES, strict=True)):
         height, width = feature.shape[-2:]
@@ -39,43 +47,81 @@ def sample_pyramid(features: tuple[Tensor, ...], points: Tensor) -> Tensor:
     return total.unflatten(0, (batch, groups)).permute(0, 3, 1, 4, 2)
 
 
-def adaptive_mixing(samples: Tensor, parameters: Tensor, mixed_points: int) -> Tensor:
+def adaptive_mixing(samples: Tensor, parameters: Tensor, mixed_points: int, activation: int = 0) -> Tensor:
     """`o = act(LN(x M))`, `o = act(LN(S o))`, both norms over the last two axes, without parameters.
 
     samples: [B, Q, G, P, C]; parameters: [B, Q, G*(C*C + mixed_points*P)], per group M then S, row-major
-    -> [B, Q, G*mixed_points*C], flattened (group, point, channel). The activation is the exact GELU.
+    -> [B, Q, G*mixed_points*C], flattened (group, point, channel). activation: a place in :data:`ACTIVATIONS`.
     """
+    act = {"gelu": F.gelu, "relu": F.relu}[ACTIVATIONS[activation]]
     count, channels = samples.shape[-2:]
     per_group = parameters.unflatten(2, (samples.shape[2], -1))
     channel_matrix = per_group[..., : channels * channels].unflatten(-1, (channels, channels))
     point_matrix = per_group[..., channels * channels :].unflatten(-1, (mixed_points, count))
-    mixed = F.gelu(F.layer_norm(samples @ channel_matrix, (count, channels)))
-    mixed = F.gelu(F.layer_norm(point_matrix @ mixed, (mixed_points, channels)))
+    mixed = act(F.layer_norm(samples @ channel_matrix, (count, channels)))
+    mixed = act(F.layer_norm(point_matrix @ mixed, (mixed_points, channels)))
     return mixed.flatten(2)
 
 
 def sampling_mixing_definition(
-    p2: Tensor, p3: Tensor, p4: Tensor, p5: Tensor, points: Tensor, parameters: Tensor, mixed_points: int
+    p2: Tensor,
+    p3: Tensor,
+    p4: Tensor,
+    p5: Tensor,
+    points: Tensor,
+    parameters: Tensor,
+    mixed_points: int,
+    activation: int = 0,
+    point_unit: int = POINT_UNIT,
 ) -> Tensor:
     """:func:`sample_pyramid` followed by :func:`adaptive_mixing`; shapes as there."""
-    return adaptive_mixing(sample_pyramid((p2, p3, p4, p5), points), parameters, mixed_points)
+    return adaptive_mixing(sample_pyramid((p2, p3, p4, p5), points, point_unit), parameters, mixed_points, activation)
 
 
 @torch.library.custom_op("asag::sampling_mixing", mutates_args=())
 def _sampling_mixing(
-    p2: Tensor, p3: Tensor, p4: Tensor, p5: Tensor, points: Tensor, parameters: Tensor, mixed_points: int
+    p2: Tensor,
+    p3: Tensor,
+    p4: Tensor,
+    p5: Tensor,
+    points: Tensor,
+    parameters: Tensor,
+    mixed_points: int,
+    activation: int = 0,
+    point_unit: int = POINT_UNIT,
 ) -> Tensor:
-    return sampling_mixing_definition(p2, p3, p4, p5, points, parameters, mixed_points)
+    return sampling_mixing_definition(p2, p3, p4, p5, points, parameters, mixed_points, activation, point_unit)
 
 
 @_sampling_mixing.register_fake
-def _(p2: Tensor, p3: Tensor, p4: Tensor, p5: Tensor, points: Tensor, parameters: Tensor, mixed_points: int) -> Tensor:
+def _(
+    p2: Tensor,
+    p3: Tensor,
+    p4: Tensor,
+    p5: Tensor,
+    points: Tensor,
+    parameters: Tensor,
+    mixed_points: int,
+    activation: int = 0,
+    point_unit: int = POINT_UNIT,
+) -> Tensor:
     return parameters.new_empty((*points.shape[:2], p2.shape[1] * mixed_points))
 
 
-def sampling_mixing(features: list[Tensor], points: Tensor, parameters: Tensor, mixed_points: int) -> Tensor:
-    """:func:`sampling_mixing_definition` of P2..P5, as one op where no gradient is needed."""
+def sampling_mixing(
+    features: list[Tensor],
+    points: Tensor,
+    parameters: Tensor,
+    mixed_points: int,
+    activation: str = "gelu",
+    point_unit: int = POINT_UNIT,
+) -> Tensor:
+    """:func:`sampling_mixing_definition` of P2..P5, as one op where no gradient is needed.
+
+    activation: its name, one of :data:`ACTIVATIONS`.
+    """
     p2, p3, p4, p5 = features
+    attributes = mixed_points, ACTIVATIONS.index(activation), point_unit
     if torch.is_grad_enabled() and (p2.requires_grad or points.requires_grad or parameters.requires_grad):
-        return sampling_mixing_definition(p2, p3, p4, p5, points, parameters, mixed_points)
-    return torch.ops.asag.sampling_mixing(p2, p3, p4, p5, points, parameters, mixed_points)
+        return sampling_mixing_definition(p2, p3, p4, p5, points, parameters, *attributes)
+    return torch.ops.asag.sampling_mixing(p2, p3, p4, p5, points, parameters, *attributes)

@@ -15,3 +15,12 @@ def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
 def content_scale(sizes: Tensor) -> Tensor:
     """Content sizes [B, 2] (height, width) -> [B, 1, 4] (w, h, w, h), to scale normalized boxes to pixels."""
     return sizes.flip(-1).repeat(1, 2).unsqueeze(1)
+
+
+def intersection_over_foreground(boxes: Tensor) -> Tensor:
+    """[B, N, 4] `xyxy` -> [B, N, N]: overlap of boxes i and j over the area of i (at least 1e-6)."""
+    low = torch.maximum(boxes[:, :, None, :2], boxes[:, None, :, :2])
+    high = torch.minimum(boxes[:, :, None, 2:], boxes[:, None, :, 2:])
+    overlap = (high - low).clamp(min=0).prod(dim=-1)
+    area = (boxes[..., 2:] - boxes[..., :2]).prod(dim=-1)
+    return overlap / area.clamp(min=1e-6).unsqueeze(-1)

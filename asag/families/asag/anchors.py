@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from asag.detector import stage
 from asag.families.asag.config import ASAGConfig
-from asag.families.asag.layers import MLP
 from asag.ops import adaptive_probing, gather_anchors
 from asag.ops.adaptive_probing import PATCH_SIDE
 from asag.ops.pyramid_roi_align import STRIDES
 from asag.parts.boxes import content_scale
+from asag.parts.layers import MLP
 
 FIXED_SIDE = 2 * PATCH_SIDE
 """Cells along each side of the resized P5 map: two patches."""

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from asag.detector import stage
 from asag.families.asag.config import ASAGConfig
-from asag.families.asag.geometry import XYZR_UNIT, decode_xyzr, encode_xyzr, refine_xyzr
-from asag.families.asag.layers import Branches, FeedForward, GeometryAttention
+from asag.families.asag.geometry import XYZR_UNIT, decode_xyzr, encode_xyzr
 from asag.ops import pyramid_roi_align
 from asag.ops.pyramid_roi_align import ROI_SIDE
 from asag.parts.boxes import content_scale
+from asag.parts.layers import Branches, FeedForward, GeometryAttention
+from asag.parts.xyzr import refine_xyzr
 
 
 class Proposals(NamedTuple):
@@ -50,7 +51,7 @@ class DynamicProposals(nn.Module):
         rois = pyramid_roi_align(features, anchors)
         queries = self.roi_norm(self.roi_projection(rois.flatten(2)))
         xyzr = encode_xyzr(anchors)
-        queries = self.feed_forward(self.attention(queries, xyzr, allowed))
+        queries = self.feed_forward(self.attention(queries, xyzr, decode_xyzr(xyzr), allowed))
         logits, deltas = self.branches(queries)
         xyzr = refine_xyzr(xyzr, deltas)
         queries, logits, boxes, xyzr = stage(

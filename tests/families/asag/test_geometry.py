@@ -10,14 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.ops import box_convert
 
-from asag.families.asag.geometry import (
-    decode_xyzr,
-    encode_xyzr,
-    intersection_over_foreground,
-    position_embedding,
-    refine_xyzr,
-)
-from asag.parts.boxes import content_scale, cxcywh_to_xyxy
+from asag.families.asag.geometry import decode_xyzr, encode_xyzr
+from asag.parts.boxes import content_scale, cxcywh_to_xyxy, intersection_over_foreground
+from asag.parts.xyzr import position_embedding, refine_xyzr
 
 coordinate = st.floats(-2000, 2000, width=32)
 side = st.floats(0.5, 2000, width=32)

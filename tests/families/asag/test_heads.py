@@ -64,7 +64,7 @@ def test_sampling_points_lie_around_the_box() -> None:
     detector = random_detector()
     layer, size = detector.heads["main"].sample_and_mix, detector.config.size
     proposals = proposals_of(detector)
-    points = layer.sampling_points(proposals.queries, proposals.xyzr)
+    points = layer.sampling_points(proposals.queries, decode_xyzr(proposals.xyzr), proposals.xyzr[..., 2:3])
     assert points.shape == (2, 3, size.sampling_groups, size.sampling_points, 3)
     offsets = layer.offsets(proposals.queries)[1, 1]
     box, z = decode_xyzr(proposals.xyzr)[1, 1], proposals.xyzr[1, 1, 2]
@@ -79,10 +79,11 @@ def test_sample_and_mix_adds_to_the_query() -> None:
     detector = random_detector()
     layer, features = detector.heads["main"].sample_and_mix, pyramid(detector.config.size.channels)
     queries, _, _, xyzr = proposals_of(detector)
-    points, parameters = layer.sampling_points(queries, xyzr), layer.parameters_of_query(queries)
+    boxes, scale = decode_xyzr(xyzr), xyzr[..., 2:3]
+    points, parameters = layer.sampling_points(queries, boxes, scale), layer.parameters_of_query(queries)
     mixed = sampling_mixing(features, points, parameters, detector.config.size.mixed_points)
     expected = F.layer_norm(queries + layer.out_projection(mixed), (queries.shape[-1],))
-    torch.testing.assert_close(layer(features, queries, xyzr), expected)
+    torch.testing.assert_close(layer(features, queries, boxes, scale), expected)
 
 
 def test_deltas_of_sparse_rcnn() -> None:

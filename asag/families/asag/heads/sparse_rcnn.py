@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from asag.families.asag.config import ASAGConfig
-from asag.families.asag.layers import Branches, FeedForward, SelfAttention, exclude
 from asag.families.asag.proposals import Proposals
 from asag.ops import pyramid_roi_align
 from asag.ops.pyramid_roi_align import ROI_SIDE
 from asag.parts.boxes import content_scale
+from asag.parts.layers import Branches, FeedForward, SelfAttention, exclude
 
 CENTRE_WEIGHT = 2.0
 """Deltas of the centre are divided by this; those of the size by one."""

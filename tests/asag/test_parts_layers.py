@@ -8,8 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from asag.families.asag.geometry import position_embedding
-from asag.families.asag.layers import MLP, Branches, FeedForward, GeometryAttention, SelfAttention, exclude
+from asag.parts.layers import MLP, Branches, FeedForward, GeometryAttention, SelfAttention, exclude
+from asag.parts.xyzr import position_embedding
+
+
+def boxes_of(xyzr: Tensor) -> Tensor:
+    """`cxcywh` [..., 4] where `r` is half the logarithm of the aspect."""
+    x, y, z, r = xyzr.unbind(-1)
+    return torch.stack((x, y, 2 ** (z - r), 2 ** (z + r)), dim=-1)
 
 
 def everything(tokens: Tensor) -> Tensor:
@@ -31,7 +37,7 @@ def test_self_attention_equals_torch_s() -> None:
 
 @torch.no_grad()
 def test_geometry_attention_by_the_formula() -> None:
-    """`a = q + pe`, scores plus `tau * log(iof + 1e-7)`, `LN(attention(a) + a)` (specification section 4)."""
+    """`a = q + pe`, scores plus `tau * log(iof + 1e-7)`, `LN(attention(a) + a)` for any pair of boxes."""
     torch.manual_seed(1)
     layer = GeometryAttention(32, 4)
     queries, xyzr = torch.randn(1, 5, 32), torch.rand(1, 5, 4) * torch.tensor((20.0, 20.0, 4.0, 1.0))
@@ -48,7 +54,7 @@ def test_geometry_attention_by_the_formula() -> None:
             bias[:, i, j] = layer.tau * math.log(share + 1e-7)
     tokens = queries + position_embedding(xyzr, 32)
     expected = F.layer_norm(layer.attention(tokens, bias[None]) + tokens, (32,))
-    torch.testing.assert_close(layer(queries, xyzr, everything(queries)), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer(queries, xyzr, boxes_of(xyzr)), expected, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
@@ -58,8 +64,8 @@ def test_excluded_queries_change_nothing() -> None:
     queries, xyzr = torch.randn(1, 6, 32), torch.rand(1, 6, 4) * 3
     allowed = everything(queries)
     allowed[..., 4:] = False
-    padded = layer(queries, xyzr, allowed)
-    alone = layer(queries[:, :4], xyzr[:, :4], allowed[..., :4])
+    padded = layer(queries, xyzr, boxes_of(xyzr), allowed)
+    alone = layer(queries[:, :4], xyzr[:, :4], boxes_of(xyzr[:, :4]))
     torch.testing.assert_close(padded[:, :4], alone, rtol=1e-5, atol=1e-5)
 
 
@@ -67,7 +73,7 @@ def test_excluded_queries_change_nothing() -> None:
 def test_a_query_without_anyone_to_attend_to_stays_a_number() -> None:
     layer = GeometryAttention(32, 4)
     queries, xyzr = torch.randn(1, 3, 32), torch.rand(1, 3, 4)
-    assert layer(queries, xyzr, ~everything(queries)).isfinite().all()
+    assert layer(queries, xyzr, boxes_of(xyzr), ~everything(queries)).isfinite().all()
     assert exclude(torch.zeros(1, 1, 3, 3), ~everything(queries)).isfinite().all()
 
 
@@ -79,11 +85,27 @@ def test_feed_forward_and_mlp_by_the_formula() -> None:
     expected = F.layer_norm(x + last(F.gelu(first(x))), (8,))
     torch.testing.assert_close(layer(x), expected)
     assert [type(part).__name__ for part in MLP((4, 5, 6, 7))] == ["Linear", "GELU", "Linear", "GELU", "Linear"]
+    relu = FeedForward(8, 16, "relu")
+    torch.testing.assert_close(relu(x), F.layer_norm(x + relu.mlp[2](F.relu(relu.mlp[0](x))), (8,)))
 
 
 @torch.no_grad()
 def test_untrained_branches_keep_the_box_and_doubt_every_class() -> None:
-    logits, deltas = Branches(16, 5)(torch.randn(2, 3, 16))
+    branches = Branches(16, 5)
+    assert [len(branches.class_branch), len(branches.box_branch)] == [3, 9]
+    assert not any(isinstance(part, nn.Linear) and part.bias is not None for part in branches.box_branch)
+    logits, deltas = branches(torch.randn(2, 3, 16))
     assert not deltas.any()
     assert logits.shape == (2, 3, 5)
     assert 0.001 < float(logits.sigmoid().mean()) < 0.05
+
+
+@torch.no_grad()
+def test_branches_of_another_depth_and_activation() -> None:
+    torch.manual_seed(4)
+    branches = Branches(16, 5, box_depth=1, activation="relu", bias=True)
+    x = torch.randn(2, 3, 16)
+    linear, norm, _ = branches.class_branch
+    assert len(branches.box_branch) == 3
+    expected = branches.class_logits(F.relu(norm(F.linear(x, linear.weight, linear.bias))))
+    torch.testing.assert_close(branches.logits(x), expected)

@@ -1,4 +1,4 @@
-"""Small parts that the anchor generator, the proposals and the heads share."""
+"""Small parts of decoders on queries: perceptrons, attention that knows where boxes are, output branches."""
 
 from __future__ import annotations
 
@@ -9,25 +9,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from asag.families.asag.geometry import decode_xyzr, intersection_over_foreground, position_embedding
-from asag.parts.boxes import cxcywh_to_xyxy
+from asag.parts.boxes import cxcywh_to_xyxy, intersection_over_foreground
+from asag.parts.xyzr import position_embedding
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
+"""The activations that layers are made with, by name; the GELU is the exact one."""
 
 
 class MLP(nn.Sequential):
-    """Linear layers of the given widths with the exact GELU between them: [..., widths[0]] -> [..., widths[-1]]."""
+    """Linear layers of the given widths with an activation between them: [..., widths[0]] -> [..., widths[-1]]."""
 
-    def __init__(self, widths: Sequence[int]) -> None:
+    def __init__(self, widths: Sequence[int], activation: str = "gelu") -> None:
         layers: list[nn.Module] = []
         for inputs, outputs in pairwise(widths):
-            layers += [nn.Linear(inputs, outputs), nn.GELU()]
+            layers += [nn.Linear(inputs, outputs), ACTIVATIONS[activation]()]
         super().__init__(*layers[:-1])
 
 
-def branch(channels: int, depth: int) -> nn.Sequential:
-    """(Linear without bias, LayerNorm, GELU) `depth` times: [..., C] -> [..., C]."""
+def branch(channels: int, depth: int, activation: str = "gelu", bias: bool = False) -> nn.Sequential:
+    """(Linear, LayerNorm, activation) `depth` times: [..., C] -> [..., C]."""
     layers: list[nn.Module] = []
     for _ in range(depth):
-        layers += [nn.Linear(channels, channels, bias=False), nn.LayerNorm(channels), nn.GELU()]
+        layers += [nn.Linear(channels, channels, bias=bias), nn.LayerNorm(channels), ACTIVATIONS[activation]()]
     return nn.Sequential(*layers)
 
 
@@ -61,7 +64,7 @@ def exclude(bias: Tensor, allowed: Tensor) -> Tensor:
 
 
 class GeometryAttention(nn.Module):
-    """Self-attention that knows where the boxes are: queries [B, N, C] -> [B, N, C] (specification section 4).
+    """Self-attention that knows where the boxes are: queries [B, N, C] -> [B, N, C] (AdaMixer, section 3.4).
 
     `a = q + pe(xyzr)`; scores get `tau * log(iof + 1e-7)` per head; the result is `LN(attention(a) + a)`.
     """
@@ -72,20 +75,24 @@ class GeometryAttention(nn.Module):
         self.tau = nn.Parameter(torch.linspace(0.0, 4.0, heads))
         self.norm = nn.LayerNorm(channels)
 
-    def forward(self, queries: Tensor, xyzr: Tensor, allowed: Tensor) -> Tensor:
-        """xyzr: [B, N, 4]; allowed: [B, 1, N or 1, N] bool, which keys a query may attend to."""
+    def forward(self, queries: Tensor, xyzr: Tensor, boxes: Tensor, allowed: Tensor | None = None) -> Tensor:
+        """xyzr: [B, N, 4]; boxes: the same [B, N, 4] as `cxcywh` in the unit of `xyzr`; allowed: [B, 1, N or 1, N]
+        bool, which keys a query may attend to, None for all.
+        """
         queries = queries + position_embedding(xyzr, queries.shape[-1])
-        overlap = intersection_over_foreground(cxcywh_to_xyxy(decode_xyzr(xyzr)))
+        overlap = intersection_over_foreground(cxcywh_to_xyxy(boxes))
         bias = self.tau[:, None, None] * torch.log(overlap + 1e-7).unsqueeze(1)
-        return self.norm(self.attention(queries, exclude(bias, allowed)) + queries)
+        if allowed is not None:
+            bias = exclude(bias, allowed)
+        return self.norm(self.attention(queries, bias) + queries)
 
 
 class FeedForward(nn.Module):
     """`LN(q + MLP(q))`: [B, N, C] -> [B, N, C]."""
 
-    def __init__(self, channels: int, hidden: int) -> None:
+    def __init__(self, channels: int, hidden: int, activation: str = "gelu") -> None:
         super().__init__()
-        self.mlp = MLP((channels, hidden, channels))
+        self.mlp = MLP((channels, hidden, channels), activation)
         self.norm = nn.LayerNorm(channels)
 
     def forward(self, queries: Tensor) -> Tensor:
@@ -94,19 +101,32 @@ class FeedForward(nn.Module):
 
 
 class Branches(nn.Module):
-    """Class logits [B, N, classes] and box deltas [B, N, 4] of queries [B, N, C]."""
+    """Class logits [B, N, classes] and box deltas [B, N, 4] of queries [B, N, C].
 
-    def __init__(self, channels: int, classes: int) -> None:
+    box_depth: how many linear layers precede the one that gives the deltas; bias: whether those layers have one.
+    """
+
+    def __init__(
+        self, channels: int, classes: int, box_depth: int = 3, activation: str = "gelu", bias: bool = False
+    ) -> None:
         super().__init__()
-        self.class_branch = branch(channels, 1)
+        self.class_branch = branch(channels, 1, activation, bias)
         self.class_logits = nn.Linear(channels, classes)
-        self.box_branch = branch(channels, 3)
+        self.box_branch = branch(channels, box_depth, activation, bias)
         self.box_deltas = nn.Linear(channels, 4)
         # Rare positives: every class starts at probability 0.01 (Lin et al., "Focal Loss", section 4.1).
         nn.init.constant_(self.class_logits.bias, -4.595)
         nn.init.zeros_(self.box_deltas.weight)
         nn.init.zeros_(self.box_deltas.bias)
 
+    def logits(self, queries: Tensor) -> Tensor:
+        """[B, N, C] -> class logits [B, N, classes]."""
+        return self.class_logits(self.class_branch(queries))
+
+    def deltas(self, queries: Tensor) -> Tensor:
+        """[B, N, C] -> box deltas [B, N, 4]."""
+        return self.box_deltas(self.box_branch(queries))
+
     def forward(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """[B, N, C] -> class logits [B, N, classes] and box deltas [B, N, 4]."""
-        return self.class_logits(self.class_branch(queries)), self.box_deltas(self.box_branch(queries))
+        return self.logits(queries), self.deltas(queries)
