@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from asag.families.adamixer import ADAMIXER
 from asag.families.asag import ASAG
 from asag.family import Family, Preset
 
-FAMILIES: tuple[Family, ...] = (ASAG,)
+FAMILIES: tuple[Family, ...] = (ASAG, ADAMIXER)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,1 @@
+"""How AdaMixer trains."""
