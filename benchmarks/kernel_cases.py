@@ -131,7 +131,7 @@ def op_model(
     """A serialized ONNX model of one op's node with its body; `element` ("float32" or "float16") is the maps' type."""
     from onnx import TensorProto, helper
 
-    from export.op_bodies import HELPER_FUNCTIONS, OP_FUNCTIONS
+    from export.op_bodies import bodies_of
     from export.op_bodies.domain import DOMAIN_VERSION, OPSET_VERSION
 
     operation = OPERATIONS[name]
@@ -150,5 +150,6 @@ def op_model(
     node = helper.make_node(name, names[0], names[1], domain=DOMAIN, **attributes)
     graph = helper.make_graph([node], name, inputs, outputs)
     opsets = [helper.make_opsetid("", OPSET_VERSION), helper.make_opsetid(DOMAIN, DOMAIN_VERSION)]
-    bodies = [function.to_function_proto() for function in (*OP_FUNCTIONS, *HELPER_FUNCTIONS)]
-    return helper.make_model(graph, functions=bodies, opset_imports=opsets, ir_version=10).SerializeToString()
+    return helper.make_model(
+        graph, functions=bodies_of([node]), opset_imports=opsets, ir_version=10
+    ).SerializeToString()

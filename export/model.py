@@ -14,7 +14,7 @@ import onnx
 import torch
 
 from asag.deploy import DeployedDetector
-from export.op_bodies import HELPER_FUNCTIONS, OP_FUNCTIONS
+from export.op_bodies import bodies_of
 from export.op_bodies.domain import DOMAIN_VERSION, OPSET_VERSION
 from export.operators import translation_table
 from export.precision import convert_precision
@@ -99,10 +99,8 @@ def build_onnx(model: DeployedDetector) -> onnx.ModelProto:
     assert program is not None
     proto = program.model_proto
     name_stages(proto.graph, model.stages)
-    used = {node.op_type for node in proto.graph.node if node.domain == DOMAIN}
-    functions = [function for function in OP_FUNCTIONS if function.name in used] + list(HELPER_FUNCTIONS)
     del proto.functions[:]
-    proto.functions.extend(function.to_function_proto() for function in functions)
+    proto.functions.extend(bodies_of(proto.graph.node))
     if all(entry.domain != DOMAIN for entry in proto.opset_import):
         proto.opset_import.add(domain=DOMAIN, version=DOMAIN_VERSION)
     _name_plugins(proto)

@@ -56,7 +56,7 @@ def make_plan(
         raise ValueError(f"{name} has no channels-last kernel")
     if len(shapes) != len(operation.inputs):
         raise ValueError(f"{name} has {len(operation.inputs)} inputs, not {len(shapes)}")
-    layout = operation.layout(shapes, attributes, element, tensor_cores)
+    layout = operation.layout(shapes, operation.complete(attributes), element, tensor_cores)
     constants: dict[str, str | int] = {**layout.constants, "THREADS": layout.threads}
     if any(tensor.type == "element" for tensor in operation.inputs):
         constants["ELEMENT"] = ELEMENT_TYPES[element]

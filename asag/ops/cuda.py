@@ -43,7 +43,7 @@ class KernelOp:
             return found if isinstance(found, Tensor) else tuple(found)
         count = len(self._operation.inputs)
         names = (name for name, _ in self._operation.attributes)
-        attributes = dict(zip(names, arguments[count:], strict=False)) | named
+        attributes = self._operation.complete(dict(zip(names, arguments[count:], strict=False)) | named)
         outputs = self._run(arguments[:count], attributes)
         return outputs[0] if len(outputs) == 1 else outputs
 

@@ -6,6 +6,7 @@ Gao et al., "AdaMixer: A Fast-Converging Query-Based Object Detector", sections 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +54,7 @@ def adaptive_mixing(samples: Tensor, parameters: Tensor, mixed_points: int, acti
     samples: [B, Q, G, P, C]; parameters: [B, Q, G*(C*C + mixed_points*P)], per group M then S, row-major
     -> [B, Q, G*mixed_points*C], flattened (group, point, channel). activation: a place in :data:`ACTIVATIONS`.
     """
-    act = {"gelu": F.gelu, "relu": F.relu}[ACTIVATIONS[activation]]
+    act: Callable[[Tensor], Tensor] = {"gelu": F.gelu, "relu": F.relu}[ACTIVATIONS[activation]]
     count, channels = samples.shape[-2:]
     per_group = parameters.unflatten(2, (samples.shape[2], -1))
     channel_matrix = per_group[..., : channels * channels].unflatten(-1, (channels, channels))
@@ -87,8 +88,8 @@ def _sampling_mixing(
     points: Tensor,
     parameters: Tensor,
     mixed_points: int,
-    activation: int = 0,
-    point_unit: int = POINT_UNIT,
+    activation: int,
+    point_unit: int,
 ) -> Tensor:
     return sampling_mixing_definition(p2, p3, p4, p5, points, parameters, mixed_points, activation, point_unit)
 
@@ -102,8 +103,8 @@ def _(
     points: Tensor,
     parameters: Tensor,
     mixed_points: int,
-    activation: int = 0,
-    point_unit: int = POINT_UNIT,
+    activation: int,
+    point_unit: int,
 ) -> Tensor:
     return parameters.new_empty((*points.shape[:2], p2.shape[1] * mixed_points))
 

@@ -1,15 +1,24 @@
 """Body of `SamplingMixing`; the definition is `asag.ops.sampling_mixing`."""
 
-from onnx import TensorProto
+from collections.abc import Mapping
+from typing import Any
+
+from onnx import FunctionProto, TensorProto
 from onnxscript import script
 
 from export.op_bodies.domain import asag_opset, op
 from export.op_bodies.pyramid import FlattenPyramid
+from trt_plugins.operations.sampling_mixing import ACTIVATIONS
 
 
 @script(asag_opset, default_opset=op)
-def SamplingMixing(p2, p3, p4, p5, points, parameters, mixed_points: int):  # noqa: N802
-    """A sample is a weighted sum of 16 gathered rows: four levels, two neighbours per axis."""
+def SamplingMixing(  # noqa: N802
+    p2, p3, p4, p5, points, parameters, mixed_points: int, activation: int = 0, point_unit: int = 4
+):
+    """A sample is a weighted sum of 16 gathered rows: four levels, two neighbours per axis.
+
+    As it stands here the activation is the GELU; :func:`specialize` makes it another one.
+    """
     cells, heights, widths, firsts = FlattenPyramid(p2, p3, p4, p5)
     groups = op.Shape(points, start=2, end=3)
     count = op.Shape(points, start=3, end=4)
@@ -18,12 +27,15 @@ def SamplingMixing(p2, p3, p4, p5, points, parameters, mixed_points: int):  # no
     places = op.Shape(points, start=0, end=4)
     batch_queries = op.Shape(points, start=0, end=2)
 
+    # P2's cells are 4 pixels wide; the quotient of logarithms is exact where the unit is a power of two.
+    unit = op.Cast(op.Constant(value_int=point_unit), to=TensorProto.FLOAT)
+    first_level = op.Log(4.0 / unit) / op.Log(2.0)
     z = op.Slice(points, [2], [3], [4])
-    distance = z - op.Constant(value_floats=[0.0, 1.0, 2.0, 3.0])
+    distance = z - (first_level + op.Constant(value_floats=[0.0, 1.0, 2.0, 3.0]))
     level_weight = op.Unsqueeze(op.Softmax(-0.5 * distance * distance, axis=-1), [5])
 
     # In cells of P2..P5; the last axis is the pair of neighbours.
-    units_per_cell = op.Constant(value_floats=[1.0, 2.0, 4.0, 8.0])
+    units_per_cell = op.Constant(value_floats=[4.0, 8.0, 16.0, 32.0]) / unit
     pair = op.Constant(value_floats=[0.0, 1.0])
     x = op.Unsqueeze(op.Slice(points, [0], [1], [4]) / units_per_cell - 0.5, [5])
     y = op.Unsqueeze(op.Slice(points, [1], [2], [4]) / units_per_cell - 0.5, [5])
@@ -69,3 +81,14 @@ def SamplingMixing(p2, p3, p4, p5, points, parameters, mixed_points: int):  # no
     mixed = op.Gelu(op.LayerNormalization(op.MatMul(point_matrix, mixed), outer, axis=-2, epsilon=1e-5))
     flat = op.CastLike(op.Reshape(mixed, op.Concat(batch_queries, [-1], axis=0)), p2)
     return flat
+
+
+def specialize(body: FunctionProto, attributes: Mapping[str, Any]) -> None:
+    """Put the activation of nodes with these attributes into the body, in place.
+
+    A body that chose when it runs would need a branch, which not every target implements, or both results.
+    """
+    if ACTIVATIONS[attributes["activation"]] == "relu":
+        for node in body.node:
+            if node.op_type == "Gelu":
+                node.op_type = "Relu"

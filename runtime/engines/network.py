@@ -107,6 +107,7 @@ def with_plugins(source: SourceModel) -> tuple[Any, dict[str, int]]:
     no op with a plugin are inlined. Raises ValueError for a node that does not name the plugins' namespace.
     """
     import onnx
+    import onnx.helper
     import onnx.inliner
 
     from trt_plugins.operations import DOMAIN, OPERATIONS
@@ -122,6 +123,10 @@ def with_plugins(source: SourceModel) -> tuple[Any, dict[str, int]]:
         named = {attribute.name: attribute.s for attribute in node.attribute}
         if named.get("plugin_namespace") != DOMAIN.encode():
             raise ValueError(f"{source.path}: node {node.name} names no plugin; export it again with `asag export`")
+        # A plugin has no defaults; a file from before there was an attribute means the op's.
+        for name, value in OPERATIONS[node.op_type].defaults.items():
+            if name not in named:
+                node.attribute.append(onnx.helper.make_attribute(name, value))
     return lowered, dict(Counter(node.op_type for node in nodes))
 
 

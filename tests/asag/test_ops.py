@@ -34,7 +34,14 @@ def arguments(name: str, batch: int) -> tuple[Any, ...]:
         "adaptive_probing": (anchors(batch, 12), everything, torch.randn(batch, 8, 20, 16), sizes, 16, 3),
         "gather_anchors": (anchors(batch, 12), everything, 7, 0.1, 2, 6),
         "pyramid_roi_align": (*features(batch), anchors(batch, 5)[..., :4]),
-        "sampling_mixing": (*features(batch), torch.rand(batch, 4, 2, 3, 3) * 8, torch.randn(batch, 4, 2 * 19), 5),
+        "sampling_mixing": (
+            *features(batch),
+            torch.rand(batch, 4, 2, 3, 3) * 8,
+            torch.randn(batch, 4, 2 * 19),
+            5,
+            1,
+            1,
+        ),
     }[name]
 
 

@@ -257,7 +257,8 @@ def test_attributes_come_in_the_definitions_order(name: str) -> None:
     """The translation hands the definition's arguments on by position."""
     function = FUNCTIONS[name]
     assert tuple(function.input) == INPUTS[name]
-    assert [*function.input, *function.attribute] == list(inspect.signature(DEFINITIONS[name]).parameters)
+    attributes = [*function.attribute, *(each.name for each in function.attribute_proto)]
+    assert [*function.input, *attributes] == list(inspect.signature(DEFINITIONS[name]).parameters)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)

@@ -90,7 +90,8 @@ def test_attributes_are_those_of_the_preset(deployed: DeployedDetector, proto: o
     assert gather.pop("keep_threshold") == pytest.approx(budget.keep_threshold)
     assert gather == {"first": 5 * budget.fixed_anchors, "fewest": budget.fewest, "most": budget.most}
     assert found["PyramidRoIAlign"] == [{}]
-    assert found["SamplingMixing"] == [{"mixed_points": deployed.detector.config.size.mixed_points}]
+    mixed_points = deployed.detector.config.size.mixed_points
+    assert found["SamplingMixing"] == [{"mixed_points": mixed_points, "activation": 0, "point_unit": 4}]
 
 
 def dimensions(value: onnx.ValueInfoProto) -> list[int | str]:

@@ -82,8 +82,12 @@ def roi_boxes(random: np.random.Generator, batch: int, queries: int, extent: flo
     return boxes.astype(np.float32)
 
 
+RELU_IN_PIXELS = {"activation": 1, "point_unit": 1}
+"""Attributes of SamplingMixing that differ from the defaults."""
+
+
 def mixing_inputs(
-    seed: int, batch: int, queries: int, sizes: tuple[int, int, int, int], finest: tuple[int, int]
+    seed: int, batch: int, queries: int, sizes: tuple[int, int, int, int], finest: tuple[int, int], point_unit: int = 4
 ) -> list[Array]:
     """P2..P5, points and parameters of SamplingMixing; sizes: groups, channels of a group, points, mixed points."""
     random = np.random.default_rng(seed)
@@ -92,6 +96,7 @@ def mixing_inputs(
     level = random.uniform(-1, 4, (batch, queries, groups, points, 1))
     # Far away, exactly on the first cell's centre, and on the map's corner.
     place[:, :, :, :3] = np.array([(1e7, -1e7), (0.5, 0.5), finest[::-1]])
+    place, level = place * (4 / point_unit), level + np.log2(4 / point_unit)
     parameters = random.normal(size=(batch, queries, groups * (channels * channels + mixed * points)))
     return [
         *pyramid(random, batch, groups * channels, finest),

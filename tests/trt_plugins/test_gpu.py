@@ -30,6 +30,7 @@ from runtime.engines.backend import TENSORRT
 from runtime.engines.build import BuildOptions, build_engine
 from tests.builders import random_detector, small_info
 from tests.trt_plugins.kernel_cases import (
+    RELU_IN_PIXELS,
     TORCH_TYPES,
     Array,
     mixing_inputs,
@@ -135,14 +136,17 @@ def test_align(channels: int, finest: tuple[int, int], element: str, channels_la
 @pytest.mark.parametrize("sizes", [DEMO, PUBLISHED], ids=["demo", "published"])
 @pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16", "float16 plain", "bfloat16 plain"])
 @pytest.mark.parametrize("finest", [(40, 56), (1, 1)])
-def test_mixing(finest: tuple[int, int], kind: str, sizes: tuple[int, int, int, int], channels_last: bool) -> None:
+@pytest.mark.parametrize("options", [{}, RELU_IN_PIXELS], ids=["gelu", "relu in pixels"])
+def test_mixing(
+    options: dict[str, int], finest: tuple[int, int], kind: str, sizes: tuple[int, int, int, int], channels_last: bool
+) -> None:
     element = kind.split(maxsplit=1)[0]
-    *maps, points, parameters = mixing_inputs(1, 2, 30, sizes, finest)
+    *maps, points, parameters = mixing_inputs(1, 2, 30, sizes, finest, options.get("point_unit", 4))
     rounded = [to_float(to_element(array, element), element) for array in (*maps, parameters)]
     inputs = [*rounded[:4], points, rounded[4]]
-    attributes = {"mixed_points": sizes[3]}
+    attributes = {"mixed_points": sizes[3], **options}
     (mixed,) = run("SamplingMixing", inputs, attributes, element, channels_last, tensor_cores="plain" not in kind)
-    assert_close(mixed, sampling_mixing_definition(*tensors(*inputs), sizes[3]), TOLERANCE[element])
+    assert_close(mixed, sampling_mixing_definition(*tensors(*inputs), **attributes), TOLERANCE[element])
 
 
 def test_a_cuda_graph_holds_a_launch() -> None:

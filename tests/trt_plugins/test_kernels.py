@@ -18,6 +18,7 @@ from asag.ops import (
 )
 from tests.ptx_machine.launch import run_ptx
 from tests.trt_plugins.kernel_cases import (
+    RELU_IN_PIXELS,
     Array,
     mixing_inputs,
     probing_inputs,
@@ -189,20 +190,27 @@ def test_align_counts_nan_boxes_as_the_finest_level() -> None:
     assert np.isfinite(rois).all()
 
 
-def mixing_definition(inputs: list[Array], mixed: int, element: str) -> Array:
+def mixing_definition(inputs: list[Array], mixed: int, element: str, **attributes: int) -> Array:
     *maps, points, parameters = inputs
     as_float = [to_float(array, element) for array in maps], to_float(parameters, element)
-    return sampling_mixing_definition(*tensors(*as_float[0], points, as_float[1]), mixed).numpy()
+    return sampling_mixing_definition(*tensors(*as_float[0], points, as_float[1]), mixed, **attributes).numpy()
 
 
 def check_mixing(
-    run: Run, seed: int, sizes: tuple[int, int, int, int], finest: tuple[int, int], element: str, *layout: bool
+    run: Run,
+    seed: int,
+    sizes: tuple[int, int, int, int],
+    finest: tuple[int, int],
+    element: str,
+    *layout: bool,
+    **attributes: int,
 ) -> None:
     """layout: whether the maps are channels-last, and whether tensor cores may be used."""
-    *maps, points, parameters = mixing_inputs(seed, 2, 1, sizes, finest)
+    *maps, points, parameters = mixing_inputs(seed, 2, 1, sizes, finest, attributes.get("point_unit", 4))
     inputs = [*(to_element(map_, element) for map_ in maps), points, to_element(parameters, element)]
-    (mixed,) = run("SamplingMixing", inputs, {"mixed_points": sizes[3]}, element, *layout)
-    assert_close(to_float(mixed, element), mixing_definition(inputs, sizes[3], element), TOLERANCE[element])
+    (mixed,) = run("SamplingMixing", inputs, {"mixed_points": sizes[3], **attributes}, element, *layout)
+    expected = mixing_definition(inputs, sizes[3], element, **attributes)
+    assert_close(to_float(mixed, element), expected, TOLERANCE[element])
 
 
 @on_every_machine
@@ -217,6 +225,33 @@ def test_mixing_equals_definition(run: Run, element: str, channels_last: bool) -
 @pytest.mark.parametrize("element", HALF_TYPES)
 def test_mixing_on_tensor_cores_equals_definition(element: str, channels_last: bool, capability: int) -> None:
     check_mixing(partial(run_ptx, capability=capability), 1, PUBLISHED, (16, 24), element, channels_last, True)
+
+
+@on_every_machine
+@pytest.mark.parametrize(
+    ("element", "cores"), [("float32", False), ("float16", False), ("float16", True), ("bfloat16", True)]
+)
+def test_mixing_with_another_activation_and_unit(run: Run, element: str, cores: bool) -> None:
+    check_mixing(run, 3, DEMO, (16, 24), element, True, cores, **RELU_IN_PIXELS)
+
+
+@pytest.mark.parametrize("attributes", [{"activation": 1}, {"point_unit": 1}, {"point_unit": 8}, {"point_unit": 3}])
+def test_mixing_takes_each_attribute_by_itself(attributes: dict[str, int]) -> None:
+    check_mixing(run_ptx, 4, DEMO, (16, 24), "float32", False, False, **attributes)
+
+
+def test_mixing_with_relu_keeps_what_is_no_number() -> None:
+    *maps, points, parameters = mixing_inputs(0, 1, 1, DEMO, (8, 8), 1)
+    parameters[...] = np.nan
+    attributes = {"mixed_points": DEMO[3], **RELU_IN_PIXELS}
+    assert np.isnan(run_ptx("SamplingMixing", [*maps, points, parameters], attributes)[0]).all()
+
+
+@pytest.mark.parametrize("attributes", [{"activation": 2}, {"activation": -1}, {"point_unit": 0}])
+def test_mixing_of_unknown_kinds_is_refused(attributes: dict[str, int]) -> None:
+    inputs = mixing_inputs(0, 1, 1, DEMO, (8, 8))
+    with pytest.raises(ValueError, match="SamplingMixing has no activation"):
+        run_ptx("SamplingMixing", inputs, {"mixed_points": DEMO[3], **attributes})
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

@@ -49,6 +49,23 @@ def test_plugins_stand_without_bodies(exported: Path) -> None:
     assert len(source.proto.functions) > 0, "the file's own model is untouched"
 
 
+def test_nodes_from_before_there_was_an_attribute_get_its_default(exported: Path, tmp_path: Path) -> None:
+    """As files of earlier releases are; without plugins they run by the bodies that they bring."""
+    old = onnx.load(exported)
+    for node in old.graph.node:
+        if node.domain == DOMAIN:
+            kept = [each for each in node.attribute if each.name not in OPERATIONS[node.op_type].defaults]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+    onnx.save(old, tmp_path / "old.onnx")
+    models = [with_plugins(read_source(path))[0] for path in (exported, tmp_path / "old.onnx")]
+    attributes = [
+        [{each.name: helper.get_attribute_value(each) for each in node.attribute} for node in model.graph.node]
+        for model in models
+    ]
+    assert attributes[0] == attributes[1]
+
+
 def test_lowering_changes_nothing_but_the_bodies(exported: Path) -> None:
     """With its bodies back the lowered graph gives the bits of the file."""
     lowered, _ = with_plugins(read_source(exported))

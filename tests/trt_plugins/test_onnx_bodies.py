@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from onnx import helper
 
 from asag.ops import (
     adaptive_probing_definition,
@@ -16,8 +17,17 @@ from asag.ops import (
     sampling_mixing_definition,
 )
 from benchmarks.kernel_cases import op_model
-from tests.trt_plugins.kernel_cases import Array, mixing_inputs, probing_inputs, pyramid, roi_boxes, tensors
-from trt_plugins.operations import OPERATIONS
+from export.op_bodies import HELPER_FUNCTIONS, bodies_of
+from tests.trt_plugins.kernel_cases import (
+    RELU_IN_PIXELS,
+    Array,
+    mixing_inputs,
+    probing_inputs,
+    pyramid,
+    roi_boxes,
+    tensors,
+)
+from trt_plugins.operations import DOMAIN, OPERATIONS
 
 
 def run_body(
@@ -74,6 +84,25 @@ def test_sampling_mixing(finest: tuple[int, int]) -> None:
     expected = sampling_mixing_definition(*tensors(*inputs), 32).numpy()
     actual = run_body("SamplingMixing", inputs, {"mixed_points": 32})[0]
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("attributes", [RELU_IN_PIXELS, {"activation": 1}, {"point_unit": 1}])
+def test_sampling_mixing_with_another_activation_and_unit(attributes: dict[str, int]) -> None:
+    inputs = mixing_inputs(2, 2, 3, (4, 16, 16, 32), (16, 24), attributes.get("point_unit", 4))
+    expected = sampling_mixing_definition(*tensors(*inputs), 32, **attributes).numpy()
+    actual = run_body("SamplingMixing", inputs, {"mixed_points": 32, **attributes})[0]
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_one_file_has_one_body_of_an_op() -> None:
+    nodes = [
+        helper.make_node("SamplingMixing", [], [], domain=DOMAIN, mixed_points=8, **attributes)
+        for attributes in ({}, {"point_unit": 1}, {"activation": 1})
+    ]
+    names = [function.name for function in HELPER_FUNCTIONS]
+    assert [function.name for function in bodies_of(nodes[:2])] == ["SamplingMixing", *names]
+    with pytest.raises(ValueError, match="nodes of SamplingMixing with attributes that need different bodies"):
+        bodies_of(nodes)
 
 
 def test_maps_of_half_precision() -> None:

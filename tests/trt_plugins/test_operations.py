@@ -8,13 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from onnx import helper
 
 import asag.ops
 import trt_plugins
 from asag.ops.cuda import find_definition
+from asag.ops.sampling_mixing import ACTIVATIONS as DEFINED
 from export.op_bodies import OP_FUNCTIONS
 from export.operators import translation_table
 from trt_plugins.operations import DOMAIN, OPERATIONS, Operation
+from trt_plugins.operations.sampling_mixing import ACTIVATIONS
 
 by_name = pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
 
@@ -24,7 +27,17 @@ def test_definition_and_body_have_the_names_of_the_description(operation: Operat
     inputs, attributes = [tensor.name for tensor in operation.inputs], [name for name, _ in operation.attributes]
     assert list(inspect.signature(find_definition(operation)).parameters) == [*inputs, *attributes]
     (body,) = (function.to_function_proto() for function in OP_FUNCTIONS if function.name == operation.name)
-    assert (body.domain, list(body.input), list(body.attribute)) == (DOMAIN, inputs, attributes)
+    defaults = {each.name: helper.get_attribute_value(each) for each in body.attribute_proto}
+    assert (body.domain, list(body.input), [*body.attribute, *defaults]) == (DOMAIN, inputs, attributes)
+    assert (
+        defaults
+        == operation.defaults
+        == {
+            name: parameter.default
+            for name, parameter in inspect.signature(find_definition(operation)).parameters.items()
+            if parameter.default is not inspect.Parameter.empty
+        }
+    )
     assert len(body.output) == len(operation.outputs)
 
 
@@ -42,6 +55,22 @@ def test_nothing_is_without_a_description() -> None:
     modules = {path.stem for path in Path(asag.ops.__file__).parent.glob("*.py")} - {"__init__", "cuda"}
     assert sorted(modules) == names
     assert sorted(str(op) for op in translation_table()) == [f"{DOMAIN}.{name}.default" for name in names]
+
+
+def test_activations_have_the_names_of_the_definition() -> None:
+    assert ACTIVATIONS == DEFINED
+
+
+def test_attributes_are_completed_or_asked_for() -> None:
+    operation = OPERATIONS["SamplingMixing"]
+    assert operation.complete({"mixed_points": 8}) == {"mixed_points": 8, "activation": 0, "point_unit": 4}
+    assert list(operation.complete({"point_unit": 1, "mixed_points": 8})) == [
+        "mixed_points",
+        "activation",
+        "point_unit",
+    ]
+    with pytest.raises(ValueError, match="SamplingMixing needs the attributes mixed_points"):
+        operation.complete({})
 
 
 MAPS = [(2, 16, 24, 40), (2, 16, 12, 20), (2, 16, 6, 10), (2, 16, 3, 5)]

@@ -22,6 +22,7 @@ from trt_plugins.plugins import register_plugins
 
 CAPABILITY = 90
 MAPS = [(None, 64, 40, 56), (None, 64, 20, 28), (None, 64, 10, 14), (None, 64, 5, 7)]
+MIXING = {"mixed_points": 32, "activation": 1, "point_unit": 1}
 EXAMPLES: dict[str, tuple[list[tuple[int | None, ...]], dict[str, Any]]] = {
     "AdaptiveProbing": ([(None, 250, 5), (None, 250), (None, 8, 20, 28), (None, 2)], {"stride": 16, "capacity": 12}),
     "GatherAnchors": (
@@ -29,7 +30,7 @@ EXAMPLES: dict[str, tuple[list[tuple[int | None, ...]], dict[str, Any]]] = {
         {"first": 250, "keep_threshold": float(np.float32(0.1)), "fewest": 5, "most": 200},
     ),
     "PyramidRoIAlign": ([*MAPS, (None, 200, 4)], {}),
-    "SamplingMixing": ([*MAPS, (None, 200, 4, 16, 3), (None, 200, 4 * (16 * 16 + 32 * 16))], {"mixed_points": 32}),
+    "SamplingMixing": ([*MAPS, (None, 200, 4, 16, 3), (None, 200, 4 * (16 * 16 + 32 * 16))], MIXING),
 }
 KINDS = [
     (name, element, channels_last)
@@ -50,7 +51,8 @@ def test_creators_are_in_the_registry_with_the_attributes_of_the_onnx_bodies(trt
     creators = {creator.name: creator for creator in trt.get_plugin_registry().all_creators}
     for function in OP_FUNCTIONS:
         proto, operation = function.to_function_proto(), OPERATIONS[function.name]
-        assert [field.name for field in creators[function.name].field_names] == list(proto.attribute)
+        attributes = [*proto.attribute, *(each.name for each in proto.attribute_proto)]
+        assert [field.name for field in creators[function.name].field_names] == attributes
         assert [tensor.name for tensor in operation.inputs] == list(proto.input)
         assert len(operation.outputs) == len(proto.output)
 

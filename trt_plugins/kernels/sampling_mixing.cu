@@ -1,8 +1,9 @@
 // SamplingMixing: 3D sampling and both adaptive mixings of one query and group per block, without leaving the chip.
 //
 // Grid (queries * GROUPS, images). While the two parameter matrices travel to shared memory, the block samples the
-// pyramid; then y = gelu(norm(x M)) and z = gelu(norm(S y)). Compile-time constants: ELEMENT, GROUPS, CHANNELS (of a
-// group), POINTS, MIXED, THREADS, CHANNELS_LAST, and TENSOR_CORES (16-bit elements, compute capability 8.0 and later).
+// pyramid; then y = act(norm(x M)) and z = act(norm(S y)). Compile-time constants: ELEMENT, GROUPS, CHANNELS (of a
+// group), POINTS, MIXED, THREADS, CHANNELS_LAST, TENSOR_CORES (16-bit elements, compute capability 8.0 and later), RELU
+// (else the activation is the GELU); of the points' unit CELLS_PER_UNIT (cells of P2) and FIRST_LEVEL (z of P2's cell).
 #include "device.cuh"
 
 constexpr int WARPS = THREADS / WARP_SIZE;
@@ -82,19 +83,23 @@ __device__ void block_sums(float (&sums)[COUNT], float (&partial)[COUNT][WARPS])
     }
 }
 
-#if TENSOR_CORES
+#if RELU
+// What is no number stays none, as in the definition.
+__device__ float activation_of_twice(float half) { return half < 0.0f ? 0.0f : half + half; }
+#elif TENSOR_CORES
 // GELU of twice `half`, within 2.6e-5 but for the error of the tanh, less than the rounding to 16 bits that follows: erf
 // is replaced by the tanh of a polynomial fitted to it (minimax over -6..6, coefficients for half the argument).
-__device__ float gelu_of_twice(float half) {
+__device__ float activation_of_twice(float half) {
     const float square = half * half;
     const float slope = 1.594994504f + square * (0.2961220544f + square * -0.01129844685f);
     return half + half * approximate_tanh(half * slope);
 }
 #else
-__device__ float gelu_of_twice(float half) { return half + half * erff(half * 1.41421356237309505f); }
+// The exact GELU of twice `half`.
+__device__ float activation_of_twice(float half) { return half + half * erff(half * 1.41421356237309505f); }
 #endif
 
-// Layer norm over all values of the block, then the GELU. Ends with every thread past a barrier.
+// Layer norm over all values of the block, then the activation. Ends with every thread past a barrier.
 template <int COUNT>
 __device__ void normalize_and_activate(float (&values)[COUNT], Partial& partial) {
     constexpr float SHARE = 1.0f / (COUNT * THREADS);
@@ -122,7 +127,9 @@ __device__ void normalize_and_activate(float (&values)[COUNT], Partial& partial)
 #endif
     const float half_scale = 0.5f * rsqrtf(variance + EPSILON), half_shift = -mean * half_scale;
 #pragma unroll
-    for (int index = 0; index < COUNT; ++index) values[index] = gelu_of_twice(values[index] * half_scale + half_shift);
+    for (int index = 0; index < COUNT; ++index) {
+        values[index] = activation_of_twice(values[index] * half_scale + half_shift);
+    }
 }
 
 // left[ROWS x DEPTH] * right[DEPTH x COLUMNS], both in shared memory, spread over the registers of the block.
@@ -254,12 +261,13 @@ __device__ void load_matrix(Stored* shared, const ELEMENT* global) {
 
 // Cells and weights of one sample on one level. In place of a cell outside the map stands the first, with weight 0.
 __device__ void find_taps(float x, float y, float z, int level, int height, int width, TapPair* pairs) {
-    // Softmax over the levels of -(z - level)^2 / 2, in powers of two.
+    // Softmax over the levels of half the squared distance to each, negative, in powers of two.
     constexpr float HALF_LOG2_E = 0.72134752044f;
     float likeness[LEVELS], best = -3.402823466e38f, total = 0.0f, own = 0.0f;
 #pragma unroll
     for (int other = 0; other < LEVELS; ++other) {
-        likeness[other] = (z - other) * (z - other) * -HALF_LOG2_E;
+        const float distance = z - (FIRST_LEVEL + other);
+        likeness[other] = distance * distance * -HALF_LOG2_E;
         best = fmaxf(best, likeness[other]);
     }
 #pragma unroll
@@ -269,8 +277,8 @@ __device__ void find_taps(float x, float y, float z, int level, int height, int 
         if (other == level) own = weight;
     }
     own = __fdividef(own, total);
-    // Points are in units of P2's cells. Far outside every weight is 0; the bound keeps the conversion to int defined.
-    const float scale = __uint_as_float(unsigned(127 - level) << 23);  // 2^-level
+    // From the points' unit to cells of the level. Far outside every weight is 0; the bound keeps the conversion to int defined.
+    const float scale = __uint_as_float(unsigned(127 - level) << 23) * CELLS_PER_UNIT;  // 2^-level of them
     const float at_x = fmaxf(fminf(x * scale - 0.5f, 1e6f), -1e6f), at_y = fmaxf(fminf(y * scale - 0.5f, 1e6f), -1e6f);
     const float left = floorf(at_x), top = floorf(at_y);
     const int left_cell = int(left), top_cell = int(top);

@@ -6,7 +6,7 @@ Dimensions are integers or, inside TensorRT, symbolic expressions; the same arit
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -87,6 +87,16 @@ class Operation:
     work: Callable[[Sequence[Sequence[int]], Attributes], Work] = lambda shapes, attributes: Work()
     half_inputs: tuple[int, ...] = ()
     """Positions of the inputs that a model of half precision gives in 16 bits."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """What attributes are that a node does not have: files from before there were these attributes mean this."""
+
+    def complete(self, attributes: Attributes) -> dict[str, Any]:
+        """The op's attributes in order, those that are not given with their defaults. ValueError where one has none."""
+        known = {**self.defaults, **attributes}
+        missing = [name for name, _ in self.attributes if name not in known]
+        if missing:
+            raise ValueError(f"{self.name} needs the attributes {', '.join(missing)}")
+        return {name: known[name] for name, _ in self.attributes}
 
     @property
     def elements(self) -> tuple[str, ...]:

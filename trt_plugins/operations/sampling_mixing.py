@@ -1,4 +1,4 @@
-"""SamplingMixing: 3D feature sampling and adaptive mixing of the AdaMixer head."""
+"""SamplingMixing: 3D feature sampling and adaptive mixing of an AdaMixer layer."""
 
 from __future__ import annotations
 
@@ -23,6 +23,9 @@ from trt_plugins.operations.description import (
     map_sizes,
     sample_maps,
 )
+
+ACTIVATIONS = ("gelu", "relu")
+"""The attribute `activation` is a place in this tuple."""
 
 _TAPS = 4
 """Neighbours of a sampling point on each level."""
@@ -50,12 +53,18 @@ def _layout(shapes: Sequence[Shape], attributes: Attributes, element: str, tenso
             f"SamplingMixing with {channels} channels per group, {count} points and {mixed} mixed points does not fit "
             "the shared memory of a block; use the op's ONNX body or smaller groups"
         )
+    activation, unit = attributes["activation"], attributes["point_unit"]
+    if not 0 <= activation < len(ACTIVATIONS) or unit < 1:
+        raise ValueError(f"SamplingMixing has no activation {activation} with points in units of {unit} pixels")
     constants = {
         "GROUPS": groups,
         "CHANNELS": channels,
         "POINTS": count,
         "MIXED": mixed,
         "TENSOR_CORES": int(use_cores),
+        "RELU": int(ACTIVATIONS[activation] == "relu"),
+        "CELLS_PER_UNIT": f"{(unit / STRIDES[0]).hex()}f",
+        "FIRST_LEVEL": f"{float(np.float32(math.log2(STRIDES[0] / unit))).hex()}f",
     }
     return Layout(constants, (points[1] * groups, points[0], 1), threads, (points[1], *map_sizes(shapes)))
 
@@ -98,11 +107,12 @@ def _work(shapes: Sequence[Sequence[int]], attributes: Attributes) -> Work:
 def _sample(random: np.random.Generator, shapes: Sequence[Sequence[int]], attributes: Attributes) -> list[Array]:
     """Points as the decoder makes them: around a box of each query, on any level."""
     *maps, points, parameters = shapes
-    height, width = maps[0][2:]  # a point's unit is a cell of the finest map, 4 pixels
+    unit = SAMPLING_MIXING.complete(attributes)["point_unit"]
+    height, width = (side * STRIDES[0] for side in maps[0][2:])
     centres = random.random((*points[:2], 1, 1, 2)) * (width, height)
-    extent = np.exp(random.uniform(np.log(16), np.log(400), (*points[:2], 1, 1, 1))) / STRIDES[0]
-    places = centres + random.normal(size=(*points[:4], 2)) * extent / 2
-    levels = random.uniform(-1, 4, (*points[:4], 1))
+    extent = np.exp(random.uniform(np.log(16), np.log(400), (*points[:2], 1, 1, 1)))
+    places = (centres + random.normal(size=(*points[:4], 2)) * extent / 2) / unit
+    levels = random.uniform(-1, 4, (*points[:4], 1)) + math.log2(STRIDES[0] / unit)
     return [
         *sample_maps(random, maps),
         np.concatenate((places, levels), axis=-1).astype(np.float32),
@@ -115,10 +125,11 @@ SAMPLING_MIXING = Operation(
     snake_name="sampling_mixing",
     inputs=(*PYRAMID, Tensor("points", "float32"), Tensor("parameters", "element")),
     outputs=(Tensor("mixed", "element"),),
-    attributes=(("mixed_points", int),),
+    attributes=(("mixed_points", int), ("activation", int), ("point_unit", int)),
     output_shapes=_output_shapes,
     layout=_layout,
     sample=_sample,
     work=_work,
     half_inputs=(0, 1, 2, 3, 5),
+    defaults={"activation": ACTIVATIONS.index("gelu"), "point_unit": STRIDES[0]},
 )

@@ -63,6 +63,6 @@ class AdaMixerDetector(Detector):
         """A copy in evaluation mode in which only the last stage can tell classes."""
         model = copy.deepcopy(self)
         for layer in model.decoder[:-1]:
-            branches = layer.branches  # type: ignore[union-attr]
-            del branches.class_branch, branches.class_logits
+            assert isinstance(layer, DecoderStage)
+            del layer.branches.class_branch, layer.branches.class_logits
         return model.eval().requires_grad_(False)

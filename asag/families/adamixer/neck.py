@@ -15,11 +15,12 @@ class ChannelNeck(nn.Module):
 
     def __init__(self, inputs: Sequence[int], channels: int, groups: int) -> None:
         super().__init__()
-        self.lateral = nn.ModuleList(nn.Conv2d(width, channels, 1) for width in inputs)
+        convolutions = [nn.Conv2d(width, channels, 1) for width in inputs]
+        self.lateral = nn.ModuleList(convolutions)
         self.norm = nn.GroupNorm(groups, channels)
-        for convolution in self.lateral:
+        for convolution in convolutions:
             nn.init.xavier_uniform_(convolution.weight)
-            nn.init.zeros_(convolution.bias)
+            nn.init.zeros_(convolution.bias)  # type: ignore[arg-type]  # it has one
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Shapes as in the class."""
