@@ -150,6 +150,5 @@ def op_model(
     node = helper.make_node(name, names[0], names[1], domain=DOMAIN, **attributes)
     graph = helper.make_graph([node], name, inputs, outputs)
     opsets = [helper.make_opsetid("", OPSET_VERSION), helper.make_opsetid(DOMAIN, DOMAIN_VERSION)]
-    return helper.make_model(
-        graph, functions=bodies_of([node]), opset_imports=opsets, ir_version=10
-    ).SerializeToString()
+    model = helper.make_model(graph, functions=bodies_of([node]), opset_imports=opsets, ir_version=10)
+    return model.SerializeToString()

@@ -6,7 +6,6 @@ Gao et al., "AdaMixer: A Fast-Converging Query-Based Object Detector", sections 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +53,7 @@ def adaptive_mixing(samples: Tensor, parameters: Tensor, mixed_points: int, acti
     samples: [B, Q, G, P, C]; parameters: [B, Q, G*(C*C + mixed_points*P)], per group M then S, row-major
     -> [B, Q, G*mixed_points*C], flattened (group, point, channel). activation: a place in :data:`ACTIVATIONS`.
     """
-    act: Callable[[Tensor], Tensor] = {"gelu": F.gelu, "relu": F.relu}[ACTIVATIONS[activation]]
+    act = getattr(F, ACTIVATIONS[activation])
     count, channels = samples.shape[-2:]
     per_group = parameters.unflatten(2, (samples.shape[2], -1))
     channel_matrix = per_group[..., : channels * channels].unflatten(-1, (channels, channels))
