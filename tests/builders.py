@@ -13,28 +13,32 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from asag.checkpoint import CheckpointInfo, save_detector
-from asag.config import IMAGE_MEAN, IMAGE_STD, DetectorConfig
-from asag.detector import Detector, build_detector
-from asag.presets import PRESETS
+from asag.detector import build_detector
+from asag.families.asag.config import ASAGConfig
+from asag.families.asag.detector import ASAGDetector
+from asag.families.asag.presets import PRESETS
+from asag.family import InputSpec
+from asag.normalization import IMAGE_MEAN, IMAGE_STD
 
 CATEGORY_IDS = (1, 3, 7)
 CATEGORY_NAMES = ("circle", "square", "star")
 
 
-def small_config(**changes: Any) -> DetectorConfig:
-    """`asag-a-tiny` with an even thinner backbone and three classes; `changes` replaces fields."""
+def small_config(**changes: Any) -> ASAGConfig:
+    """`asag-a-tiny` with an even thinner backbone, room for few patches, and three classes; `changes` replaces fields."""
     tiny = PRESETS["asag-a-tiny"].config
     size = dataclasses.replace(tiny.size, backbone_width=8, anchor_hidden=64, feed_forward=64)
-    return dataclasses.replace(tiny, **{"num_classes": len(CATEGORY_IDS), "size": size, **changes})
+    small = {"num_classes": len(CATEGORY_IDS), "size": size, "patch_capacity": (6, 8)}
+    return dataclasses.replace(tiny, **{**small, **changes})
 
 
-def small_info(input_size: tuple[int, int] = (160, 192), patch_capacity: tuple[int, int] = (6, 8)) -> CheckpointInfo:
+def small_info(input_size: tuple[int, int] = (160, 192)) -> CheckpointInfo:
     return CheckpointInfo(
-        "asag-a-tiny", CATEGORY_IDS, CATEGORY_NAMES, min(input_size), max(input_size), input_size, patch_capacity
+        "asag-a-tiny", CATEGORY_IDS, CATEGORY_NAMES, InputSpec(min(input_size), max(input_size), input_size)
     )
 
 
-def random_detector(config: DetectorConfig | None = None, seed: int = 0, confidence_shift: float = 0.0) -> Detector:
+def random_detector(config: ASAGConfig | None = None, seed: int = 0, confidence_shift: float = 0.0) -> ASAGDetector:
     """A detector whose layers all matter: what training would start at zero is random too.
 
     Anchors get different sizes and confidences, many small and between the probing thresholds; `confidence_shift` is
@@ -43,6 +47,7 @@ def random_detector(config: DetectorConfig | None = None, seed: int = 0, confide
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         detector = build_detector(config or small_config())
+        assert isinstance(detector, ASAGDetector)
         with torch.no_grad():
             for name, parameter in detector.named_parameters():
                 if "box_deltas" in name or "offsets.weight" in name:
@@ -93,7 +98,7 @@ def normalized_batch(pictures: Sequence[NDArray[np.uint8]], height: int, width: 
     return images, torch.tensor([picture.shape[:2] for picture in pictures], dtype=torch.float32).reshape(-1, 2)
 
 
-def write_checkpoint(path: Path, detector: Detector | None = None, info: CheckpointInfo | None = None) -> Path:
+def write_checkpoint(path: Path, detector: ASAGDetector | None = None, info: CheckpointInfo | None = None) -> Path:
     """A checkpoint of a random small detector."""
     save_detector(path, detector or random_detector(), info or small_info())
     return path
