@@ -16,7 +16,7 @@ def test_properties_round_trip(metadata: ModelMetadata) -> None:
 
 
 def test_lists_become_tuples(metadata: ModelMetadata) -> None:
-    values = dataclasses.asdict(metadata) | {"category_ids": [1, 3, 7], "patch_capacity": [8, 16]}
+    values = dataclasses.asdict(metadata) | {"category_ids": [1, 3, 7], "choices": {"head": "main", "capacity": [8, 16]}}
     assert ModelMetadata(**values) == metadata
 
 
@@ -39,7 +39,7 @@ def test_foreign_model_is_named_as_such() -> None:
         ({"asag.std": "[0.1, 0, 0.1]"}, "std must be positive"),
         ({"asag.input_height": '"64"'}, "input_height is '64'; it must be a whole number"),
         ({"asag.input_height": "true"}, "input_height is True; it must be a whole number"),
-        ({"asag.queries": "0"}, "queries is 0; it must be a whole number >= 1"),
+        ({"asag.max_detections": "0"}, "max_detections is 0; it must be a whole number >= 1"),
         ({"asag.input_type": '"float16"'}, "input_type must be uint8 or float32"),
         ({"asag.category_ids": "[1, 1, 2]"}, "category ids repeat"),
         ({"asag.category_ids": "[]"}, "category_ids is .*; it must be a list of length >= 1"),
@@ -56,6 +56,6 @@ def test_damaged_properties_are_refused(change: dict[str, str], message: str) ->
 
 def test_missing_field_is_named(metadata: ModelMetadata) -> None:
     properties = metadata.to_properties()
-    del properties["asag.head"]
-    with pytest.raises(ValueError, match="lack head"):
+    del properties["asag.choices"]
+    with pytest.raises(ValueError, match="lack choices"):
         ModelMetadata.from_properties(properties)

@@ -24,7 +24,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     from asag.checkpoint import CheckpointInfo, save_detector
     from asag.detector import build_detector
-    from asag.presets import PRESETS
+    from asag.families import find_preset
 
     torch.manual_seed(0)
     preset = PRESETS["asag-a-tiny"]
