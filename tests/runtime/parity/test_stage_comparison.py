@@ -14,15 +14,14 @@ from onnx import numpy_helper
 from PIL import Image
 from rich.console import Console
 
-from asag.deploy import DeployedDetector
-from export.model import export_onnx
 from runtime.backends.onnxruntime_session import OnnxRuntimeSession
 from runtime.backends.pytorch_session import PyTorchSession
 from runtime.coco_evaluation import CocoFolder, open_coco
 from runtime.parity.stage_comparison import StageReport, can_compare, compare_stages, stage_table
 from runtime.stages.graph import DETECTIONS
 from runtime.stages.onnx import OnnxStages
-from tests.builders import random_detector, random_picture, small_config, small_info
+from tests.builders import random_picture
+from tests.exports import small_export
 
 Edit = Callable[[onnx.ModelProto], None]
 IMAGES = 3
@@ -32,17 +31,10 @@ class Models:
     """A random detector in PyTorch and as an ONNX file, and pictures."""
 
     def __init__(self, folder: Path, **changes: str) -> None:
-        info = small_info()
-        detector = random_detector(small_config(**changes), seed=1)
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(2)
-            for parameter in detector.parameters():  # the exporter makes equal constants one
-                parameter.add_(torch.randn_like(parameter) * 0.01)
-        deployed = DeployedDetector(detector, info)
-        self.path = folder / "model.onnx"
-        export_onnx(deployed, self.path)
-        self.reference = PyTorchSession(deployed, "model.safetensors")
-        self.dataset = _pictures(folder / "data", info.category_ids)
+        exported = small_export(**changes)
+        self.path = exported.write(folder / "model.onnx")
+        self.reference = PyTorchSession(exported.deployed, "model.safetensors")
+        self.dataset = _pictures(folder / "data", exported.metadata.category_ids)
 
     def compare(self, path: Path | None = None) -> StageReport:
         candidate = OnnxRuntimeSession(path or self.path, threads=1)
