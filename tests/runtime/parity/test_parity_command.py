@@ -82,7 +82,8 @@ def test_a_budget_fails_and_the_stage_is_named(files: Files, tmp_path: Path) -> 
     assert content["stages"][0]["first"] == "detections"
     (document,), _ = find_reports([tmp_path])
     (start,) = document.start_pictures
-    assert len(start.pictures) == 6, "patches, anchors and detections of both"
+    shown = [picture.caption.partition(": ")[2].partition(":")[0] for picture in start.pictures]
+    assert shown == ["P4 patches", "anchors", "detections"] * 2, "what both show, side by side"
     assert "starts to differ at detections" in start.title
 
 
