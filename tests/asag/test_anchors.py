@@ -8,10 +8,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import example, given
-from hypothesis import strategies as st
-from torch import Tensor
-
 from asag.anchors import (
     AnchorGenerator,
     fixed_anchors_to_pixels,
@@ -20,6 +16,10 @@ from asag.anchors import (
     split_quarters,
 )
 from asag.config import ANCHOR_BUDGETS
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import Tensor
+
 from tests.builders import normalized_batch, random_detector, random_picture, small_config
 
 

@@ -7,10 +7,9 @@ import copy
 import pytest
 import torch
 import torchvision
+from asag.backbone import ResNet, fold_batch_norm
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
-
-from asag.backbone import ResNet, fold_batch_norm
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 

@@ -9,10 +9,10 @@ import sys
 
 import pytest
 import torch
-
 from asag.config import ANCHOR_BUDGETS, DetectorConfig, ModelSize
-from asag.detector import Detector
 from asag.presets import PRESETS, find_preset
+
+from asag.detector import Detector
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,12 @@ import json
 
 import pytest
 import torch
+from asag.config import HEADS
+from asag.geometry import cxcywh_to_xyxy
 from torch import nn
 
-from asag.config import HEADS
 from asag.deploy import DeployedDetector, weights_digest
 from asag.detector import Detector
-from asag.geometry import cxcywh_to_xyxy
 from runtime.metadata import ModelMetadata
 from tests.builders import (
     CATEGORY_IDS,

@@ -7,11 +7,11 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from asag.config import DECODERS, HEADS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from asag.config import DECODERS, HEADS
 from asag.deploy import DeployedDetector
 from asag.detector import Detector, HeadOutput
 from tests.builders import normalized_batch, random_detector, random_picture, small_config, small_info, uint8_batch

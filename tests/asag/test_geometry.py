@@ -6,10 +6,6 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from torchvision.ops import box_convert
-
 from asag.geometry import (
     content_scale,
     cxcywh_to_xyxy,
@@ -20,6 +16,9 @@ from asag.geometry import (
     refine_xyzr,
     xyxy_to_cxcywh,
 )
+from hypothesis import given
+from hypothesis import strategies as st
+from torchvision.ops import box_convert
 
 coordinate = st.floats(-2000, 2000, width=32)
 side = st.floats(0.5, 2000, width=32)

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from asag.config import HEADS
+from asag.geometry import cxcywh_to_xyxy
 from numpy.typing import NDArray
 
 from asag import DetectorConfig, build_detector, load_published
 from asag.checkpoint import CheckpointInfo
-from asag.config import HEADS
 from asag.deploy import DeployedDetector
 from asag.detector import Detector
-from asag.geometry import cxcywh_to_xyxy
 from runtime.metadata import ModelMetadata
 from runtime.parity.agreement import compare_detections
 from runtime.postprocessing import OUTPUT_NAMES, Detections, postprocess

@@ -6,13 +6,13 @@ import math
 
 import torch
 import torch.nn.functional as F
+from asag.geometry import decode_xyzr, encode_xyzr
+from asag.proposals import Proposals, normalized_boxes
+from asag.sparse_rcnn import DynamicConvolution, apply_deltas
 from torch import Tensor
 
 from asag.detector import Detector
-from asag.geometry import decode_xyzr, encode_xyzr
 from asag.ops import pyramid_roi_align, sampling_mixing
-from asag.proposals import Proposals, normalized_boxes
-from asag.sparse_rcnn import DynamicConvolution, apply_deltas
 from tests.builders import random_detector, small_config
 
 SIZES = torch.tensor([[60.0, 120.0], [128.0, 90.0]])

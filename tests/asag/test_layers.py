@@ -6,10 +6,9 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
 from asag.geometry import position_embedding
 from asag.layers import MLP, Branches, FeedForward, GeometryAttention, SelfAttention, exclude
+from torch import Tensor, nn
 
 
 def everything(tokens: Tensor) -> Tensor:

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from asag.config import HEADS
 from torch import Tensor
 
 from asag import DetectorConfig, load_published
-from asag.config import HEADS
 from asag.detector import Detector
 from asag.published import translate_name
 from tests.builders import random_detector, small_config

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from asag.config import DetectorConfig
+from asag.presets import PRESETS
+from asag.zoo import convert_published, identify, read_published
 from torch import Tensor
 
 from asag.checkpoint import load_detector
-from asag.config import DetectorConfig
 from asag.detector import Detector, build_detector
-from asag.presets import PRESETS
 from asag.published import translate_name
-from asag.zoo import convert_published, identify, read_published
 from tests.builders import random_detector
 
 

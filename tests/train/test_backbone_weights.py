@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from asag.config import DetectorConfig, ModelSize
 from torch import Tensor
 
-from asag.config import DetectorConfig, ModelSize
 from asag.detector import Detector, build_detector
 from train.initialization import load_backbone
 

@@ -30,8 +30,9 @@ def config(tmp_path):
 
 
 def make_state(config, seed):
-    from asag.detector import build_detector
     from asag.presets import find_preset
+
+    from asag.detector import build_detector
 
     torch.manual_seed(seed)
     detector = build_detector(find_preset(config.preset).config)

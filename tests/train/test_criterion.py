@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-
-from train import DetectionCriterion
 from train.anchor_targets import flip_boxes, patch_groups, quarter_groups
 from train.criterion import BatchTotals
 from train.matching import pad_targets
 from train.query_weighting import pair_weights, weighting_curve
+
+from train import DetectionCriterion
 
 CLASSES = 5
 Outputs = dict[str, Any]

@@ -3,13 +3,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from asag.config import IMAGE_MEAN, IMAGE_STD
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
 from torch.utils.data import DataLoader
 from torchvision.ops import box_convert
 
-from asag.config import IMAGE_MEAN, IMAGE_STD
 from asag.normalization import ImageNormalization
 from runtime.metadata import ModelMetadata
 from runtime.preprocessing import prepare, resize, resized_size

@@ -2,7 +2,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from train.denoising import (
     assign_slots,
     denoising_attention_mask,

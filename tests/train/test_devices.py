@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch.amp import GradScaler
+from train.criterion import DetectionCriterion
 
 from asag.deploy import DeployedDetector
 from benchmarks.training import random_pieces
@@ -17,7 +18,6 @@ from tests.builders import random_detector, random_picture, small_config, small_
 from tests.other_device import other_device
 from train.checkpointing import TrainingState
 from train.config import TrainConfig
-from train.criterion import DetectionCriterion
 from train.processes import Processes
 from train.schedule import build_optimizer, build_schedule
 from train.step import StepMaker, prepare_detector

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from asag.presets import PRESETS
 
 from asag.checkpoint import CheckpointInfo
 from asag.detector import build_detector
-from asag.presets import PRESETS
 from runtime.coco_evaluation import open_coco
 from train.evaluation import Evaluation, evaluate_detector
 from train.processes import Processes

@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.ops import box_convert, generalized_box_iou
-
 from train.matching import TargetGroups, assign, iou_and_giou, matching_costs, object_area_factor, pad_targets
 
 

@@ -2,11 +2,10 @@ import math
 
 import pytest
 import torch
+from asag.config import PATCH_SIDE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-
-from asag.config import PATCH_SIDE
 from train.probing import (
     four_flips,
     ground_truth_corners,

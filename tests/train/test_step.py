@@ -11,19 +11,19 @@ from typing import Any
 
 import pytest
 import torch
+from asag.backbone import fold_batch_norm
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.amp import GradScaler
+from train.criterion import DetectionCriterion
+from train.forward import training_outputs
 
-from asag.backbone import fold_batch_norm
 from asag.detector import Detector
 from benchmarks.training import random_pieces
 from tests.builders import random_detector, small_config
 from train.averaging import average_of
 from train.checkpointing import TrainingState
 from train.config import TrainConfig
-from train.criterion import DetectionCriterion
-from train.forward import training_outputs
 from train.processes import ALONE, Processes
 from train.schedule import build_optimizer, build_schedule
 from train.step import StepMaker, feature_precision, prepare_detector, synchronize_norms
