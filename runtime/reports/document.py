@@ -161,7 +161,7 @@ def _start_groups(
     candidates: Sequence[Session | Unavailable],
     score_threshold: float,
 ) -> tuple[PictureGroup, ...]:
-    """The stages of both sides for each candidate that differs somewhere."""
+    """What both sides show of their stages, for each candidate that differs somewhere."""
     groups = []
     for stages in report.stages:
         same = [
@@ -176,9 +176,12 @@ def _start_groups(
         assert isinstance(candidate, Session)
         image_id = stages.first.images_over[0]
         image = dataset.load(image_id)
+        seen = {"reference": reference.stages(image), stages.name: candidate.stages(image)}
+        both = set.intersection(*(set(side.values) for side in seen.values()))
         pictures = []
-        for name, session in (("reference", reference), (stages.name, candidate)):
-            panels = stage_panels(image, session.stages(image), score_threshold)
+        for name, side in seen.items():
+            shared = dataclasses.replace(side, values={value: side.values[value] for value in both})
+            panels = stage_panels(image, shared, score_threshold)
             pictures += [_picture(dataclasses.replace(panel, caption=f"{name}: {panel.caption}")) for panel in panels]
         title = f"{dataset.path(image_id).name}: {stages.name} starts to differ at {stages.first.stage}"
         groups.append(PictureGroup(title, tuple(pictures)))

@@ -8,11 +8,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from asag.categories import COCO_CATEGORIES
-from asag.presets import PRESETS
 
 from asag.checkpoint import CheckpointInfo, save_detector
+from asag.datasets import COCO_CATEGORIES
 from asag.detector import build_detector
+from asag.families import find_preset
 from asag.published import load_published
 from asag_cli.main import main
 
@@ -41,12 +41,11 @@ def models(goldens: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     """A checkpoint with the reference weights, which probe P4 and P3, and its exported file."""
     folder = tmp_path_factory.mktemp("r50")
     shapes = json.loads((goldens / "asag_a_r50_100.shapes.json").read_text())
-    preset = PRESETS[PRESET]
+    preset = find_preset(PRESET)
     detector = build_detector(preset.config)
     load_published(detector, load_module(goldens / "golden_weights.py").golden_state_dict(shapes))
     checkpoint, exported = folder / "r50.safetensors", folder / "r50.onnx"
-    info = CheckpointInfo(PRESET, tuple(COCO_CATEGORIES), tuple(COCO_CATEGORIES.values()))
-    save_detector(checkpoint, detector, info)
+    save_detector(checkpoint, detector, CheckpointInfo.of(preset, COCO_CATEGORIES))
     assert run("export", checkpoint, "-o", exported) == 0
     return checkpoint, exported
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from asag.config import DetectorConfig, ModelSize
 from torch import Tensor
 
 from asag.detector import Detector, build_detector

@@ -60,7 +60,7 @@ def test_stages_and_limits(checkpoint: Path, tmp_path: Path) -> None:
     found = json.loads(numbers.read_text())
     assert [row["backend"] for row in found["stage_times"]] == ["pytorch", "onnxruntime-cpu"]
     assert [row["reason"] for row in found["stage_times"]] == [None, None]
-    network = ["backbone+neck", "anchors", "proposals", "head"]
+    network = ["features", "anchors", "proposals", "head", "detections"]
     for times, limits in zip(found["stage_times"], found["limits"], strict=True):
         assert set(network) <= set(times["p50_ms"])
         assert [stage["stage"] for stage in limits["stages"]] == network
