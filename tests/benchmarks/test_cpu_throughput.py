@@ -27,7 +27,7 @@ def test_variants_are_timed_and_detect_the_same(
     tmp_path: Path, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = write_checkpoint(tmp_path / "small.safetensors")
-    monkeypatch.setattr(cpu_speed, "INPUT_SIZE", small_info().input.size)
+    monkeypatch.setattr(cpu_speed, "INPUT_SIZE", small_info().input_size)
     found = compare_on_folder(checkpoint, tmp_path, pictures, rounds=2, images=3, threads=2)
     assert [times.name.partition(",")[0] for times in found] == ["PyTorch eager", "PyTorch eager", "ONNX Runtime"]
     assert all(len(times.wall) == 2 and min(times.wall + times.processor) > 0 for times in found)

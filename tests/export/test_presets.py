@@ -34,8 +34,8 @@ CASES = {
     "asag-s-r50-3x-100": False,
     "asag-a-r101-3x-300": False,
 }
-"""Whether a case has its published widths, as each decoder has once. Thin layers are the same operators, and most of the
-time lies in the wide ones. What is left out differs from these in the head, or combines what two of them have.
+"""Whether a case has its published widths, as each decoder has once. Thin layers are the same operators, and most of
+the time lies in the wide ones. What is left out differs from these in the head, or combines what two of them have.
 """
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import onnx
 import pytest
-from asag.config import HEADS, LEVELS
 
 from asag.checkpoint import load_detector
 from asag.deploy import DeployedDetector

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from asag.config import DetectorConfig, ModelSize
 from torch import Tensor
 
 from asag.detector import Detector, build_detector

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from torch.amp import GradScaler
-from train.criterion import DetectionCriterion
 
 from asag.deploy import DeployedDetector
 from asag.families import family_of

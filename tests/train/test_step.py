@@ -11,12 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from asag.backbone import fold_batch_norm
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.amp import GradScaler
-from train.criterion import DetectionCriterion
-from train.forward import training_outputs
 
 from asag.detector import Detector
 from asag.families import family_of

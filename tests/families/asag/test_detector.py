@@ -8,7 +8,6 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from asag.config import DECODERS, HEADS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor

@@ -9,7 +9,6 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from asag.backbone import ResNet
 from onnx import TensorProto, helper
 from torch.utils.flop_counter import FlopCounterMode
 
