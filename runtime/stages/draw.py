@@ -78,10 +78,10 @@ def stage_panels(image: Image.Image, seen: SeenStages, score_threshold: float) -
             for thickness, (_, boxes) in enumerate(reversed(places)):
                 _outline(picture, boxes * factors, [PLACE_COLOUR], 1 + 2 * thickness)
             panels.append(Panel(picture, ", ".join(f"{title}: {len(boxes)}" for title, boxes in places)))
-        found = [(stage.title, boxes) for stage in stages if (boxes := reader.boxes(stage)) is not None]
+        found = [(stage.title, drawn) for stage in stages if (drawn := reader.boxes(stage)) is not None]
         if found:
-            title, boxes = found[-1]
-            panels.append(_box_panel(title, boxes, shown, dark, factors, seen.metadata, score_threshold))
+            title, drawn = found[-1]
+            panels.append(_box_panel(title, drawn, shown, dark, factors, seen.metadata, score_threshold))
     count = len(seen.detections.above(score_threshold))
     caption = f"detections: {count} of {len(seen.detections)} score at least {score_threshold:g}"
     return [*panels, Panel(draw_detections(shown, seen.detections, seen.metadata, score_threshold), caption)]
