@@ -72,16 +72,16 @@ def stage_panels(image: Image.Image, seen: SeenStages, score_threshold: float) -
     reader = _Reader(seen)
     panels = []
     for stages in _by_part(seen.metadata.stages[:-1]):
-        places = [(stage.title, boxes) for stage in stages if (boxes := reader.places(stage)) is not None]
+        places = [(stage.title, where) for stage in stages if (where := reader.places(stage)) is not None]
         if places:
             picture = dark.copy()
-            for thickness, (_, boxes) in enumerate(reversed(places)):
-                _outline(picture, boxes * factors, [PLACE_COLOUR], 1 + 2 * thickness)
-            panels.append(Panel(picture, ", ".join(f"{title}: {len(boxes)}" for title, boxes in places)))
-        found = [(stage.title, drawn) for stage in stages if (drawn := reader.boxes(stage)) is not None]
+            for thickness, (_, where) in enumerate(reversed(places)):
+                _outline(picture, where * factors, [PLACE_COLOUR], 1 + 2 * thickness)
+            panels.append(Panel(picture, ", ".join(f"{title}: {len(where)}" for title, where in places)))
+        found = [(stage.title, boxes) for stage in stages if (boxes := reader.boxes(stage)) is not None]
         if found:
-            title, drawn = found[-1]
-            panels.append(_box_panel(title, drawn, shown, dark, factors, seen.metadata, score_threshold))
+            title, boxes = found[-1]
+            panels.append(_box_panel(title, boxes, shown, dark, factors, seen.metadata, score_threshold))
     count = len(seen.detections.above(score_threshold))
     caption = f"detections: {count} of {len(seen.detections)} score at least {score_threshold:g}"
     return [*panels, Panel(draw_detections(shown, seen.detections, seen.metadata, score_threshold), caption)]
