@@ -16,6 +16,8 @@ from runtime.parity.comparison import ParityReport, compare
 from runtime.preprocessing import prepare
 from train.synthetic import write_synthetic_dataset
 
+pytestmark = pytest.mark.slow
+
 WEIGHTS = Path(__file__).parents[2] / "checkpoints" / "asag-a-tiny.safetensors"
 IMAGES = 40
 

@@ -1,4 +1,4 @@
-"""Presets: exported, run by ONNX Runtime with PyTorch's detections, built by TensorRT-RTX."""
+"""Presets of ASAG: exported, run by ONNX Runtime with PyTorch's detections, built by TensorRT-RTX."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 from asag.checkpoint import CheckpointInfo
 from asag.datasets import DATASETS
 from asag.deploy import DeployedDetector
-from asag.families import all_presets, find_preset
+from asag.families import find_preset
+from asag.families.asag import ASAG
 from asag.family import InputSpec
 from export.model import export_onnx
 from runtime import open_session
@@ -40,7 +41,7 @@ the time lies in the wide ones. What is left out differs from these in the head,
 
 
 def test_the_cases_cover_every_preset() -> None:
-    presets = {preset.name: preset.config for preset in all_presets()}
+    presets = {name: preset.config for name, preset in ASAG.presets.items()}
     cases = {name: presets[name] for name in CASES}
     for what in (("decoder", "queries"), ("decoder", "dataset"), ("backbone",)):
         needed = {tuple(getattr(config, name) for name in what) for config in presets.values()}
