@@ -27,6 +27,8 @@ _REMEDY = "write it with `asag parity --json`"
 
 _PICTURE_SIDE = 640
 _STAGE_IMAGES = 3
+SCORE_THRESHOLD = 0.3
+"""Detections that score less are not drawn."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +82,6 @@ def make_document(
     dataset: CocoFolder,
     *,
     pictures: int = 6,
-    score_threshold: float = 0.3,
     reference: Session | None = None,
     candidates: Sequence[Session | Unavailable] = (),
 ) -> ReportDocument:
@@ -90,14 +91,14 @@ def make_document(
     of the ``candidates`` whose stages differ, both are drawn on the first image where they do.
     """
     chosen = _chosen_images(report, pictures)
-    groups = tuple(_picture_group(report, dataset, image_id, score_threshold) for image_id in chosen)
+    groups = tuple(_picture_group(report, dataset, image_id, SCORE_THRESHOLD) for image_id in chosen)
     stage_groups: tuple[PictureGroup, ...] = ()
     if reference is not None and reference.shows_stages:
         stage_groups = tuple(
-            _stage_group(reference, dataset, image_id, score_threshold) for image_id in chosen[:_STAGE_IMAGES]
+            _stage_group(reference, dataset, image_id, SCORE_THRESHOLD) for image_id in chosen[:_STAGE_IMAGES]
         )
-    starts = _start_groups(report, dataset, reference, candidates, score_threshold)
-    return ReportDocument(report, score_threshold, groups, stage_groups, starts)
+    starts = _start_groups(report, dataset, reference, candidates, SCORE_THRESHOLD)
+    return ReportDocument(report, SCORE_THRESHOLD, groups, stage_groups, starts)
 
 
 def read_document(path: Path, content: Mapping[str, Any]) -> ReportDocument:
