@@ -1,4 +1,4 @@
-"""SamplingMixing: 3D feature sampling and adaptive mixing of the AdaMixer head (specification section 5).
+"""SamplingMixing: 3D feature sampling and adaptive mixing of the AdaMixer head (ASAG's README, section 5).
 
 Gao et al., "AdaMixer: A Fast-Converging Query-Based Object Detector", sections 3.2 and 3.3.
 """

@@ -61,7 +61,7 @@ def exclude(bias: Tensor, allowed: Tensor) -> Tensor:
 
 
 class GeometryAttention(nn.Module):
-    """Self-attention that knows where the boxes are: queries [B, N, C] -> [B, N, C] (specification section 4).
+    """Self-attention that knows where the boxes are: queries [B, N, C] -> [B, N, C] (README, section 4).
 
     `a = q + pe(xyzr)`; scores get `tau * log(iof + 1e-7)` per head; the result is `LN(attention(a) + a)`.
     """

@@ -31,7 +31,7 @@ def test_self_attention_equals_torch_s() -> None:
 
 @torch.no_grad()
 def test_geometry_attention_by_the_formula() -> None:
-    """`a = q + pe`, scores plus `tau * log(iof + 1e-7)`, `LN(attention(a) + a)` (specification section 4)."""
+    """`a = q + pe`, scores plus `tau * log(iof + 1e-7)`, `LN(attention(a) + a)` (README of the family, section 4)."""
     torch.manual_seed(1)
     layer = GeometryAttention(32, 4)
     queries, xyzr = torch.randn(1, 5, 32), torch.rand(1, 5, 4) * torch.tensor((20.0, 20.0, 4.0, 1.0))
