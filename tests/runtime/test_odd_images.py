@@ -16,7 +16,7 @@ from PIL import Image
 from runtime import Detections, Session, open_session
 from runtime.detect import detect_files
 from runtime.parity.agreement import compare_detections
-from tests.builders import random_picture, write_checkpoint
+from tests.builders import random_picture
 from tests.exports import small_export
 
 
@@ -25,7 +25,7 @@ def sessions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Session]:
     """The same small random detector in PyTorch and as an ONNX file."""
     folder = tmp_path_factory.mktemp("odd")
     exported = small_export()
-    write_checkpoint(folder / "small.safetensors", exported.detector, exported.deployed.info)
+    exported.checkpoint(folder / "small.safetensors")
     exported.write(folder / "small.onnx")
     return {name: open_session(folder / name) for name in ("small.safetensors", "small.onnx")}
 
