@@ -59,9 +59,13 @@ class SmallExport:
         return path
 
 
-@functools.cache
 def small_export(decoder: str = "adamixer", levels: str = "P3P6") -> SmallExport:
     """The export of a small random detector."""
+    return _made(decoder, levels)
+
+
+@functools.cache
+def _made(decoder: str, levels: str) -> SmallExport:
     detector = random_detector(small_config(decoder=decoder, levels=levels), seed=1)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(2)
