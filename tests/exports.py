@@ -7,6 +7,7 @@ import functools
 from pathlib import Path
 
 import onnx
+import pytest
 import torch
 
 from asag.deploy import DeployedDetector
@@ -15,7 +16,7 @@ from export.model import build_onnx
 from export.precision import convert_precision
 from runtime.metadata import ModelMetadata
 from runtime.onnx_file import write_metadata
-from tests.builders import random_detector, small_config, small_info
+from tests.builders import random_detector, small_config, small_info, write_checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,19 @@ class SmallExport:
         copy.CopyFrom(self.proto)
         return copy
 
+    def checkpoint(self, path: Path) -> Path:
+        """The checkpoint that it was exported from."""
+        return write_checkpoint(path, self.detector, self.deployed.info)
+
+    def instead_of_exporting(self, patch: pytest.MonkeyPatch) -> None:
+        """Let whatever exports the checkpoint have its graph at once."""
+
+        def build(model: DeployedDetector) -> onnx.ModelProto:
+            assert model.describe() == self.deployed.describe(), "another model is exported"
+            return self.model()
+
+        patch.setattr("export.model.build_onnx", build)
+
     def write(self, path: Path, precision: str = "fp32") -> Path:
         """The file that `export_onnx` would write."""
         proto = convert_precision(self.proto, precision, self.metadata)
@@ -45,9 +59,13 @@ class SmallExport:
         return path
 
 
-@functools.cache
 def small_export(decoder: str = "adamixer", levels: str = "P3P6") -> SmallExport:
     """The export of a small random detector."""
+    return _made(decoder, levels)
+
+
+@functools.cache
+def _made(decoder: str, levels: str) -> SmallExport:
     detector = random_detector(small_config(decoder=decoder, levels=levels), seed=1)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(2)

@@ -220,6 +220,7 @@ def test_the_contents_fill_the_capacity_and_do_not(session: onnxruntime.Inferenc
     assert overflow[1] == 0
 
 
+@pytest.mark.slow
 def test_the_other_head_with_float32_input(tmp_path: Path) -> None:
     """The Sparse R-CNN head takes RoI features a second time and mixes no samples."""
     deployed = DeployedDetector(

@@ -52,6 +52,7 @@ def test_choices_that_do_not_exist(checkpoint: Path) -> None:
         open_session(checkpoint, choices={"colour": "red"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("levels", "head"), [("P4P6", "aux_1"), ("P5P6", "main")])
 def test_an_exported_variant_has_the_detections_of_the_same_variant(
     levels: str, head: str, checkpoint: Path, tmp_path: Path

@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 from onnx import numpy_helper
 
-from asag.checkpoint import load_detector, save_detector
+from asag.checkpoint import load_detector
 from asag.family import InputSpec
 from export.conversion import convert_file
 from export.exported_file import read_exported
@@ -87,9 +87,7 @@ def old(exported: SmallExport, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def checkpoint(exported: SmallExport, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("checkpoint") / "small.safetensors"
-    save_detector(path, exported.detector, exported.deployed.info)
-    return path
+    return exported.checkpoint(tmp_path_factory.mktemp("checkpoint") / "small.safetensors")
 
 
 @pytest.fixture(scope="module")

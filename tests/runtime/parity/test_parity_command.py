@@ -10,7 +10,6 @@ import pytest
 from click.testing import CliRunner, Result
 from onnx import helper
 
-from asag.checkpoint import save_detector
 from asag_cli.parity import parity
 from runtime.files import write_json
 from runtime.reports.page import find_reports
@@ -25,8 +24,8 @@ class Files:
         from PIL import Image
 
         exported = small_export()
-        self.checkpoint, self.model = folder / "small.safetensors", exported.write(folder / "small.onnx")
-        save_detector(self.checkpoint, exported.detector, exported.deployed.info)
+        self.checkpoint = exported.checkpoint(folder / "small.safetensors")
+        self.model = exported.write(folder / "small.onnx")
         self.worse = folder / "worse.onnx"
         onnx.save(_with_smaller_scores(onnx.load(self.model)), self.worse)
         self.data = folder / "data"

@@ -149,6 +149,7 @@ def test_numbers_that_are_none_are_a_difference(models: Models, tmp_path: Path) 
     json.dumps(report.to_json(), allow_nan=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"decoder": "sparse_rcnn"}, {"levels": "P5P6"}])
 def test_other_models_show_their_stages(tmp_path: Path, changes: dict[str, str]) -> None:
     models = Models(tmp_path, **changes)

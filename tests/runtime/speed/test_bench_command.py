@@ -12,14 +12,15 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from asag_cli.bench import bench
-from tests.builders import random_picture, write_checkpoint
+from tests.builders import random_picture
+from tests.exports import small_export
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bench")
     Image.fromarray(random_picture(1, 120, 160)).save(folder / "picture.png")
-    return write_checkpoint(folder / "small.safetensors")
+    return small_export().checkpoint(folder / "small.safetensors")
 
 
 def run(checkpoint: Path, *options: str) -> Result:
@@ -44,7 +45,9 @@ def measured(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
         pytest.skip("this ONNX Runtime has CUDA")
     numbers = tmp_path_factory.mktemp("numbers") / "bench.json"
     backends = "onnxruntime-cpu,pytorch,onnxruntime-cuda"
-    done = run(checkpoint, "--against", backends, "--batch-sizes", "1,2", "--limit", "--json", str(numbers))
+    with pytest.MonkeyPatch.context() as patch:
+        small_export().instead_of_exporting(patch)
+        done = run(checkpoint, "--against", backends, "--batch-sizes", "1,2", "--limit", "--json", str(numbers))
     assert done.exit_code == 0, done.output
     return done, json.loads(numbers.read_text())
 
