@@ -9,7 +9,7 @@ WEIGHTS := checkpoints/asag-a-tiny.safetensors
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo                 train, export, build, compare: the whole way on a small dataset (about 5 minutes)"
+	@echo "make demo                 train, export, build, compare: the whole way on a small dataset (about 2 minutes)"
 	@echo "make demo FROM_SCRATCH=1  the same, training from nothing instead of from $(WEIGHTS)"
 	@echo "make test                 lint, types and all tests"
 	@echo "make install              only the set-up, into $(VENV)"

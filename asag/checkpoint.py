@@ -151,4 +151,11 @@ def choose(family: Family, config: Any, choices: Mapping[str, Any]) -> Any:
             listed = ", ".join(map(str, known[name].values))
             raise ValueError(f"{name.replace('_', ' ')} is {value!r}; choose one of {listed}")
     types = typing.get_type_hints(family.config)
-    return dataclasses.replace(config, **{name: msgspec.convert(value, types[name]) for name, value in wanted.items()})
+    converted = {}
+    for name, value in wanted.items():
+        try:
+            converted[name] = msgspec.convert(value, types[name])
+        except msgspec.ValidationError:
+            told = f"{name.replace('_', ' ')} is {value!r}, which is not of the form {known[name].form}"
+            raise ValueError(told) from None
+    return dataclasses.replace(config, **converted)

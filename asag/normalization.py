@@ -11,9 +11,7 @@ IMAGE_STD = (0.229, 0.224, 0.225)
 
 
 class ImageNormalization(nn.Module):
-    """uint8 RGB to float32: scaled to 0..1, minus the mean, divided by the standard deviation, zero outside the content
-    (specification section 1).
-    """
+    """uint8 RGB to float32: scaled to 0..1, minus the mean, over the standard deviation, zero outside the content."""
 
     mean: Tensor
     scale: Tensor

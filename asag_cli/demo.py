@@ -20,20 +20,23 @@ if TYPE_CHECKING:
     from runtime.speed.benchmark import BenchmarkReport
 
 PRESET = "asag-a-tiny"
-TRAIN_IMAGES = 1600
 VAL_IMAGES = 100
 
+CONTINUE_IMAGES = 96
 CONTINUE_RECIPE = {
-    "steps": 40,
+    "steps": 12,
+    "log_interval": 4,
     "learning_rate": 5e-5,
     "backbone_learning_rate": 5e-5,
-    "warmup_steps": 10,
+    "warmup_steps": 4,
     "ema_decay": 0.9,
 }
-"""A few careful steps from trained weights."""
+"""A few careful steps from trained weights, each image once."""
 
+SCRATCH_IMAGES = 1600
 SCRATCH_RECIPE = {
     "steps": 450,
+    "log_interval": 20,
     "learning_rate": 1e-3,
     "backbone_learning_rate": 1e-3,
     "warmup_steps": 50,
@@ -80,19 +83,19 @@ def run_demo(output: Path, weights: Path | None) -> DemoResult:
     if weights is not None and not weights.is_file():
         raise FileNotFoundError(f"{weights}: no such checkpoint; leave --weights out to train from nothing")
     data = output / "data"
-    _make_dataset(data)
+    _make_dataset(data, SCRATCH_IMAGES if weights is None else CONTINUE_IMAGES)
     checkpoint = _train(data, output / "run", weights)
     models = [_export(checkpoint, output / name, precision) for name, precision in MODELS.items()]
     engines = [_build(model, model.with_suffix(".engine")) for model in models]
     return _compare(output, data, checkpoint, [*models, *engines], began)
 
 
-def _make_dataset(data: Path) -> None:
+def _make_dataset(data: Path, train_images: int) -> None:
     from train.synthetic import write_synthetic_dataset
 
-    _step(1, f"synthetic dataset: {TRAIN_IMAGES} images to train on, {VAL_IMAGES} to evaluate on")
+    _step(1, f"synthetic dataset: {train_images} images to train on, {VAL_IMAGES} to evaluate on")
     with progress_bar("painting") as advance:
-        write_synthetic_dataset(data, train_images=TRAIN_IMAGES, val_images=VAL_IMAGES, seed=0, progress=advance)
+        write_synthetic_dataset(data, train_images=train_images, val_images=VAL_IMAGES, seed=0, progress=advance)
 
 
 def _train(data: Path, run: Path, weights: Path | None) -> Path:
@@ -105,7 +108,7 @@ def _train(data: Path, run: Path, weights: Path | None) -> Path:
     if (run / CONFIG_FILE).is_file():
         shutil.rmtree(run)  # a demo before this one
     recipe = SCRATCH_RECIPE if weights is None else {**CONTINUE_RECIPE, "initial_weights": weights}
-    config = TrainConfig.for_preset(PRESET, data, run, evaluation_interval=0, log_interval=20, **recipe)
+    config = TrainConfig.for_preset(PRESET, data, run, evaluation_interval=0, **recipe)
     return train(config).weights
 
 

@@ -70,15 +70,15 @@ def parity(
     """Run REFERENCE and CANDIDATES on the same images and compare AP, detections and latency.
 
     Detections of an image are matched one to one; scores may differ by 1e-4 and boxes by 0.05 pixels. Ties (equal
-    scores in another order, or at the cut of 100 detections) are counted apart. A candidate that cannot run here is a
-    row that says why. A checkpoint as the reference is run with the input size, head, levels and patch capacity of the
-    first candidate.
+    scores in another order, or where the best detections are cut off) are counted apart. A candidate that cannot run
+    here is a row that says why. A checkpoint as the reference is run with the input size and the choices of the first
+    candidate.
 
     Every model is also checked alone: copies of an image in one batch must give one result, and batches of 2 and 4 (as
     far as the model takes them) the results of batch 1.
 
     When something differs, and for --check, --json and --report, exported files are compared with a checkpoint stage by
-    stage on the images that differ most: features, anchors, patches, proposals, head, detections.
+    stage, as its family names them, on the images that differ most.
 
     With --check, or with a budget (--max-..., --min-...), the command exits with code 1 when something is over it.
     """

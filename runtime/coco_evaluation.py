@@ -250,6 +250,6 @@ def _refuse_repeated(path: Path, section: str, ids: Iterable[int]) -> None:
         seen.add(identifier)
 
 
-def _some(ids: Sequence[int], names: Sequence[str], limit: int = 4) -> str:
-    listed = ", ".join(f"{number} {name}" for number, name in list(zip(ids, names, strict=True))[:limit])
-    return f"{len(ids)}: {listed}{', ...' if len(ids) > limit else ''}"
+def _some(ids: Sequence[int], names: Sequence[str]) -> str:
+    listed = [f"{number} {name}" for number, name in zip(ids, names, strict=True)]
+    return f"{len(ids)}: {', '.join([*listed[:4], *(['...'] if len(ids) > 4 else [])])}"

@@ -61,13 +61,13 @@ class ModelMetadata:
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:
-        # As JSON would give them back, so that a model and its file compare equal.
-        choices = {name: list(value) if isinstance(value, tuple) else value for name, value in self.choices.items()}
-        object.__setattr__(self, "choices", choices)
         try:
             convert_fields(self)
         except ValueError as error:
             raise ValueError(f"model metadata: {error}") from None
+        # As JSON would give them back, so that a model and its file compare equal.
+        choices = {name: list(value) if isinstance(value, tuple) else value for name, value in self.choices.items()}
+        object.__setattr__(self, "choices", choices)
         if self.input_type not in ("uint8", "float32"):
             raise ValueError(f"model metadata: input_type must be uint8 or float32, it is {self.input_type!r}")
         if self.shorter_side > self.longer_side:

@@ -1,4 +1,4 @@
-"""Model outputs to detections in pixels of the original images (specification section 6)."""
+"""Model outputs to detections in pixels of the original images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images to model input: reading, resizing, padding (specification section 1).
+"""Images to model input: reading, resizing, padding.
 
 Training uses the same functions, so that a detector sees the same pixels in every room.
 """
@@ -90,7 +90,7 @@ def as_image(image: ImageLike) -> Image.Image:
 def resized_size(
     height: int, width: int, shorter_side: int, longer_side: int, limit: tuple[int, int] | None = None
 ) -> tuple[int, int]:
-    """(height, width) in pixels that an image of ``height`` x ``width`` is resized to (specification section 1).
+    """(height, width) in pixels that an image of ``height`` x ``width`` is resized to.
 
     The shorter side becomes ``shorter_side`` unless the longer one would exceed ``longer_side``. With ``limit`` =
     (height, width) of a fixed input, an image that would not fit is shrunk until it does, keeping its aspect. No side

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -113,7 +113,6 @@ def detect(
     validation: CocoFolder,
     image_ids: Sequence[int],
     device: torch.device | str = "cpu",
-    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[dict[int, Detections], ModelMetadata]:
     """Detections of the deployed head on some images by their id, and the deployed model's description.
 
@@ -128,8 +127,6 @@ def detect(
         stream = session.stream((validation.load(image_id) for image_id in image_ids), EVALUATION_BATCH)
         for image_id, detections in zip(image_ids, stream, strict=True):
             found[image_id] = detections
-            if progress is not None:
-                progress(len(found), len(image_ids))
         metadata = session.metadata
         session.close()
     return found, metadata
@@ -142,7 +139,6 @@ def evaluate_detector(
     *,
     device: torch.device | str = "cpu",
     images: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
     processes: Processes | None = None,
 ) -> Evaluation | None:
     """Results on the validation images, or the first `images` of them; every process detects on its share.
@@ -152,7 +148,7 @@ def evaluate_detector(
     processes = processes or Processes()
     image_ids = validation.image_ids[:images]
     share = image_ids[processes.rank :: processes.count]
-    found, _ = detect(detector, info, validation, share, device, progress)
+    found, _ = detect(detector, info, validation, share, device)
     gathered = processes.gather(found)
     if not processes.is_main:
         return None

@@ -1,8 +1,7 @@
 """A synthetic detection dataset in COCO's layout, written from a seed.
 
 Coloured shapes of six classes lie on textured backgrounds. Half of the objects are 12 to 40 pixels long, so that
-adaptive probing (specification section 3) looks at P4 and P3 in most images, and COCO's small, medium and large
-areas are all there.
+adaptive probing looks at P4 and P3 in most images, and COCO's small, medium and large areas are all there.
 """
 
 from __future__ import annotations

@@ -48,7 +48,8 @@ def _star() -> FloatArray:
     return points
 
 
-def _cross(arm: float = 0.34) -> FloatArray:
+def _cross() -> FloatArray:
+    arm = 0.34  # half its width
     corners = [(-arm, -1), (arm, -1), (arm, -arm), (1, -arm), (1, arm), (arm, arm)]
     return np.array(corners + [(-x, -y) for x, y in corners], dtype=float)
 

@@ -1,4 +1,4 @@
-"""AdaptiveProbing: from one level's anchors to the patches of the next finer map (specification section 3)."""
+"""AdaptiveProbing: from one level's anchors to the patches of the next finer map (ASAG's README, section 3)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 PATCH_SIDE = 15
-"""Cells along each side of a patch (paper section 3, adaptive anchor generation)."""
+"""Cells along each side of a patch (ASAG's README, section 3)."""
 
 CONFIDENCE_LOW = 0.1
 CONFIDENCE_HIGH = 0.7

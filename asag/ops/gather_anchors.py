@@ -1,4 +1,4 @@
-"""GatherAnchors: from all levels' anchors to the queries (specification section 3, output anchors)."""
+"""GatherAnchors: from all levels' anchors to the queries (ASAG's README, section 3)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PyramidRoIAlign: 7x7 features of each box from the pyramid level that fits it (specification section 4)."""
+"""PyramidRoIAlign: 7x7 features of each box from the pyramid level that fits it (ASAG's README, section 4)."""
 
 from __future__ import annotations
 

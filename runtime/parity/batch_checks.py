@@ -83,8 +83,6 @@ def check_batches(
     session: Session,
     images: Sequence[ImageLike],
     batch_sizes: Sequence[int] = BATCH_SIZES,
-    score_tolerance: float | None = None,
-    box_tolerance: float | None = None,
 ) -> tuple[BatchCheck, ...]:
     """Run both checks on up to as many ``images`` as the largest batch holds.
 
@@ -96,8 +94,7 @@ def check_batches(
     if not images or any(size < 1 for size in batch_sizes):
         raise ValueError("checking batches needs at least one image and batch sizes of at least 1")
     exact = session.precision == "fp32"
-    scores = score_tolerance if score_tolerance is not None else SCORE_TOLERANCE if exact else REDUCED_SCORE_TOLERANCE
-    boxes = box_tolerance if box_tolerance is not None else BOX_TOLERANCE if exact else REDUCED_BOX_TOLERANCE
+    tolerances = (SCORE_TOLERANCE, BOX_TOLERANCE) if exact else (REDUCED_SCORE_TOLERANCE, REDUCED_BOX_TOLERANCE)
     if not sizes:
         return ()
     taken = [size for size in sizes if session.max_batch is None or size <= session.max_batch]
@@ -110,7 +107,7 @@ def check_batches(
     for size in taken:
         found, not_finite = _run(session, [loaded[0]] * size)
         pairs = [(place, found[0], found[place]) for place in range(1, size)]
-        checks.append(_judge(session, "copies", size, pairs, not_finite, (scores, boxes)))
+        checks.append(_judge(session, "copies", size, pairs, not_finite, tolerances))
         order = [index % len(loaded) for index in range(-(-len(loaded) // size) * size)]  # every batch is full
         pairs, not_finite = [], 0
         for start in range(0, len(order), size):
@@ -118,7 +115,7 @@ def check_batches(
             found, wrong = _run(session, [loaded[index] for index in batch])
             pairs += [(index, alone[index], detections) for index, detections in zip(batch, found, strict=True)]
             not_finite += wrong
-        checks.append(_judge(session, "batch size", size, pairs, not_finite, (scores, boxes)))
+        checks.append(_judge(session, "batch size", size, pairs, not_finite, tolerances))
     return tuple(checks)
 
 

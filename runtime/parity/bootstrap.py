@@ -124,9 +124,9 @@ def _category_precision(
     return result / (len(_RECALLS) * len(category.matched))
 
 
-def interval(values: NDArray[np.float64], confidence: float = CONFIDENCE) -> Interval | None:
-    """The middle ``confidence`` of the values, None where none is a number."""
-    tail = (1 - confidence) / 2
+def interval(values: NDArray[np.float64]) -> Interval | None:
+    """The middle :data:`CONFIDENCE` of the values, None where none is a number."""
+    tail = (1 - CONFIDENCE) / 2
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         low, high = np.nanquantile(values, [tail, 1 - tail])

@@ -132,12 +132,11 @@ def add_stages(
     reference: Session,
     candidates: Sequence[Session | Unavailable],
     dataset: CocoFolder,
-    images: int = STAGE_IMAGES,
     progress: Callable[[int, int], None] | None = None,
 ) -> ParityReport:
-    """The report with the stages of every candidate that shows them, on up to ``images`` images.
+    """The report with the stages of every candidate that shows them, on up to :data:`STAGE_IMAGES` images.
 
-    The images on which a candidate differs most come first. Where either side does not show its stages, nothing is
+    Those on which a candidate differs most come first. Where either side does not show its stages, nothing is
     added.
     """
     from runtime.parity.stage_comparison import can_compare, compare_stages
@@ -147,7 +146,7 @@ def add_stages(
         if row.agreement is None or not can_compare(reference, candidate):
             continue
         order = dict.fromkeys((*row.agreement.worst_images, *report.image_ids))
-        chosen = list(order)[:images]
+        chosen = list(order)[:STAGE_IMAGES]
         assert isinstance(candidate, Session)
         found.append(compare_stages(reference, candidate, dataset, chosen, progress))
     return dataclasses.replace(report, stages=tuple(found))

@@ -27,6 +27,8 @@ _REMEDY = "write it with `asag parity --json`"
 
 _PICTURE_SIDE = 640
 _STAGE_IMAGES = 3
+SCORE_THRESHOLD = 0.3
+"""Detections that score less are not drawn."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +82,6 @@ def make_document(
     dataset: CocoFolder,
     *,
     pictures: int = 6,
-    score_threshold: float = 0.3,
     reference: Session | None = None,
     candidates: Sequence[Session | Unavailable] = (),
 ) -> ReportDocument:
@@ -90,14 +91,14 @@ def make_document(
     of the ``candidates`` whose stages differ, both are drawn on the first image where they do.
     """
     chosen = _chosen_images(report, pictures)
-    groups = tuple(_picture_group(report, dataset, image_id, score_threshold) for image_id in chosen)
+    groups = tuple(_picture_group(report, dataset, image_id, SCORE_THRESHOLD) for image_id in chosen)
     stage_groups: tuple[PictureGroup, ...] = ()
     if reference is not None and reference.shows_stages:
         stage_groups = tuple(
-            _stage_group(reference, dataset, image_id, score_threshold) for image_id in chosen[:_STAGE_IMAGES]
+            _stage_group(reference, dataset, image_id, SCORE_THRESHOLD) for image_id in chosen[:_STAGE_IMAGES]
         )
-    starts = _start_groups(report, dataset, reference, candidates, score_threshold)
-    return ReportDocument(report, score_threshold, groups, stage_groups, starts)
+    starts = _start_groups(report, dataset, reference, candidates, SCORE_THRESHOLD)
+    return ReportDocument(report, SCORE_THRESHOLD, groups, stage_groups, starts)
 
 
 def read_document(path: Path, content: Mapping[str, Any]) -> ReportDocument:
@@ -161,7 +162,7 @@ def _start_groups(
     candidates: Sequence[Session | Unavailable],
     score_threshold: float,
 ) -> tuple[PictureGroup, ...]:
-    """The stages of both sides for each candidate that differs somewhere."""
+    """What both sides show of their stages, for each candidate that differs somewhere."""
     groups = []
     for stages in report.stages:
         same = [
@@ -176,9 +177,12 @@ def _start_groups(
         assert isinstance(candidate, Session)
         image_id = stages.first.images_over[0]
         image = dataset.load(image_id)
+        seen = {"reference": reference.stages(image), stages.name: candidate.stages(image)}
+        both = set.intersection(*(set(side.values) for side in seen.values()))
         pictures = []
-        for name, session in (("reference", reference), (stages.name, candidate)):
-            panels = stage_panels(image, session.stages(image), score_threshold)
+        for name, side in seen.items():
+            shared = dataclasses.replace(side, values={value: side.values[value] for value in both})
+            panels = stage_panels(image, shared, score_threshold)
             pictures += [_picture(dataclasses.replace(panel, caption=f"{name}: {panel.caption}")) for panel in panels]
         title = f"{dataset.path(image_id).name}: {stages.name} starts to differ at {stages.first.stage}"
         groups.append(PictureGroup(title, tuple(pictures)))

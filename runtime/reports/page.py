@@ -68,7 +68,6 @@ def write_page(
     benchmarks: Sequence[BenchmarkReport] = (),
     *,
     title: str = "Parity report",
-    notes: Sequence[str] = (),
     published: Sequence[Level] = (),
 ) -> Path:
     """Write one page of several runs and benchmarks.
@@ -79,7 +78,6 @@ def write_page(
     comparable = any(len(document.report.metadata.category_ids) == _COCO_CLASSES for document in documents)
     page = _template().render(
         title=title,
-        notes=notes,
         headings=HEADINGS,
         accuracy_headings=ACCURACY_HEADINGS,
         plot=accuracy_latency(_points(documents), published if comparable else ()),

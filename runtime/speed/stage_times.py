@@ -166,6 +166,10 @@ def _summary(
     seconds = {stage: [run[stage] for run in network] for stage in network[0]}
     seconds["pre-processing"] = [times[0] for times in outside]
     seconds["post-processing"] = [times[2] for times in outside]
-    parts = (*BEFORE, *network_parts(session.metadata), *AFTER)
-    p50_ms = {part: float(np.median(seconds[part])) * 1e3 for part in parts if any(seconds.get(part, ()))}
+    own = network_parts(session.metadata)  # shown also where they are too short to be measured
+    p50_ms = {
+        part: float(np.median(seconds[part])) * 1e3
+        for part in (*BEFORE, *own, *AFTER)
+        if part in seconds and (part in own or any(seconds[part]))
+    }
     return StageTimes(session.name, session.backend, session.precision, p50_ms)

@@ -45,10 +45,15 @@ def made_by(nodes: Iterable[Any]) -> set[str]:
 def part_ends(nodes: Sequence[Any], metadata: ModelMetadata) -> dict[str, set[str]]:
     """The values that each part but the last ends with, in a graph whether its ops are inlined or not.
 
-    Raises ValueError where the graph has none of a part's.
+    What a part computes in half precision is cast by those who want it in float32. Raises ValueError where the graph
+    has none of a part's values.
     """
     made = made_by(nodes)
-    ends = {part: set(shown_values(names, made).values()) for part, names in metadata.parts.items()}
+    cast_from = {node.output[0]: node.input[0] for node in nodes if node.op_type == "Cast"}
+    ends = {}
+    for part, names in metadata.parts.items():
+        values = shown_values(names, made).values()
+        ends[part] = {cast_from[v] if cast_from.get(v) == f"{v}{HALF_ENDING}" else v for v in values}
     missing = [part for part, values in ends.items() if not values]
     if missing or not ends:
         which = f"the values of {missing[0]}" if missing else "its stages"

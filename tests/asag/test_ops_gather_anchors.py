@@ -1,4 +1,4 @@
-"""GatherAnchors against the specification's rules written with lists."""
+"""GatherAnchors against its rules (ASAG's README, section 3) written with lists."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_nan_is_never_selected() -> None:
 
 
 def test_queries_carry_no_gradient() -> None:
-    """Anchors learn from their own loss only (specification section 7)."""
+    """Anchors learn from their own loss only (ASAG's README, section 7)."""
     anchors = torch.rand(1, 8, 5, requires_grad=True)
     boxes, _ = gather_anchors(anchors, torch.ones(1, 8, dtype=torch.bool), 8, 0.1, 2, 4)
     assert not boxes.requires_grad

@@ -74,7 +74,7 @@ def test_strides_and_widths() -> None:
 
 @pytest.mark.parametrize("learn", [False, True])
 def test_statistics_while_training(learn: bool) -> None:
-    """Norms keep their statistics in training mode (specification section 2) unless they are to learn them."""
+    """Norms keep their statistics in training mode (ASAG's README, section 2) unless they are to learn them."""
     torch.manual_seed(3)
     backbone = ResNet("resnet10", width=8, train_statistics=learn)
     outer = nn.Sequential(backbone).train()

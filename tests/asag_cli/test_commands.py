@@ -24,12 +24,12 @@ def test_export(workspace: Workspace) -> None:
     assert done.code == 0
     assert done.error == ""
     assert "2 AdaptiveProbing" in done.output
-    assert "aux_0" in done.output
+    assert "head main, levels P3P6, patch capacity [6, 8]; left out: " in " ".join(done.output.split())
     metadata = ModelMetadata.from_properties(
         {entry.key: entry.value for entry in onnx.load(workspace.model).metadata_props}
     )
     assert metadata.input_size == (160, 160)
-    assert metadata.head == "main"
+    assert metadata.choices["head"] == "main"
 
 
 def test_choices_of_export_reach_the_model(
@@ -49,7 +49,7 @@ def test_choices_of_export_reach_the_model(
     target, values = described[0]
     assert target == path
     assert (values["input_height"], values["input_width"], values["input_type"]) == (96, 128, "float32")
-    assert (values["head"], values["levels"], values["patch_capacity"]) == ("aux_2", "P4P6", (3, 5))
+    assert values["choices"] == {"head": "aux_2", "levels": "P4P6", "patch_capacity": (3, 5)}
 
 
 @pytest.mark.parametrize("kind", ["model", "checkpoint"])

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 import pytest
-from asag.presets import PRESETS
 
 from asag import __version__
+from asag.families import FAMILIES, all_presets
 from asag_cli.main import asag as root
 
 if TYPE_CHECKING:
@@ -74,9 +74,11 @@ def test_zoo_lists_every_preset(asag: Command) -> None:
     done = asag("zoo")
     assert done.code == 0
     lines = {line.split()[0]: line for line in done.output.splitlines() if line.split()}
-    for name, preset in PRESETS.items():
-        assert preset.config.backbone in lines[name]
-        assert (preset.published or "demo").split(",")[0] in lines[name]
+    for preset in all_presets():
+        assert preset.config.backbone in lines[preset.name]
+        told = preset.published.accuracy.split(",")[0] if preset.published is not None else "for demos"
+        assert told in lines[preset.name]
+    assert all(family.title in done.output for family in FAMILIES)
 
 
 def test_help_and_zoo_start_quickly() -> None:

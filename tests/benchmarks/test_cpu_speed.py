@@ -10,15 +10,17 @@ from benchmarks import cpu_speed
 from benchmarks.cpu_speed import INPUT_SIZE, compare_variants, measure_detect, random_images, ratio_lines
 from runtime import open_session
 from runtime.parity.agreement import compare_detections
-from tests.builders import random_picture, small_info, write_checkpoint
+from tests.builders import random_picture, small_info
+from tests.exports import small_export
 
 
 @pytest.mark.slow
 def test_variants_take_turns_and_detect_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint = write_checkpoint(tmp_path / "small.safetensors")
+    small_export().instead_of_exporting(monkeypatch)
+    checkpoint = small_export().checkpoint(tmp_path / "small.safetensors")
     picture = tmp_path / "picture.png"
     Image.fromarray(random_picture(0, 150, 180)).save(picture)
-    monkeypatch.setattr(cpu_speed, "INPUT_SIZE", small_info().input_size)
+    monkeypatch.setattr(cpu_speed, "INPUT_SIZE", small_info().input.size)
     model, report = compare_variants(checkpoint, tmp_path, [picture], rounds=3, warmup=1, threads=1)
     assert [latency.backend for latency in report.latencies] == ["pytorch", "pytorch", "onnxruntime-cpu"]
     assert all(len(latency.rounds_ms) == 3 and min(latency.rounds_ms) > 0 for latency in report.latencies)

@@ -11,7 +11,8 @@ from benchmarks import cpu_speed
 from benchmarks.cpu_throughput import FolderTimes, compare_on_folder, measure_folder, one_by_one, throughput_table
 from runtime import open_session
 from runtime.parity.agreement import compare_detections
-from tests.builders import random_picture, small_info, write_checkpoint
+from tests.builders import random_picture, small_info
+from tests.exports import small_export
 
 
 @pytest.fixture
@@ -26,8 +27,9 @@ def pictures(tmp_path: Path) -> list[Path]:
 def test_variants_are_timed_and_detect_the_same(
     tmp_path: Path, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint = write_checkpoint(tmp_path / "small.safetensors")
-    monkeypatch.setattr(cpu_speed, "INPUT_SIZE", small_info().input_size)
+    small_export().instead_of_exporting(monkeypatch)
+    checkpoint = small_export().checkpoint(tmp_path / "small.safetensors")
+    monkeypatch.setattr(cpu_speed, "INPUT_SIZE", small_info().input.size)
     found = compare_on_folder(checkpoint, tmp_path, pictures, rounds=2, images=3, threads=2)
     assert [times.name.partition(",")[0] for times in found] == ["PyTorch eager", "PyTorch eager", "ONNX Runtime"]
     assert all(len(times.wall) == 2 and min(times.wall + times.processor) > 0 for times in found)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from asag.checkpoint import load_detector
 from asag.deploy import DeployedDetector
@@ -16,6 +15,8 @@ from runtime.opening import open_session
 from runtime.parity.comparison import ParityReport, compare
 from runtime.preprocessing import prepare
 from train.synthetic import write_synthetic_dataset
+
+pytestmark = pytest.mark.slow
 
 WEIGHTS = Path(__file__).parents[2] / "checkpoints" / "asag-a-tiny.safetensors"
 IMAGES = 40
@@ -58,13 +59,9 @@ def test_every_image_has_the_same_detections(parity: ParityReport) -> None:
 
 
 def test_most_images_are_probed_on_p4_and_p3(dataset: CocoFolder) -> None:
-    model = DeployedDetector(*load_detector(WEIGHTS))
     probed = []
     with open_session(WEIGHTS, threads=1) as session:
         for image_id in dataset.image_ids:
-            tensors = prepare([dataset.load(image_id)], session.metadata)
-            images, sizes = (torch.from_numpy(tensors[name]) for name in ("images", "sizes"))
-            with torch.inference_mode():
-                _, anchors = model.detector(model.normalize(images, sizes), sizes, model.patch_capacity)
-            probed.append([bool(anchors.probed[level].valid.any()) for level in ("P4", "P3")])
+            values = session.stage_values(prepare([dataset.load(image_id)], session.metadata))
+            probed.append([bool(values[f"{level}_patches/valid"].any()) for level in ("P4", "P3")])
     assert (np.mean(probed, axis=0) > 0.5).all()

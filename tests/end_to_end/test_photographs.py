@@ -8,16 +8,20 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from asag.categories import COCO_CATEGORIES
-from asag.presets import PRESETS
 
 from asag.checkpoint import CheckpointInfo, save_detector
+from asag.datasets import COCO_CATEGORIES
 from asag.detector import build_detector
+from asag.families import find_preset
 from asag.published import load_published
 from asag_cli.main import main
 
+pytestmark = pytest.mark.slow
+
 PRESET = "asag-a-r50-1x-100"
 IMAGES = 2
+OPTIONS = ("--no-batch-check",)
+"""Batches are checked on small images, in the same way; here they would take minutes."""
 
 
 def run(*arguments: str | Path) -> int:
@@ -41,12 +45,11 @@ def models(goldens: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     """A checkpoint with the reference weights, which probe P4 and P3, and its exported file."""
     folder = tmp_path_factory.mktemp("r50")
     shapes = json.loads((goldens / "asag_a_r50_100.shapes.json").read_text())
-    preset = PRESETS[PRESET]
+    preset = find_preset(PRESET)
     detector = build_detector(preset.config)
     load_published(detector, load_module(goldens / "golden_weights.py").golden_state_dict(shapes))
     checkpoint, exported = folder / "r50.safetensors", folder / "r50.onnx"
-    info = CheckpointInfo(PRESET, tuple(COCO_CATEGORIES), tuple(COCO_CATEGORIES.values()))
-    save_detector(checkpoint, detector, info)
+    save_detector(checkpoint, detector, CheckpointInfo.of(preset, COCO_CATEGORIES))
     assert run("export", checkpoint, "-o", exported) == 0
     return checkpoint, exported
 
@@ -57,7 +60,7 @@ def test_exported_file_is_small_enough(models: tuple[Path, Path]) -> None:
 
 def test_parity(models: tuple[Path, Path], coco_tiny: Path, tmp_path: Path) -> None:
     numbers = tmp_path / "parity.json"
-    code = run("parity", *models, "--data", coco_tiny, "--images", str(IMAGES), "--json", numbers, "--check")
+    code = run("parity", *models, "--data", coco_tiny, "--images", str(IMAGES), "--json", numbers, "--check", *OPTIONS)
     rows = json.loads(numbers.read_text())["rows"]
     agreement = rows[1]["agreement"]
     assert code == 0
@@ -69,7 +72,8 @@ def test_parity(models: tuple[Path, Path], coco_tiny: Path, tmp_path: Path) -> N
 
 def test_detect(models: tuple[Path, Path], coco_tiny: Path, tmp_path: Path) -> None:
     photographs = sorted((coco_tiny / "val2017").glob("*.jpg"))[:IMAGES]
-    assert run("detect", *photographs, "--model", models[1], "-o", tmp_path, "--score-threshold", "0") == 0
+    options = ("-o", tmp_path, "--score-threshold", "0", "--batch-size", str(IMAGES))
+    assert run("detect", *photographs, "--model", models[1], *options) == 0
     content = json.loads((tmp_path / "detections.json").read_text())
     assert [Path(image["file_name"]).name for image in content["images"]] == [path.name for path in photographs]
     assert len(content["detections"]) == 100 * IMAGES

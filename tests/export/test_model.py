@@ -13,13 +13,13 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from asag.config import DetectorConfig
-from asag.presets import PRESETS
+from torch.torch_version import TorchVersion
 
 import export.model
 from asag.checkpoint import load_detector
 from asag.deploy import DeployedDetector
 from asag.detector import Detector
+from asag.families import find_preset
 from export.model import ExportReport, export_onnx
 from export.op_bodies import OP_FUNCTIONS
 from export.op_bodies.domain import DOMAIN_VERSION
@@ -40,17 +40,20 @@ from trt_plugins.operations import DOMAIN
 
 HEIGHT, WIDTH = 192, 256
 
+MOST_NODES = 579 + (20 if TorchVersion(torch.__version__) < "2.14" else 0)
+"""What was measured; the exporter of an older PyTorch leaves some that a newer one simplifies away."""
+
 
 @pytest.fixture(scope="module")
 def deployed() -> DeployedDetector:
     """The demo's preset with random weights, at a smaller input that explores more places than P3 has room for."""
-    config = dataclasses.replace(PRESETS["asag-a-tiny"].config, num_classes=3)
-    return DeployedDetector(random_detector(config), small_info((HEIGHT, WIDTH), (3, 2)))
+    config = dataclasses.replace(find_preset("asag-a-tiny").config, num_classes=3, patch_capacity=(3, 2))
+    return DeployedDetector(random_detector(config), small_info((HEIGHT, WIDTH)))
 
 
 @pytest.fixture(scope="module")
 def report(deployed: DeployedDetector, tmp_path_factory: pytest.TempPathFactory) -> ExportReport:
-    return export_onnx(deployed, tmp_path_factory.mktemp("export") / "model.onnx", parameters_of_checkpoint=10_000_000)
+    return export_onnx(deployed, tmp_path_factory.mktemp("export") / "model.onnx")
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +79,13 @@ def test_the_ops_are_nodes_with_bodies(report: ExportReport, proto: onnx.ModelPr
     assert report.nodes == len(proto.graph.node)
 
 
+def test_the_stages_names_cost_no_node(deployed: DeployedDetector, proto: onnx.ModelProto) -> None:
+    assert "Stage" not in {node.op_type for node in proto.graph.node}
+    assert len(proto.graph.node) <= MOST_NODES
+    made = {output for node in proto.graph.node for output in node.output}
+    assert made >= {name for stage in deployed.stages for name in stage.value_names()}
+
+
 def test_attributes_are_those_of_the_preset(deployed: DeployedDetector, proto: onnx.ModelProto) -> None:
     found = {}
     for node in proto.graph.node:
@@ -83,7 +93,7 @@ def test_attributes_are_those_of_the_preset(deployed: DeployedDetector, proto: o
             values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
             assert values.pop("plugin_namespace") == b"asag"  # where TensorRT's parser looks for a plugin
             found.setdefault(node.op_type, []).append(values)
-    p4, p3 = deployed.patch_capacity
+    p4, p3 = deployed.detector.config.patch_capacity
     assert found["AdaptiveProbing"] == [{"stride": 16, "capacity": p4}, {"stride": 8, "capacity": p3}]
     budget = deployed.detector.config.budget
     gather = found["GatherAnchors"][0]
@@ -141,8 +151,8 @@ def test_the_report_counts(deployed: DeployedDetector, report: ExportReport) -> 
     kept = sum(parameter.numel() for parameter in deployed.parameters())
     assert report.bytes == report.path.stat().st_size
     assert report.bytes > 4 * kept
-    assert report.parameters_left_out == 10_000_000 - kept
-    assert report.heads_left_out == ("aux_0", "aux_1", "aux_2")
+    trained = sum(parameter.numel() for parameter in random_detector(deployed.detector.config).parameters())
+    assert report.parameters_left_out == trained - kept > 0
 
 
 def test_nothing_names_the_exporting_machine(report: ExportReport) -> None:
@@ -211,6 +221,7 @@ def test_the_contents_fill_the_capacity_and_do_not(session: onnxruntime.Inferenc
     assert overflow[1] == 0
 
 
+@pytest.mark.slow
 def test_the_other_head_with_float32_input(tmp_path: Path) -> None:
     """The Sparse R-CNN head takes RoI features a second time and mixes no samples."""
     deployed = DeployedDetector(
@@ -233,7 +244,7 @@ def test_sessions_of_checkpoint_and_file_agree(
     """The whole way with the runtime's pre- and post-processing, from a checkpoint that was written and read."""
     detector: Detector = random_detector(deployed.detector.config)
     checkpoint = write_checkpoint(tmp_path / "model.safetensors", detector, deployed.info)
-    assert load_detector(checkpoint)[0].config == DetectorConfig.from_dict(deployed.detector.config.to_dict())
+    assert load_detector(checkpoint)[0].config == deployed.detector.config
     pictures = [random_picture(40 + i, *size) for i, size in enumerate([(200, 240), (50, 300), (333, 100)])]
     with open_session(checkpoint) as reference, open_session(report.path, threads=1) as candidate:
         assert candidate.metadata == reference.metadata

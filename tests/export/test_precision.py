@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 
 import ml_dtypes
@@ -16,27 +17,33 @@ from click.testing import CliRunner
 from onnx import TensorProto, defs, helper, numpy_helper
 
 from asag.deploy import DeployedDetector
+from asag.family import Stage, Value
 from export import emulation
 from export.emulation import emulate_bfloat16
-from export.model import build_onnx
 from export.operator_set import is_widened, operators, raise_operator_set
-from export.precision import BFLOAT16_OPERATOR_SET, HALF_LINEAR_LAYERS, PYRAMID_OPS, convert_precision, half_nodes
+from export.precision import BFLOAT16_OPERATOR_SET, convert_precision, half_nodes
 from runtime.errors import BackendUnavailableError
-from runtime.metadata import ModelMetadata
 from runtime.opening import open_session
-from tests.builders import random_detector, random_picture, small_info, uint8_batch
+from runtime.stages.graph import made_by, shown_values
+from tests.builders import random_picture, small_info, uint8_batch
+from tests.exports import small_export
+from trt_plugins.operations import OPERATIONS
 
-SIZE = (128, 160)
+SIZE = small_info().input.size
 
 
 @pytest.fixture(scope="module")
 def deployed() -> DeployedDetector:
-    return DeployedDetector(random_detector(), small_info(SIZE))
+    return small_export().deployed
 
 
 @pytest.fixture(scope="module")
-def exported(deployed: DeployedDetector) -> onnx.ModelProto:
-    return build_onnx(deployed)
+def exported() -> onnx.ModelProto:
+    return small_export().proto
+
+
+def convert(proto: onnx.ModelProto, precision: str) -> onnx.ModelProto:
+    return convert_precision(proto, precision, small_export().metadata)
 
 
 @pytest.fixture(scope="module", params=["fp16", "bf16"])
@@ -46,7 +53,7 @@ def precision(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def half(exported: onnx.ModelProto, precision: str) -> onnx.ModelProto:
-    return convert_precision(exported, precision)
+    return convert(exported, precision)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +87,7 @@ def test_every_feature_convolution_is_half_and_every_anchor_convolution_is_not(
 def test_only_listed_linear_layers_are_half(exported: onnx.ModelProto) -> None:
     biases = {
         name
-        for index in half_nodes(exported.graph)
+        for index in half_nodes(exported.graph, small_export().metadata)
         if (node := exported.graph.node[index]).op_type == "MatMul"
         for add in exported.graph.node
         if add.op_type == "Add" and node.output[0] in add.input
@@ -88,13 +95,16 @@ def test_only_listed_linear_layers_are_half(exported: onnx.ModelProto) -> None:
         if name.endswith("bias")
     }
     assert biases
-    assert all(any(layer in name for layer in HALF_LINEAR_LAYERS) for name in biases)
-    assert {layer for layer in HALF_LINEAR_LAYERS if any(layer in name for name in biases)} == set(HALF_LINEAR_LAYERS)
+    listed = small_export().metadata.half_layers
+    assert all(any(layer in name for layer in listed) for name in biases)
+    assert {layer for layer in listed if any(layer in name for name in biases)} == set(listed)
 
 
 def test_the_pyramids_ops_take_maps_and_parameters_in_half_and_give_half(half: onnx.ModelProto, half_type: int) -> None:
     types = element_types(half.graph)
-    for name, half_inputs in PYRAMID_OPS.items():
+    taking_half = {name: operation.half_inputs for name, operation in OPERATIONS.items() if operation.half_inputs}
+    assert set(taking_half) == {"PyramidRoIAlign", "SamplingMixing"}
+    for name, half_inputs in taking_half.items():
         (node,) = (node for node in half.graph.node if node.op_type == name)
         found = [types[value] for value in node.input]
         assert found == [half_type if at in half_inputs else TensorProto.FLOAT for at in range(len(found))]
@@ -126,7 +136,7 @@ def test_types_are_consistent_and_the_contract_stays(exported: onnx.ModelProto, 
 
 def test_detections_survive(exported: onnx.ModelProto, half: onnx.ModelProto, precision: str) -> None:
     reference = run(exported)
-    candidate = run(half if precision == "fp16" else emulate_bfloat16(half))
+    candidate = run(half if precision == "fp16" else emulate_bfloat16(half, small_export().metadata))
     assert not np.array_equal(reference["scores"], candidate["scores"])  # something was rounded
     # bfloat16 decides a proposal or two otherwise, which moves the scores after the best by a place.
     best = slice(None) if precision == "fp16" else slice(10)
@@ -135,7 +145,7 @@ def test_detections_survive(exported: onnx.ModelProto, half: onnx.ModelProto, pr
 
 
 def test_float32_is_a_plain_copy(exported: onnx.ModelProto) -> None:
-    assert convert_precision(exported, "fp32").SerializeToString() == exported.SerializeToString()
+    assert convert(exported, "fp32").SerializeToString() == exported.SerializeToString()
 
 
 def test_a_weight_beyond_float16_is_refused(exported: onnx.ModelProto) -> None:
@@ -147,22 +157,34 @@ def test_a_weight_beyond_float16_is_refused(exported: onnx.ModelProto) -> None:
     values.flat[0] = 1e5
     tensor.CopyFrom(numpy_helper.from_array(values, weight))
     with pytest.raises(ValueError, match="more than float16 can hold"):
-        convert_precision(model, "fp16")
-    assert convert_precision(model, "bf16").graph.node  # which has the range of float32
+        convert(model, "fp16")
+    assert convert(model, "bf16").graph.node  # which has the range of float32
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_graph_in_which_nothing_can_be_converted_is_refused(exported: onnx.ModelProto, precision: str) -> None:
+    """The file would be what it was, under another name."""
+    nothing = dataclasses.replace(small_export().metadata, stages=(), half_layers=())
+    with pytest.raises(ValueError, match="nothing in the file bears another precision: it names no features and no"):
+        convert_precision(exported, precision, nothing)
+    other = dataclasses.replace(nothing, stages=(Stage("features", (Value("p9", "maps"),)),), half_layers=("colour",))
+    with pytest.raises(ValueError, match="nothing in the file bears another precision"):
+        convert_precision(exported, precision, other)
+    assert convert_precision(exported, "fp32", nothing) == exported
 
 
 def test_an_unknown_precision_is_named(exported: onnx.ModelProto) -> None:
     with pytest.raises(ValueError, match="precision is 'int3'"):
-        convert_precision(exported, "int3")
+        convert(exported, "int3")
 
 
 def test_int8_is_sent_to_its_command(exported: onnx.ModelProto) -> None:
     with pytest.raises(ValueError, match="asag quantize"):
-        convert_precision(exported, "int8")
+        convert(exported, "int8")
 
 
 def test_bfloat16_weights_are_rounded_to_the_nearest(exported: onnx.ModelProto) -> None:
-    converted = {tensor.name: tensor for tensor in convert_precision(exported, "bf16").graph.initializer}
+    converted = {tensor.name: tensor for tensor in convert(exported, "bf16").graph.initializer}
     original = {tensor.name: numpy_helper.to_array(tensor) for tensor in exported.graph.initializer}
     rounded = [tensor for tensor in converted.values() if tensor.data_type == TensorProto.BFLOAT16]
     assert len(rounded) > 40
@@ -180,8 +202,8 @@ def test_only_bfloat16_raises_the_operator_set(exported: onnx.ModelProto) -> Non
         owners = (model, *model.functions)
         return {entry.version for owner in owners for entry in owner.opset_import if entry.domain == ""}
 
-    assert versions(convert_precision(exported, "fp16")) == versions(exported) == {20}
-    raised = convert_precision(exported, "bf16")
+    assert versions(convert(exported, "fp16")) == versions(exported) == {20}
+    raised = convert(exported, "bf16")
     assert versions(raised) == {BFLOAT16_OPERATOR_SET}
     assert len(raised.functions) == len(exported.functions)
 
@@ -225,8 +247,9 @@ def test_emulated_features_are_those_of_pytorch_in_bfloat16(
     deployed: DeployedDetector, exported: onnx.ModelProto
 ) -> None:
     images, sizes = uint8_batch([random_picture(seed, *SIZE) for seed in range(2)], *SIZE)
-    emulated = emulate_bfloat16(convert_precision(exported, "bf16"))
-    names = next(node for node in emulated.graph.node if node.op_type == "PyramidRoIAlign").input[:4]
+    emulated = emulate_bfloat16(convert(exported, "bf16"), small_export().metadata)
+    named = small_export().metadata.stages[0].value_names()
+    names = list(shown_values(named, made_by(emulated.graph.node)).values())
     for name in names:
         emulated.graph.output.add().name = name
     session = onnxruntime.InferenceSession(emulated.SerializeToString(), providers=["CPUExecutionProvider"])
@@ -242,12 +265,10 @@ def test_emulated_features_are_those_of_pytorch_in_bfloat16(
         assert error < 0.5 * rounding
 
 
-def test_a_session_says_what_a_bfloat16_file_needs(
-    deployed: DeployedDetector, exported: onnx.ModelProto, tmp_path: Path
-) -> None:
+def test_a_session_says_what_a_bfloat16_file_needs(exported: onnx.ModelProto, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
-    model = convert_precision(exported, "bf16")
-    helper.set_model_props(model, ModelMetadata(**deployed.describe() | {"precision": "bf16"}).to_properties())
+    model = convert(exported, "bf16")
+    helper.set_model_props(model, dataclasses.replace(small_export().metadata, precision="bf16").to_properties())
     onnx.save(model, path)
     with pytest.raises(BackendUnavailableError, match=r"model\.onnx is bf16, in which this ONNX Runtime has no conv"):
         open_session(path)

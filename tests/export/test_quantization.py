@@ -17,10 +17,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, numpy_helper
 from PIL import Image
 
-from asag.deploy import DeployedDetector
 from export import quantization
 from export.calibration import largest_magnitudes
-from export.model import export_onnx
 from export.precision import convert_precision
 from export.quantization import quantize_int8
 from export.quantized_graph import int8_step, quantizable_layers, quantize_layers
@@ -30,9 +28,9 @@ from runtime.errors import BackendUnavailableError
 from runtime.metadata import ModelMetadata
 from runtime.opening import open_session
 from runtime.preprocessing import load_image, prepare
-from tests.builders import random_detector, random_picture, small_info
+from tests.builders import random_picture
+from tests.exports import small_export
 
-SIZE = (128, 160)
 ANCHOR_CONVOLUTIONS = 3 * 2 + 1  # two for each of P3, P4 and P5, and the one of P6
 
 
@@ -51,9 +49,7 @@ def images(folder: Path) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def model(folder: Path) -> Path:
-    path = folder / "model.onnx"
-    export_onnx(DeployedDetector(random_detector(), small_info(SIZE)), path)
-    return path
+    return small_export().write(folder / "model.onnx")
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +59,7 @@ def exported(model: Path) -> onnx.ModelProto:
 
 @pytest.fixture(scope="module")
 def metadata(exported: onnx.ModelProto) -> ModelMetadata:
-    return ModelMetadata.from_properties({entry.key: entry.value for entry in exported.metadata_props})
+    return small_export().metadata
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +68,8 @@ def magnitudes(exported: onnx.ModelProto, metadata: ModelMetadata, images: list[
 
 
 @pytest.fixture(scope="module")
-def quantized(exported: onnx.ModelProto, magnitudes: dict[str, float]) -> onnx.ModelProto:
-    return quantize_layers(exported, magnitudes, list(quantizable_layers(exported.graph)))
+def quantized(exported: onnx.ModelProto, metadata: ModelMetadata, magnitudes: dict[str, float]) -> onnx.ModelProto:
+    return quantize_layers(exported, metadata, magnitudes, list(quantizable_layers(exported.graph, metadata)))
 
 
 class Values:
@@ -106,8 +102,10 @@ def test_a_value_that_is_always_zero_has_a_step() -> None:
     np.testing.assert_array_equal(int8_step(np.array([0.0, 127.0])), [1.0, 1.0])
 
 
-def test_weights_are_within_half_a_step_of_each_channel(exported: onnx.ModelProto, quantized: onnx.ModelProto) -> None:
-    before, after = quantizable_layers(exported.graph), Values(quantized.graph)
+def test_weights_are_within_half_a_step_of_each_channel(
+    exported: onnx.ModelProto, metadata: ModelMetadata, quantized: onnx.ModelProto
+) -> None:
+    before, after = quantizable_layers(exported.graph, metadata), Values(quantized.graph)
     originals = Values(exported.graph).constants
     convolutions = {node.name: node for node in quantized.graph.node if node.op_type == "Conv"}
     assert len(before) == 20
@@ -129,11 +127,11 @@ def test_weights_are_within_half_a_step_of_each_channel(exported: onnx.ModelProt
 
 
 def test_activations_have_one_step_that_reaches_what_was_seen(
-    exported: onnx.ModelProto, quantized: onnx.ModelProto, magnitudes: dict[str, float]
+    exported: onnx.ModelProto, metadata: ModelMetadata, quantized: onnx.ModelProto, magnitudes: dict[str, float]
 ) -> None:
     after = Values(quantized.graph)
     convolutions = {node.name: node for node in quantized.graph.node if node.op_type == "Conv"}
-    for node in quantizable_layers(exported.graph).values():
+    for node in quantizable_layers(exported.graph, metadata).values():
         source, scale, zero_point = after.dequantized(convolutions[node.name].input[0])
         assert isinstance(source, onnx.NodeProto)
         assert source.op_type == "QuantizeLinear"
@@ -148,7 +146,7 @@ def test_magnitudes_are_those_of_the_images(
     exported: onnx.ModelProto, metadata: ModelMetadata, images: list[Path], magnitudes: dict[str, float]
 ) -> None:
     """The first convolution reads the normalized picture, whose range is known; more images, no smaller range."""
-    first = next(iter(quantizable_layers(exported.graph).values())).input[0]
+    first = next(iter(quantizable_layers(exported.graph, metadata).values())).input[0]
     pixels = np.stack([np.asarray(Image.open(path)) for path in images]) / 255
     normalized = np.abs((pixels - np.array(metadata.mean)) / np.array(metadata.std)).max()
     assert 0.9 * normalized < magnitudes[first] < normalized + 1e-4  # resizing rounds the extremes off
@@ -176,13 +174,13 @@ def test_types_and_the_contract(exported: onnx.ModelProto, quantized: onnx.Model
 
 
 def test_only_int8_layers_and_shortcuts_read_rounded_values(
-    exported: onnx.ModelProto, magnitudes: dict[str, float]
+    exported: onnx.ModelProto, metadata: ModelMetadata, magnitudes: dict[str, float]
 ) -> None:
     """Of three layers that read one value, the one taken back gets it unrounded and keeps a float16 weight."""
-    layers = quantizable_layers(exported.graph)
+    layers = quantizable_layers(exported.graph, metadata)
     readers = [name for name, node in layers.items() if node.input[0] == layers["backbone.layer2.0.conv1"].input[0]]
     assert len(readers) == 3  # with the shortcut's and the neck's
-    graph = quantize_layers(exported, magnitudes, [name for name in layers if name != readers[0]]).graph
+    graph = quantize_layers(exported, metadata, magnitudes, [name for name in layers if name != readers[0]]).graph
     values = Values(graph)
     dequantized = {
         node.output[0]
@@ -198,15 +196,19 @@ def test_only_int8_layers_and_shortcuts_read_rounded_values(
     assert others == {"Add"}
 
 
-def test_without_layers_it_is_the_float16_file(exported: onnx.ModelProto, magnitudes: dict[str, float]) -> None:
-    assert quantize_layers(exported, magnitudes, []) == convert_precision(exported, "fp16")
+def test_without_layers_it_is_the_float16_file(
+    exported: onnx.ModelProto, metadata: ModelMetadata, magnitudes: dict[str, float]
+) -> None:
+    assert quantize_layers(exported, metadata, magnitudes, []) == convert_precision(exported, "fp16", metadata)
 
 
-def test_activations_beyond_float16_are_refused(exported: onnx.ModelProto, magnitudes: dict[str, float]) -> None:
-    layers = quantizable_layers(exported.graph)
+def test_activations_beyond_float16_are_refused(
+    exported: onnx.ModelProto, metadata: ModelMetadata, magnitudes: dict[str, float]
+) -> None:
+    layers = quantizable_layers(exported.graph, metadata)
     name = layers["backbone.layer3.0.conv2"].input[0]
     with pytest.raises(ValueError, match=f"activation {name} reaches 1e\\+05, more than the float16"):
-        quantize_layers(exported, magnitudes | {name: 1e5}, list(layers))
+        quantize_layers(exported, metadata, magnitudes | {name: 1e5}, list(layers))
 
 
 def test_calibration_alone(model: Path, images: list[Path], tmp_path: Path) -> None:
@@ -328,13 +330,13 @@ def test_bad_input(model: Path, images: list[Path], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
 def test_tensorrt_rtx_builds_it(
-    exported: onnx.ModelProto, quantized: onnx.ModelProto, tmp_path: Path, precision: str
+    exported: onnx.ModelProto, metadata: ModelMetadata, quantized: onnx.ModelProto, tmp_path: Path, precision: str
 ) -> None:
     try:
         TENSORRT_RTX.load()
     except BackendUnavailableError as error:
         pytest.skip(str(error))
-    model = quantized if precision == "int8" else convert_precision(exported, "bf16")
+    model = quantized if precision == "int8" else convert_precision(exported, "bf16", metadata)
     path = tmp_path / "model.onnx"
     onnx.save(model, path)
     built = build_engine(path, tmp_path / "model.engine")

@@ -13,23 +13,20 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from asag.checkpoint import load_detector
-from asag.deploy import DeployedDetector
-from export.model import export_onnx
 from runtime import Detections, Session, open_session
 from runtime.detect import detect_files
 from runtime.parity.agreement import compare_detections
-from tests.builders import random_detector, random_picture, small_info, write_checkpoint
-
-INPUT_SIZE = (160, 192)
+from tests.builders import random_picture
+from tests.exports import small_export
 
 
 @pytest.fixture(scope="module")
 def sessions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Session]:
     """The same small random detector in PyTorch and as an ONNX file."""
     folder = tmp_path_factory.mktemp("odd")
-    checkpoint = write_checkpoint(folder / "small.safetensors", random_detector(), small_info(INPUT_SIZE))
-    export_onnx(DeployedDetector(*load_detector(checkpoint)), folder / "small.onnx")
+    exported = small_export()
+    exported.checkpoint(folder / "small.safetensors")
+    exported.write(folder / "small.onnx")
     return {name: open_session(folder / name) for name in ("small.safetensors", "small.onnx")}
 
 

@@ -1,89 +1,132 @@
-"""The pictures of the method: what is drawn where, and where it is refused."""
+"""The pictures of a forward pass: what is drawn where, and where it is refused."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from asag.family import Stage, Value
 from runtime import open_session
 from runtime.detect import detect_files
+from runtime.drawing import class_colour
 from runtime.parity.comparison import compare
+from runtime.postprocessing import Detections
 from runtime.reports.document import make_document
 from runtime.reports.page import write_page
 from runtime.session import Session
-from runtime.stages import ANCHOR_COLOUR, PATCH_COLOUR, draw_stages, read_stages, stage_panels
+from runtime.stages.draw import BOX_COLOUR, PLACE_COLOUR, SeenStages, draw_stages, stage_panels
 from tests.builders import random_detector, random_picture, write_checkpoint
 from tests.runtime.toy_detector import ToySession, toy_metadata, write_toy_dataset
 
+PATCH = (Value("corners", "places", cell=(16, 2)), Value("valid", "valid"))
+STAGES = (
+    Stage("features", (Value("map", "maps"),)),
+    Stage("coarse_patches", PATCH, part="anchors", aligns=True),
+    Stage("fine_patches", (Value("corners", "places", cell=(8, 2)), Value("valid", "valid")), part="anchors"),
+    Stage("anchors", (Value("boxes", "boxes"), Value("valid", "valid")), aligns=True),
+    Stage("proposals", (Value("boxes", "boxes", frame="content"), Value("logits", "scores"))),
+    Stage("head", (Value("logits", "scores"), Value("boxes", "boxes", frame="content"))),
+)
+METADATA = toy_metadata(stages=STAGES)
+
 
 def one_of_each() -> dict[str, np.ndarray]:
-    """Stages of a 64 x 96 image that fills an input of half its size: one patch, one anchor, one class."""
+    """Stages of a 64 x 96 image that fills an input of half its size: of each kind one that exists and one that does
+    not.
+    """
     return {
         "sizes": np.array([[32, 48]], np.float32),
-        "p4_crop_xy": np.array([[1, 0]]),
-        "p3_crop_xy": np.zeros((0, 2), np.int64),
-        "anchors": np.array([[[24, 16, 20, 10], [0, 0, 0, 0]]], np.float32),
-        "valid": np.array([[True, False]]),
-        "proposal_logits": np.array([[[-9, 2, -9], [9, 9, 9]]], np.float32),
-        "proposal_boxes": np.array([[[0.5, 0.5, 0.5, 0.25], [0, 0, 0, 0]]], np.float32),
-        "boxes": np.array([[[0.25, 0.25, 0.75, 0.75], [0, 0, 0, 0]]], np.float32),
-        "scores": np.array([[0.9, 0.0]], np.float32),
-        "labels": np.array([[3, 1]]),
-        "overflow": np.array([2]),
+        "features/map": np.zeros((1, 3, 8, 12), np.float32),
+        "coarse_patches/corners": np.array([[[1, 0], [0, 0]]]),
+        "coarse_patches/valid": np.array([[True, False]]),
+        "fine_patches/corners": np.zeros((1, 1, 2), np.int64),
+        "fine_patches/valid": np.array([[False]]),
+        "anchors/boxes": np.array([[[24, 16, 20, 10, 0.9], [0, 0, 0, 0, 0]]], np.float32),
+        "anchors/valid": np.array([[True, False]]),
+        "proposals/logits": np.array([[[-9, 2, -9], [9, 9, 9]]], np.float32),
+        "proposals/boxes": np.array([[[0.5, 0.5, 0.5, 0.25], [0, 0, 0, 0]]], np.float32),
+        "head/logits": np.array([[[-9, 3, -9], [9, 9, 9]]], np.float32),
+        "head/boxes": np.array([[[0.5, 0.5, 0.5, 0.5], [0, 0, 0, 0]]], np.float32),
     }
 
 
-def test_boxes_are_in_pixels_of_the_original_image() -> None:
-    stages = read_stages(one_of_each(), toy_metadata(), (64, 96))
-    assert stages.patches["P4"].tolist() == [[32, 0, 32 + 480, 480]]
-    assert stages.patches["P3"].shape == (0, 4)
-    assert stages.anchors.tolist() == [[28, 22, 68, 42]]
-    assert stages.proposals.boxes.tolist() == [[24, 24, 72, 40]]
-    assert stages.proposals.labels.tolist() == [3]
-    assert stages.proposals.scores[0] == pytest.approx(1 / (1 + np.exp(-2)))
-    assert stages.detections.boxes.tolist() == [[24, 16, 72, 48]]
-    assert stages.detections.overflow == 2
+def seen_stages(size: tuple[int, int] = (64, 96), **changes: np.ndarray) -> SeenStages:
+    height, width = size
+    box = np.array([[0.25 * width, 0.25 * height, 0.75 * width, 0.75 * height]], np.float32)
+    found = Detections(box, np.array([0.9], np.float32), np.array([3]), 2, size)
+    return SeenStages(one_of_each() | changes, found, METADATA)
 
 
-def test_panels_show_each_stage_in_its_colour() -> None:
-    stages = read_stages(one_of_each(), toy_metadata(), (64, 96))
-    panels = stage_panels(Image.new("RGB", (96, 64)), stages, toy_metadata(), side=96)
+def outline(picture: np.ndarray, colour: tuple[int, int, int]) -> tuple[int, int, int, int]:
+    """Leftmost column, topmost row, rightmost column and lowest row that have this colour."""
+    rows, columns = np.nonzero((picture == colour).all(axis=2))
+    return columns.min(), rows.min(), columns.max(), rows.max()
+
+
+def test_each_stage_is_drawn_where_it_is_in_its_colour() -> None:
+    panels = stage_panels(Image.new("RGB", (96, 64)), seen_stages(), 0.3)
     pixels = [np.asarray(panel.picture) for panel in panels]
-    assert all(picture.shape == (64, 96, 3) for picture in pixels)
-    assert (pixels[0][1, 40] == PATCH_COLOUR).all()
-    assert (pixels[0][30, 10] == 0).all()
-    assert (pixels[1][22, 40] == ANCHOR_COLOUR).all()
-    assert pixels[2][24, 40].any()
-    assert pixels[3][16, 60].any()
+    assert all(picture.shape == (320, 480, 3) for picture in pixels), "five pixels for each of the image's"
+    # In the input, half as large as the image, the patch reaches from 16 to 48, and the anchor from 14 to 34.
+    assert outline(pixels[0], PLACE_COLOUR) == (16 * 10, 0, 479, 319)
+    assert outline(pixels[1], BOX_COLOUR) == (14 * 10, 11 * 10, 34 * 10, 21 * 10)
+    # Proposals are fractions of the content; the class is the best of the first row's, not a category id.
+    assert outline(pixels[2], class_colour(1)) == (120, 120, 360, 200)
+    assert (pixels[3] == class_colour(1)).all(axis=2).any()
     assert [panel.caption for panel in panels] == [
-        "Patches explored: 1 on P4 (thick)",
-        "1 sparse anchor",
-        "Dynamic proposals: 1 of 1 score at least 0.3",
-        "1 final box scoring at least 0.3",
+        "coarse patches: 1, fine patches: 0",
+        "anchors: 1",
+        "proposals: 1 of 1 score at least 0.3",
+        "detections: 1 of 1 score at least 0.3",
     ]
 
 
-def test_no_patches_and_nothing_found() -> None:
-    tensors = one_of_each()
-    del tensors["p4_crop_xy"], tensors["p3_crop_xy"]
-    tensors["scores"][:] = 0
-    tensors["valid"][:] = False
-    stages = read_stages(tensors, toy_metadata(), (64, 96))
-    captions = [panel.caption for panel in stage_panels(Image.new("RGB", (96, 64)), stages, toy_metadata())]
-    assert captions[0].startswith("No patches")
-    assert captions[1] == "0 sparse anchors"
-    assert captions[3].startswith("0 final boxes")
+def test_coarse_places_have_the_thickest_line_and_the_image_is_darkened() -> None:
+    white = Image.new("RGB", (96, 64), "white")
+    fine = {"fine_patches/corners": np.array([[[3, 1]]]), "fine_patches/valid": np.array([[True]])}
+    pixels = np.asarray(stage_panels(white, seen_stages(**fine), 0.3)[0].picture)
+    red = (pixels == PLACE_COLOUR).all(axis=2)
+    # A row through the left side of the coarse patch and through both sides of the fine one.
+    assert np.flatnonzero(red[150, :470]).tolist() == [160, 161, 162, 240, 400]
+    assert (pixels[300, 60] < 200).all(), "nothing is drawn there"
+    assert (np.asarray(white) == 255).all(), "the picture that is given stays as it is"
+
+
+def test_no_places_and_nothing_found() -> None:
+    nothing = {name: np.zeros_like(value) for name, value in one_of_each().items() if name.endswith("/valid")}
+    seen = seen_stages(**nothing)
+    empty = Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64), 0, (64, 96))
+    seen = dataclasses.replace(seen, detections=empty)
+    assert [panel.caption for panel in stage_panels(Image.new("RGB", (96, 64)), seen, 0.3)] == [
+        "coarse patches: 0, fine patches: 0",
+        "anchors: 0",
+        "proposals: 0 of 0 score at least 0.3",
+        "detections: 0 of 0 score at least 0.3",
+    ]
+    assert draw_stages(Image.new("RGB", (96, 64)), seen, 0.3).height > 80
+
+
+def test_a_model_that_names_nothing_to_draw_has_its_detections() -> None:
+    bare = SeenStages({"sizes": one_of_each()["sizes"]}, seen_stages().detections, toy_metadata(stages=STAGES[:1]))
+    (panel,) = stage_panels(Image.new("RGB", (96, 64)), bare, 0.3)
+    assert panel.caption == "detections: 1 of 1 score at least 0.3"
+
+
+def test_values_that_are_no_numbers_are_not_drawn() -> None:
+    boxes = one_of_each()["anchors/boxes"] * np.nan
+    panels = stage_panels(Image.new("RGB", (96, 64)), seen_stages(**{"anchors/boxes": boxes}), 0.3)
+    assert not (np.asarray(panels[1].picture) == BOX_COLOUR).all(axis=2).any()
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 700), (700, 1), (3, 2), (900, 1400)])
 def test_any_image_gives_a_legible_picture(height: int, width: int) -> None:
-    tensors = one_of_each()
-    tensors["sizes"] = np.array([[max(1, height // 2), max(1, width // 2)]], np.float32)
-    stages = read_stages(tensors, toy_metadata(), (height, width))
-    picture = draw_stages(Image.new("RGB", (width, height), "blue"), stages, toy_metadata())
+    sizes = np.array([[max(1, height // 2), max(1, width // 2)]], np.float32)
+    seen = seen_stages((height, width), sizes=sizes)
+    picture = draw_stages(Image.new("RGB", (width, height), "blue"), seen, 0.3)
     assert picture.width >= 4 * 300
     assert picture.height >= 80
 
@@ -96,16 +139,20 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Session:
 def test_stages_end_in_the_detections_of_the_same_session(session: Session) -> None:
     for seed, size in enumerate([(160, 192), (90, 300), (41, 33)]):
         picture = random_picture(seed, *size)
-        stages, (found,) = session.stages(picture), session.detect([picture])
+        seen, (found,) = session.stages(picture), session.detect([picture])
         assert len(found) > 0
-        assert np.array_equal(stages.detections.labels, found.labels)
-        assert np.allclose(stages.detections.scores, found.scores, atol=1e-6)
-        assert np.allclose(stages.detections.boxes, found.boxes, atol=1e-2)
-        assert stages.detections.overflow == found.overflow
-        assert len(stages.anchors) == len(stages.proposals) > 0
-        assert (np.diff(stages.proposals.scores) <= 0).all()
-        capacity = session.metadata.patch_capacity
-        assert all(len(stages.patches[level]) <= room for level, room in zip(("P4", "P3"), capacity, strict=True))
+        assert np.array_equal(seen.detections.labels, found.labels)
+        assert np.allclose(seen.detections.scores, found.scores, atol=1e-6)
+        assert np.allclose(seen.detections.boxes, found.boxes, atol=1e-2)
+        assert seen.detections.overflow == found.overflow
+        count = int(seen.values["anchors/valid"].sum())
+        captions = [panel.caption for panel in stage_panels(Image.fromarray(picture), seen, 0.3)]
+        assert captions[1] == f"anchors: {count}"
+        assert count > 0
+        assert f" of {count} score" in captions[2]
+        for level, room in zip(("P4", "P3"), session.metadata.choices["patch_capacity"], strict=True):
+            assert f"{level} patches: {int(seen.values[f'{level}_patches/valid'].sum())}" in captions[0]
+            assert seen.values[f"{level}_patches/valid"].sum() <= room
 
 
 def test_files_get_a_picture_of_the_stages(session: Session, tmp_path: Path) -> None:
@@ -125,15 +172,20 @@ def test_models_without_stages_say_so(toy_onnx: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"toy\.onnx gives detections only.*safetensors"):
         detect_files(session, [tmp_path / "image.png"], tmp_path / "out", stages=True)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(ValueError, match="PyTorch checkpoint"):
+    with pytest.raises(ValueError, match=r"toy\.onnx gives detections only"):
         session.stages(tmp_path / "image.png")
 
 
 class StagedToySession(ToySession):
+    """The toy with the stages of the tests above."""
+
     shows_stages = True
 
-    def stages(self, image):  # type: ignore[no-untyped-def]
-        return read_stages(one_of_each(), self.metadata, (image.height, image.width))
+    def __init__(self) -> None:
+        super().__init__(METADATA)
+
+    def stage_values(self, tensors):  # type: ignore[no-untyped-def]
+        return one_of_each() | self.run(tensors)
 
 
 def test_the_report_shows_stages_where_the_reference_has_them(tmp_path: Path) -> None:
@@ -143,4 +195,4 @@ def test_the_report_shows_stages_where_the_reference_has_them(tmp_path: Path) ->
         document = make_document(result, dataset, pictures=4, reference=reference)
         page = write_page(tmp_path / "report.html", [document]).read_text()
         assert page.count("<img ") == expected
-        assert ("Patches explored: 1 on P4" in page) == (expected > 4)
+        assert ("coarse patches: 1, fine patches: 0" in page) == (expected > 4)

@@ -26,12 +26,11 @@ OPSETS = [helper.make_opsetid("", 18), helper.make_opsetid("asag", 1)]
 
 def toy_metadata(**changes: object) -> ModelMetadata:
     values: dict[str, object] = {
+        "family": "toys",
         "preset": "toy",
-        "decoder": "adamixer",
-        "backbone": "none",
-        "queries": 16,
-        "head": "main",
-        "levels": "P3P6",
+        "choices": {"head": "main", "capacity": (8, 16)},
+        "stages": (),
+        "half_layers": (),
         "precision": "fp32",
         "input_height": HEIGHT,
         "input_width": WIDTH,
@@ -44,7 +43,6 @@ def toy_metadata(**changes: object) -> ModelMetadata:
         "category_names": CATEGORY_NAMES,
         "nms_iou": None,
         "max_detections": 16,
-        "patch_capacity": (8, 16),
         "package_version": "0.1.0",
         "weights_digest": "0" * 64,
     }

@@ -253,7 +253,7 @@ def test_an_engine_detects_what_the_exported_file_detects(op_lowering: str, tmp_
     manifest = build_engine(model, engine, options).manifest
     assert set(manifest.plugins) == (set(OPERATIONS) if op_lowering == "plugins" else set())
     assert timings.stat().st_size > 0
-    height, width = small_info().input_size
+    height, width = small_info().input.size
     images = [np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8) for seed in range(5)]
     with open_session(engine, device="cuda") as session, open_session(model) as reference:
         for ours, expected in zip(session.detect(images, 4), reference.detect(images), strict=True):

@@ -76,7 +76,7 @@ def test_lowering_changes_nothing_but_the_bodies(exported: Path) -> None:
     lowered, _ = with_plugins(read_source(exported))
     lowered.functions.extend(onnx.load(exported).functions)
     results = []
-    height, width = small_info().input_size
+    height, width = small_info().input.size
     images = np.random.default_rng(0).integers(0, 256, (2, 3, height, width), np.uint8)
     sizes = np.array([[height, width], [height // 2, width]], np.float32)
     for content in (exported.read_bytes(), lowered.SerializeToString()):
@@ -203,7 +203,7 @@ def test_what_tensorrts_builder_is_asked_for(
     assert (tensorrt.BuilderFlag.TF32 in builder.config.on) == tf32
     assert builder.config.profiling_verbosity == tensorrt.ProfilingVerbosity.DETAILED
     assert builder.config.limits == {tensorrt.MemoryPoolType.WORKSPACE: 512 << 20}
-    height, width = small_info().input_size
+    height, width = small_info().input.size
     pixels = [tuple((size, 3, height, width) for size in batches) for batches in ((1, 1, 1), (2, 4, 4))]
     assert [shapes["images"] for shapes in builder.shapes] == pixels
     assert builder.shapes[1]["sizes"] == ((2, 2), (4, 2), (4, 2))

@@ -1,4 +1,4 @@
-"""The anchor generator: sparse anchors from patches, coarse to fine (paper section 3)."""
+"""The anchor generator: sparse anchors from patches, coarse to fine (README, section 3)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Boxes as `xyzr` in the unit that the proposals and the heads work in.
 
-`xyzr` describes a box by its centre, the binary logarithm of its scale and of its aspect ratio (paper section 3,
-after AdaMixer): x, y in units of 4 pixels, `z = log2(w*h)/2`, `r = log2(h/w)/2`, with w and h in units of 4 pixels.
+`xyzr` describes a box by its centre, the binary logarithm of its scale and of its aspect ratio (after AdaMixer;
+README, section 4): x, y in units of 4 pixels, `z = log2(w*h)/2`, `r = log2(h/w)/2`, with w and h in units of 4 pixels.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ XYZR_UNIT = POINT_UNIT
 
 
 def encode_xyzr(boxes: Tensor) -> Tensor:
-    """[..., 4] `cxcywh` in pixels -> [..., 4] `xyzr` (specification section 4)."""
+    """[..., 4] `cxcywh` in pixels -> [..., 4] `xyzr` (README, section 4)."""
     x, y, width, height = (boxes / XYZR_UNIT).unbind(-1)
     z = torch.log2(width * height + 1e-7) / 2
     r = torch.log2(height / (width + 1e-7) + 1e-7) / 2

@@ -1,4 +1,4 @@
-"""Dynamic proposals: each anchor's features become a query and a refined box (specification section 4)."""
+"""Dynamic proposals: each anchor's features become a query and a refined box (README, section 4)."""
 
 from __future__ import annotations
 

@@ -163,7 +163,7 @@ def test_levels_stop_where_they_should(levels: str, explored: list[str], capacit
 def test_candidates_of_an_explored_level_are_no_queries() -> None:
     """With a level to explore, what asked for a closer look is left out.
 
-    Without one, it stays (specification section 3).
+    Without one, it stays (README of the family, section 3).
     """
     config = small_config(levels="P4P6")
     detector = random_detector(config, confidence_shift=1.5)

@@ -34,7 +34,7 @@ def test_impossible_choices(changes: dict, message: str) -> None:
 
 
 def test_numbers_of_the_variants() -> None:
-    """Specification section 3, table."""
+    """README of the family, section 3, table."""
     numbers = {key: dataclasses.astuple(budget) for key, budget in ANCHOR_BUDGETS.items()}
     assert numbers["coco", 100] == (50, 20, 0.10, 5, 200, None)
     assert numbers["coco", 300] == (150, 50, 0.05, 50, 500, None)

@@ -63,7 +63,7 @@ def check_same(found: tuple[HeadOutput, Tensor, Tensor], expected: tuple[HeadOut
 def test_an_image_does_not_depend_on_its_neighbours(
     detector: ASAGDetector, contents: list[tuple[int, int]], capacity: tuple[int, int] | None, seed: int
 ) -> None:
-    """Given its own padded tensor (specification section 1): also where a neighbour probes more or less."""
+    """Given its own padded tensor (README of the family, section 1): also where a neighbour probes more or less."""
     pictures = [random_picture(seed + index, *size) for index, size in enumerate(contents)]
     images, sizes = normalized_batch(pictures, HEIGHT, WIDTH)
     together = run(detector, images, sizes, capacity)

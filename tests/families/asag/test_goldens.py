@@ -209,7 +209,7 @@ def test_stages_and_detections(goldens: Path, case: str) -> None:
 
 
 def test_all_variants_are_covered(goldens: Path) -> None:
-    """A folder without one of these would leave a rule of the specification untested."""
+    """A folder without one of these would leave a rule of the method untested."""
     names = " ".join(CASES)
     for part in ("_batch", "few_anchors", "odd_size", "p5p6", "a_r50_300", "s_r50_100"):
         assert part in names

@@ -43,7 +43,7 @@ def test_normalized_boxes_are_fractions_of_each_content() -> None:
 
 @torch.no_grad()
 def test_proposals_refine_their_anchors() -> None:
-    """Specification section 4: `xy += d_xy * 2^z`, `(z, r) += (d_z, d_r)`, over the content's own size."""
+    """README of the family, section 4: `xy += d_xy * 2^z`, `(z, r) += (d_z, d_r)`, over the content's own size."""
     detector = random_detector()
     features, allowed = pyramid(detector.config.size.channels), torch.ones(2, 1, 1, 3, dtype=torch.bool)
     found = detector.proposals(features, anchors(), allowed, SIZES)
@@ -87,7 +87,7 @@ def test_sample_and_mix_adds_to_the_query() -> None:
 
 
 def test_deltas_of_sparse_rcnn() -> None:
-    """Deltas over (2, 2, 1, 1); the size's exponent is held at log(100000/16) (specification section 5)."""
+    """Deltas over (2, 2, 1, 1); the size's exponent is held at log(100000/16) (README of the family, section 5)."""
     box = (0.5, 0.4, 0.2, 0.1)
     found = apply_deltas(torch.tensor(box), torch.tensor((1.0, -0.5, 0.3, -0.7)))
     expected = (0.5 + 0.5 * 0.2, 0.4 - 0.25 * 0.1, 0.2 * math.exp(0.3), 0.1 * math.exp(-0.7))

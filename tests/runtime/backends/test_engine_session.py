@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from asag.deploy import DeployedDetector
-from export.model import export_onnx
 from runtime import open_session
 from runtime.engines.backend import BACKENDS
 from runtime.errors import BackendUnavailableError
 from runtime.postprocessing import Detections
-from tests.builders import random_detector, random_picture, small_info
+from tests.builders import random_picture
+from tests.exports import small_export
 from tests.runtime import cuda_stand_in, engine_stand_in
 from tests.runtime.cuda_stand_in import ALLOCATIONS, SYNCHRONIZATIONS, Error, StandInCuda
 from tests.runtime.engine_stand_in import StandInMachine, assert_right, batch_of
@@ -293,10 +292,9 @@ def test_an_exported_detector_gives_what_onnx_runtime_gives(tmp_path: Path, monk
     cuda = StandInCuda()
     cuda_stand_in.install(monkeypatch, cuda)
     engine_stand_in.install(monkeypatch, cuda, "tensorrt", (1, 3))
-    model = tmp_path / "small.onnx"
-    deployed = DeployedDetector(random_detector(), small_info(), (160, 192), "uint8", (6, 8))
-    metadata = export_onnx(deployed, model).metadata
-    path = engine_stand_in.write_engine(model, metadata, "tensorrt", (1, 3))
+    exported = small_export()
+    model = exported.write(tmp_path / "small.onnx")
+    path = engine_stand_in.write_engine(model, exported.metadata, "tensorrt", (1, 3))
     pictures = [random_picture(number, 100 + 9 * number, 190 - 8 * number) for number in range(7)]
     with open_session(model, threads=1) as reference, open_session(path) as session:
         for batch_size in (1, 2, 3):

@@ -21,16 +21,17 @@ from runtime.preprocessing import prepare
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small detector with random weights."""
     import torch
-    from asag.presets import PRESETS
 
     from asag.checkpoint import CheckpointInfo, save_detector
     from asag.detector import build_detector
+    from asag.families import find_preset
+    from asag.family import InputSpec
 
     torch.manual_seed(0)
-    preset = PRESETS["asag-a-tiny"]
+    preset = find_preset("asag-a-tiny")
     config = dataclasses.replace(preset.config, num_classes=3)
     path = tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors"
-    info = CheckpointInfo("asag-a-tiny", (1, 3, 7), ("a", "b", "c"), 96, 96, (96, 96), preset.patch_capacity)
+    info = CheckpointInfo("asag-a-tiny", (1, 3, 7), ("a", "b", "c"), InputSpec(96, 96, (96, 96)))
     save_detector(path, build_detector(config), info)
     return path
 

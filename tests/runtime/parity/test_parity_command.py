@@ -10,13 +10,11 @@ import pytest
 from click.testing import CliRunner, Result
 from onnx import helper
 
-from asag.checkpoint import save_detector
-from asag.deploy import DeployedDetector
 from asag_cli.parity import parity
-from export.model import export_onnx
 from runtime.files import write_json
 from runtime.reports.page import find_reports
-from tests.builders import CATEGORY_IDS, CATEGORY_NAMES, random_detector, random_picture, small_info
+from tests.builders import CATEGORY_IDS, CATEGORY_NAMES, random_picture
+from tests.exports import small_export
 
 
 class Files:
@@ -25,10 +23,9 @@ class Files:
     def __init__(self, folder: Path) -> None:
         from PIL import Image
 
-        detector, info = random_detector(), small_info()
-        self.checkpoint, self.model = folder / "small.safetensors", folder / "small.onnx"
-        save_detector(self.checkpoint, detector, info)
-        export_onnx(DeployedDetector(detector, info), self.model)
+        exported = small_export()
+        self.checkpoint = exported.checkpoint(folder / "small.safetensors")
+        self.model = exported.write(folder / "small.onnx")
         self.worse = folder / "worse.onnx"
         onnx.save(_with_smaller_scores(onnx.load(self.model)), self.worse)
         self.data = folder / "data"
@@ -84,7 +81,8 @@ def test_a_budget_fails_and_the_stage_is_named(files: Files, tmp_path: Path) -> 
     assert content["stages"][0]["first"] == "detections"
     (document,), _ = find_reports([tmp_path])
     (start,) = document.start_pictures
-    assert len(start.pictures) == 6, "patches, anchors and detections of both"
+    shown = [picture.caption.partition(": ")[2].partition(":")[0] for picture in start.pictures]
+    assert shown == ["P4 patches", "anchors", "detections"] * 2, "what both show, side by side"
     assert "starts to differ at detections" in start.title
 
 

@@ -77,7 +77,7 @@ def page(tmp_path: Path) -> Page:
     ]
     report = compare(ToySession(), candidates, dataset)
     document = make_document(report, dataset, pictures=3)
-    path = write_page(tmp_path / "out" / "report.html", [document], notes=["AP on 5 images"])
+    path = write_page(tmp_path / "out" / "report.html", [document])
     return Page(path.read_text(encoding="utf-8"))
 
 
@@ -95,9 +95,9 @@ def test_table_names_every_backend_and_reason(page: Page) -> None:
     assert page.rows == (1 + 3 + 1) + (1 + 2), "every backend and a reason; then the two that ran"
     assert "Not run: no NVIDIA driver & no GPU" in page.text
     assert "<script>alert(1)</script>" in page.text, "a name is text, never markup"
-    assert "AP on 5 images" in page.text
     assert "5 images" in page.text
     assert page.charts == 2, "AP over latency, score differences"
+    assert "toy of toys, head main, capacity [8, 16], 3 classes" in page.text
 
 
 def test_report_without_pictures(tmp_path: Path) -> None:
@@ -153,12 +153,12 @@ def test_page_of_a_folder(run: Path) -> None:
 def test_latency_by_stage_of_the_network_where_it_was_measured(run: Path) -> None:
     content = read_json(run / "bench.json")
     row = {"name": "toy", "backend": "numpy", "precision": "fp32", "reason": None}
-    measured = row | {"p50_ms": {"backbone+neck": 30.0, "head": 12.5}}
+    measured = row | {"p50_ms": {"features": 30.0, "head": 12.5}}
     content["stage_times"] = [measured, row | {"p50_ms": {}, "reason": "one program"}]
     write_json(run / "bench.json", content)
     documents, benchmarks = find_reports([run])
     page = Page(write_page(run / "report.html", documents, benchmarks).read_text())
-    assert "backbone+neck: 30.00 ms" in page.text
+    assert "features: 30.00 ms" in page.text
     assert "42.5 ms" in page.text
     assert "prepare" not in page.text
 

@@ -5,20 +5,22 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
 from asag_cli.bench import bench
-from tests.builders import random_picture, write_checkpoint
+from tests.builders import random_picture
+from tests.exports import small_export
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bench")
     Image.fromarray(random_picture(1, 120, 160)).save(folder / "picture.png")
-    return write_checkpoint(folder / "small.safetensors")
+    return small_export().checkpoint(folder / "small.safetensors")
 
 
 def run(checkpoint: Path, *options: str) -> Result:
@@ -34,16 +36,25 @@ def run(checkpoint: Path, *options: str) -> Result:
     return CliRunner().invoke(bench, [*arguments, "--threads", "1", *options])
 
 
-def test_a_checkpoint_against_its_export(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def measured(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, dict[str, Any]]:
+    """What one run with everything printed and wrote."""
     import onnxruntime
 
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this ONNX Runtime has CUDA")
-    numbers = tmp_path / "bench.json"
+    numbers = tmp_path_factory.mktemp("numbers") / "bench.json"
     backends = "onnxruntime-cpu,pytorch,onnxruntime-cuda"
-    done = run(checkpoint, "--against", backends, "--batch-sizes", "1,2", "--json", str(numbers))
+    with pytest.MonkeyPatch.context() as patch:
+        small_export().instead_of_exporting(patch)
+        done = run(checkpoint, "--against", backends, "--batch-sizes", "1,2", "--limit", "--json", str(numbers))
     assert done.exit_code == 0, done.output
-    found = json.loads(numbers.read_text())
+    return done, json.loads(numbers.read_text())
+
+
+@pytest.mark.slow
+def test_a_checkpoint_against_its_export(checkpoint: Path, measured: tuple[Result, dict[str, Any]]) -> None:
+    _, found = measured
     assert [item["backend"] for item in found["latencies"]] == ["onnxruntime-cpu", "pytorch"]
     assert [item["name"] for item in found["latencies"]] == ["small.onnx", "small.safetensors"]
     assert [item["backend"] for item in found["unavailable"]] == ["onnxruntime-cuda"]
@@ -53,14 +64,12 @@ def test_a_checkpoint_against_its_export(checkpoint: Path, tmp_path: Path) -> No
     assert not list(checkpoint.parent.glob("*.onnx"))
 
 
-def test_stages_and_limits(checkpoint: Path, tmp_path: Path) -> None:
-    numbers = tmp_path / "bench.json"
-    done = run(checkpoint, "--against", "pytorch,onnxruntime-cpu", "--limit", "--json", str(numbers))
-    assert done.exit_code == 0, done.output
-    found = json.loads(numbers.read_text())
-    assert [row["backend"] for row in found["stage_times"]] == ["pytorch", "onnxruntime-cpu"]
+@pytest.mark.slow
+def test_stages_and_limits(measured: tuple[Result, dict[str, Any]]) -> None:
+    done, found = measured
+    assert [row["backend"] for row in found["stage_times"]] == ["onnxruntime-cpu", "pytorch"]
     assert [row["reason"] for row in found["stage_times"]] == [None, None]
-    network = ["backbone+neck", "anchors", "proposals", "head"]
+    network = ["features", "anchors", "proposals", "head", "detections"]
     for times, limits in zip(found["stage_times"], found["limits"], strict=True):
         assert set(network) <= set(times["p50_ms"])
         assert [stage["stage"] for stage in limits["stages"]] == network

@@ -10,14 +10,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from asag.deploy import DeployedDetector
-from export.model import export_onnx
 from runtime.speed import limits
 from runtime.speed.limits import ModelLimits, Rates, measure_rates, model_limits, stage_limit
 from runtime.speed.stage_times import StageTimes
 from runtime.speed.stage_work import StageWork
 from runtime.speed.table import limit_table
-from tests.builders import random_detector, small_info
+from tests.exports import small_export
 
 RATES = Rates("a machine", operations=1e9, half_operations=4e9, bytes=1e6)
 """Slow enough in both that a few operations or bytes take milliseconds."""
@@ -39,13 +37,12 @@ def test_the_longer_of_two_times(work: StageWork, limit_ms: float, bound_by: str
 
 
 def test_limits_of_an_exported_file(tmp_path: Path) -> None:
-    path = tmp_path / "model.onnx"
-    export_onnx(DeployedDetector(random_detector(), small_info()), path)
+    path = small_export().write(tmp_path / "model.onnx")
     rates = Rates("a machine", operations=1e9, half_operations=4e9, bytes=5e9)
-    stages = {"pre-processing": 0.1, "backbone+neck": 8.0, "anchors": 4.0, "proposals": 3.0, "head": 2.0}
+    stages = {"pre-processing": 0.1, "features": 8.0, "anchors": 4.0, "proposals": 3.0, "head": 2.0}
     found = model_limits(StageTimes("model.onnx", "onnxruntime-cpu", "fp32", stages), path, 1, rates)
     twice = model_limits(StageTimes("model.onnx", "onnxruntime-cpu", "fp32", stages), path, 2, rates)
-    assert [stage.stage for stage in found.stages] == ["backbone+neck", "anchors", "proposals", "head"]
+    assert [stage.stage for stage in found.stages] == ["features", "anchors", "proposals", "head"]
     assert [stage.time_ms for stage in found.stages] == [8, 4, 3, 2]
     for one, two in zip(found.stages, twice.stages, strict=True):
         assert two.operations == 2 * one.operations > 0

@@ -11,38 +11,32 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
-from runtime.graph_stages import NETWORK_STAGES, node_stages, stage_ends
+from torch import Tensor
 
 from asag.deploy import DeployedDetector
-from export.model import export_onnx
+from asag.detector import Predictions
+from asag.family import Stage, Value
 from runtime.backends.onnxruntime_session import OnnxRuntimeSession
 from runtime.backends.pytorch_session import PyTorchSession
 from runtime.speed.stage_times import StageTimes, measure_stages
 from runtime.speed.table import stage_times_table
+from runtime.stages.graph import network_parts, node_parts
 from tests.builders import random_detector, random_picture, small_config, small_info
-from tests.runtime.toy_detector import ToySession
+from tests.exports import small_export
+from tests.runtime.toy_detector import ToySession, build_toy_model, toy_metadata
 
 IMAGES = [random_picture(seed, 150, 180) for seed in range(3)]
 
-
-@pytest.fixture(scope="module")
-def deployed() -> DeployedDetector:
-    return DeployedDetector(random_detector(), small_info())
+PARTS = ("features", "anchors", "proposals", "head", "detections")
 
 
-@pytest.fixture(scope="module")
-def exported(deployed: DeployedDetector, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("stages") / "model.onnx"
-    export_onnx(deployed, path)
-    return path
-
-
-def test_every_stage_has_its_time(deployed: DeployedDetector, exported: Path) -> None:
-    half = exported.with_name("half.onnx")
-    export_onnx(deployed, half, "fp16")
+def test_every_stage_has_its_time(tmp_path: Path) -> None:
+    exported = small_export()
+    assert network_parts(exported.metadata) == PARTS
+    files = [exported.write(tmp_path / f"{precision}.onnx", precision) for precision in ("fp32", "fp16")]
     sessions = [
-        PyTorchSession(deployed, "small"),
-        *(OnnxRuntimeSession(path, threads=1) for path in (exported, half)),
+        PyTorchSession(exported.deployed, "small"),
+        *(OnnxRuntimeSession(path, threads=1) for path in files),
         ToySession(),
     ]
     seen: list[tuple[int, int]] = []
@@ -52,7 +46,7 @@ def test_every_stage_has_its_time(deployed: DeployedDetector, exported: Path) ->
     assert seen[-1] == (5, 5)
     for row in rows[:3]:
         assert row.reason is None
-        assert {"pre-processing", *NETWORK_STAGES, "post-processing"} <= set(row.p50_ms)
+        assert {"pre-processing", *PARTS, "post-processing"} <= set(row.p50_ms)
         assert all(value > 0 for value in row.p50_ms.values())
         assert row.share(*row.p50_ms) == pytest.approx(1)
         assert row.share("other") < 0.02, "nearly every node of the optimized graph is known"
@@ -60,41 +54,50 @@ def test_every_stage_has_its_time(deployed: DeployedDetector, exported: Path) ->
     console = Console(file=io.StringIO(), width=80)
     console.print(stage_times_table(rows))
     text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "backbone" in text
+    assert "features" in text
     assert "small (pytorch): pre- and post-processing take" in text
     assert "toy (numpy): no stages" in text
     assert max(map(len, text.splitlines())) <= 80
 
 
-@pytest.mark.parametrize("stage", NETWORK_STAGES)
-def test_a_slow_module_of_pytorch(stage: str) -> None:
+@pytest.mark.parametrize("stage", PARTS)
+def test_a_slow_part_of_pytorch(stage: str) -> None:
     deployed = DeployedDetector(random_detector(), small_info())
-    detector = deployed.detector
-    module = {
-        "backbone+neck": detector.neck,
+    detector, choose_best = deployed.detector, deployed.best
+
+    def wait(*_: object) -> None:
+        time.sleep(0.2)
+
+    def choose_slowly(found: Predictions) -> tuple[Tensor, Tensor, Tensor]:
+        wait()
+        return choose_best(found)
+
+    modules = {
+        "features": detector.neck,
         "anchors": detector.anchor_generator.fixed_mlp,
         "proposals": detector.proposals.feed_forward,
         "head": detector.heads["main"].feed_forward,
-    }[stage]
-    module.register_forward_pre_hook(lambda *_: time.sleep(0.2))
+    }
+    if stage in modules:
+        modules[stage].register_forward_pre_hook(wait)
+    else:
+        deployed.best = choose_slowly  # type: ignore[method-assign]
     (row,) = measure_stages([PyTorchSession(deployed, "small")], IMAGES, rounds=1, warmup=0)
     assert row.p50_ms[stage] >= 200
     assert row.share(stage) > 0.7
 
 
-@pytest.mark.parametrize("stage", NETWORK_STAGES)
-def test_slow_nodes_of_an_exported_file(stage: str, exported: Path, tmp_path: Path) -> None:
-    model = onnx.load(exported)
-    nodes = {node.op_type: node for node in model.graph.node}
-    last_of_proposals = max(order(model.graph, name) for name in stage_ends(model.graph)["proposals"])
+@pytest.mark.parametrize("stage", PARTS)
+def test_slow_nodes_of_an_exported_file(stage: str, tmp_path: Path) -> None:
     value = {
-        "backbone+neck": nodes["PyramidRoIAlign"].input[3],
-        "anchors": nodes["GatherAnchors"].input[0],
-        "proposals": model.graph.node[last_of_proposals].input[0],
-        "head": "scores",
+        "features": "features/p5",
+        "anchors": "P4_anchors/boxes",
+        "proposals": "proposals/queries",
+        "head": "head/logits",
+        "detections": "scores",
     }[stage]
     slow = tmp_path / "slow.onnx"
-    onnx.save(add_matrix_products(model, value), slow)
+    onnx.save(add_matrix_products(small_export().model(), value), slow)
     (row,) = measure_stages([OnnxRuntimeSession(slow, threads=1)], IMAGES, rounds=3, warmup=1, threads=1)
     assert row.share(stage) > 0.6, row.p50_ms
 
@@ -125,7 +128,7 @@ def add_matrix_products(model: onnx.ModelProto, value: str, side: int = 1000) ->
 
 
 def test_a_loop_belongs_to_the_stage_that_reads_it() -> None:
-    """What is read inside a loop's body counts as read by the loop; what nothing before needs is the head's."""
+    """What is read inside a loop's body counts as read by the loop; what no stage needs makes the detections."""
     iteration = helper.make_tensor_value_info("i", TensorProto.INT64, [])
     condition = helper.make_tensor_value_info("go", TensorProto.BOOL, [])
     body = helper.make_graph(
@@ -141,13 +144,20 @@ def test_a_loop_belongs_to_the_stage_that_reads_it() -> None:
         helper.make_node("Exp", ["features"], ["chosen"]),
         helper.make_node("Exp", ["x"], ["apart"]),
     ]
-    ends = {"backbone+neck": {"features"}, "anchors": {"chosen"}, "proposals": {"none"}}
-    assert node_stages(nodes, ends) == ["backbone+neck"] * 3 + ["anchors", "head"]
+    ends = {"features": {"features"}, "anchors": {"chosen"}, "proposals": {"none"}}
+    assert node_parts(nodes, ends) == ["features"] * 3 + ["anchors", "detections"]
 
 
-def test_what_is_no_export_has_no_stages(toy_onnx: Path) -> None:
-    with pytest.raises(ValueError, match="not an asag model"):
-        measure_stages([OnnxRuntimeSession(toy_onnx, threads=1)], IMAGES)
+def test_a_file_that_names_no_stages_has_no_times_of_them(toy_onnx: Path) -> None:
+    (row,) = measure_stages([OnnxRuntimeSession(toy_onnx, threads=1)], IMAGES)
+    assert row.reason == "onnxruntime-cpu does not tell its stages apart"
+
+
+def test_a_graph_without_the_stages_of_its_metadata(tmp_path: Path) -> None:
+    path = tmp_path / "toy.onnx"
+    onnx.save(build_toy_model(toy_metadata(stages=(Stage("features", (Value("p2", "maps"),)),))), path)
+    with pytest.raises(ValueError, match=r"toy\.onnx: the graph does not name the values of features; export it again"):
+        measure_stages([OnnxRuntimeSession(path, threads=1)], IMAGES)
 
 
 @pytest.mark.gpu
@@ -155,5 +165,5 @@ def test_stages_on_a_gpu() -> None:
     deployed = DeployedDetector(random_detector(small_config(decoder="sparse_rcnn")), small_info())
     session = PyTorchSession(deployed, "small", "cuda")
     (row,) = measure_stages([session], IMAGES, rounds=3)
-    assert {"copies", *NETWORK_STAGES} <= set(row.p50_ms)
+    assert {"copies", *PARTS} <= set(row.p50_ms)
     assert all(value > 0 for value in row.p50_ms.values())

@@ -9,14 +9,14 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from asag.backbone import ResNet
 from onnx import TensorProto, helper
 from torch.utils.flop_counter import FlopCounterMode
 
 from asag.deploy import DeployedDetector
-from export.model import build_onnx, export_onnx
+from asag.parts.backbones.resnet import ResNet
+from runtime.onnx_file import read_onnx
 from runtime.speed.stage_work import GraphValues, node_operations, stage_work
-from tests.builders import random_detector, small_config, small_info
+from tests.exports import small_export
 
 
 def operations(model: onnx.ModelProto) -> float:
@@ -38,7 +38,8 @@ def test_resnet_50_has_its_known_multiply_adds() -> None:
 
 @pytest.mark.parametrize("decoder", ["adamixer", "sparse_rcnn"])
 def test_the_detector_has_what_pytorch_counts(decoder: str) -> None:
-    deployed = DeployedDetector(random_detector(small_config(decoder=decoder)), small_info())
+    exported = small_export(decoder)
+    deployed = exported.deployed
     height, width = deployed.input_size
     inputs = torch.zeros((2, 3, height, width), dtype=torch.uint8), torch.tensor([[height, width]] * 2)
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
@@ -48,8 +49,8 @@ def test_the_detector_has_what_pytorch_counts(decoder: str) -> None:
         name.partition(".")[2]: sum(count for operation, count in counts.items() if "attention" not in str(operation))
         for name, counts in counter.get_flop_counts().items()
     }
-    found = {work.stage: work for work in stage_work(build_onnx(deployed), batch_size=2)}
-    assert found["backbone+neck"].operations == parts["detector.backbone"] + parts["detector.neck"]
+    found = {work.stage: work for work in stage_work(exported.proto, exported.metadata, batch_size=2)}
+    assert found["features"].operations == parts["detector.backbone"] + parts["detector.neck"]
     # PyTorch counts the class branch of the proposals besides, which only training needs, and no custom op.
     deployed_proposals = parts["detector.proposals"] - class_branch_operations(deployed, batch=2)
     assert found["anchors"].operations == pytest.approx(parts["detector.anchor_generator"], rel=0.01)
@@ -104,11 +105,10 @@ def test_ordinary_operators() -> None:
 @pytest.mark.parametrize(("precision", "weight_bytes"), [("fp32", 4), ("fp16", 2)])
 def test_bytes_of_the_backbone(precision: str, weight_bytes: int, tmp_path: Path) -> None:
     """It reads its weights and the pixels and writes P2..P5."""
-    deployed = DeployedDetector(random_detector(), small_info())
-    export_onnx(deployed, tmp_path / "model.onnx", precision)
-    model = onnx.load(tmp_path / "model.onnx")
-    work = stage_work(model)
-    assert [item.stage for item in work] == ["backbone+neck", "anchors", "proposals", "head"]
+    deployed = small_export().deployed
+    model, metadata = read_onnx(small_export().write(tmp_path / "model.onnx", precision))
+    work = stage_work(model, metadata)
+    assert [item.stage for item in work] == ["features", "anchors", "proposals", "head", "detections"]
     assert (work[0].operations == 0) == (precision == "fp16")
     assert (work[0].half_operations == 0) == (precision == "fp32")
     height, width = deployed.input_size

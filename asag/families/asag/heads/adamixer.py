@@ -1,4 +1,4 @@
-"""The AdaMixer head of ASAG-A (specification section 5)."""
+"""The AdaMixer head of ASAG-A (README of the family, section 5)."""
 
 from __future__ import annotations
 

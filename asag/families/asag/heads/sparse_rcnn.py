@@ -1,4 +1,4 @@
-"""The Sparse R-CNN head of ASAG-S (specification section 5; Sun et al., "Sparse R-CNN", section 3.3)."""
+"""The Sparse R-CNN head of ASAG-S (README of the family, section 5; Sun et al., "Sparse R-CNN", section 3.3)."""
 
 from __future__ import annotations
 

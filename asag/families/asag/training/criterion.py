@@ -1,4 +1,4 @@
-"""The losses of the anchors, the proposals, the heads and the noised queries (paper section 3)."""
+"""The losses of the anchors, the proposals, the heads and the noised queries (README, section 7)."""
 
 from __future__ import annotations
 

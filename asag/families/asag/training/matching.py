@@ -1,4 +1,4 @@
-"""What a prediction costs as the match of an object (paper section 3.4).
+"""What a prediction costs as the match of an object (README of the family, section 7).
 
 Everything works on *groups*: an image for the proposals and the heads; a view of the P6 patch, a P5 quarter, or a
 probed patch for the anchors.

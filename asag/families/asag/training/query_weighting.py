@@ -1,4 +1,4 @@
-"""Query weighting and the weighted losses of matched and unmatched predictions (paper section 3, query weighting).
+"""Query weighting and the weighted losses of matched and unmatched predictions (README of the family, section 7).
 
 The weights of a matched pair say how good the pair is, from its score `p` and its IoU `u`; they are constants of
 the loss (no gradient flows through them). The factors `p^2` and `|u - p|^2` are focal factors and keep theirs.
