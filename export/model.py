@@ -98,6 +98,8 @@ def build_onnx(model: DeployedDetector) -> onnx.ModelProto:
         )
     assert program is not None
     proto = program.model_proto
+    if not proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param:
+        raise ValueError("the forward pass fixes the number of images: ask a tensor's `shape` for it, not `len`")
     name_stages(proto.graph, model.stages)
     del proto.functions[:]
     proto.functions.extend(bodies_of(proto.graph.node))

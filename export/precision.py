@@ -36,6 +36,9 @@ BFLOAT16_OPERATOR_SET = 22
 runtimes read.
 """
 
+NORMS = ("InstanceNormalization", "GroupNormalization", "LayerNormalization")
+"""Stay float32 among the features, too: 16 bits lose the sums over a whole map that their statistics are."""
+
 LAYOUT_OPERATORS = ("Flatten", "Reshape", "Transpose")
 
 LARGEST_FLOAT16 = 65504.0
@@ -77,8 +80,9 @@ def half_nodes(graph: onnx.GraphProto, metadata: ModelMetadata) -> set[int]:
     for index in sorted(features):
         node = graph.node[index]
         if node.op_type == "Conv" or any(name in after for name in node.input):
-            chosen.add(index)
             after.update(node.output)
+            if node.op_type not in NORMS:
+                chosen.add(index)
     dequantized = {
         source
         for index in chosen

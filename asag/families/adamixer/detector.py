@@ -44,7 +44,7 @@ class AdaMixerDetector(Detector):
         """Content sizes [B, 2] -> what the decoder begins with: queries [B, N, C] and `xyzr` [B, N, 4] in pixels."""
         queries = F.layer_norm(self.initial_queries, self.initial_queries.shape[-1:])
         xyzr = encode_xyzr(self.initial_boxes * content_scale(sizes))
-        return queries.unsqueeze(0).expand(len(sizes), -1, -1), xyzr
+        return queries.unsqueeze(0).expand(sizes.shape[0], -1, -1), xyzr
 
     def forward(self, images: Tensor, sizes: Tensor) -> Predictions:
         """What the last stage predicts."""

@@ -1,0 +1,98 @@
+"""AdaMixer as an ONNX file: ops, stages, precision, and the same detections."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from asag.checkpoint import CheckpointInfo, save_detector
+from asag.deploy import DeployedDetector
+from asag.families.adamixer import ADAMIXER
+from asag.family import InputSpec
+from asag_cli.main import main
+from export.model import export_onnx
+from runtime import open_session
+from tests.builders import random_picture, uint8_batch
+from tests.families.adamixer.small_detector import random_detector, small_config, small_info
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exported")
+    model = DeployedDetector(random_detector(), small_info())
+    export_onnx(model, folder / "float.onnx")
+    export_onnx(model, folder / "half.onnx", "fp16")
+    return folder
+
+
+def test_ops_say_their_activation_and_unit(exported: Path) -> None:
+    proto = onnx.load(exported / "float.onnx")
+    nodes = [node for node in proto.graph.node if node.domain == "asag"]
+    assert [node.op_type for node in nodes] == ["SamplingMixing"] * 3
+    for node in nodes:
+        values = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
+        assert (values["activation"], values["point_unit"]) == (1, 1)
+    (body,) = [function for function in proto.functions if function.name == "SamplingMixing"]
+    operators = {node.op_type for node in body.node}
+    assert "Relu" in operators
+    assert "Gelu" not in operators
+
+
+def test_every_stage_has_its_values_in_the_file(exported: Path) -> None:
+    made = {name for node in onnx.load(exported / "float.onnx").graph.node for name in node.output}
+    for stage in ADAMIXER.stages(small_config()):
+        assert set(stage.value_names()) <= made
+
+
+def test_the_norm_of_the_neck_stays_float(exported: Path) -> None:
+    proto = onnx.load(exported / "half.onnx")
+    types = {value.name: value.type.tensor_type.elem_type for value in proto.graph.value_info}
+    norms = [node for node in proto.graph.node if node.op_type == "InstanceNormalization"]
+    assert len(norms) == 4
+    assert {types[name] for node in norms for name in node.output} == {onnx.TensorProto.FLOAT}
+    convolutions = [node for node in proto.graph.node if node.op_type == "Conv"]
+    assert {types[name] for node in convolutions for name in node.output} == {onnx.TensorProto.FLOAT16}
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("float", 1e-5), ("half", 1e-2)])
+def test_onnx_runtime_gives_what_pytorch_gives(exported: Path, name: str, tolerance: float) -> None:
+    images, sizes = uint8_batch([random_picture(seed, 100 + 20 * seed, 150) for seed in range(3)], 160, 192)
+    model = DeployedDetector(random_detector(), small_info())
+    with torch.no_grad():
+        boxes, scores, labels, overflow = (value.numpy() for value in model(images, sizes))
+    session = open_session(exported / f"{name}.onnx")
+    found = session.run({"images": images.numpy(), "sizes": sizes.numpy()})
+    assert not overflow.any()
+    np.testing.assert_allclose(found["scores"], scores, rtol=0, atol=tolerance)
+    if name == "float":
+        np.testing.assert_array_equal(found["labels"], labels)
+        np.testing.assert_allclose(found["boxes"], boxes, rtol=1e-4, atol=1e-4)  # they may reach past the image
+
+
+@pytest.mark.slow
+def test_parity_of_all_stages(tmp_path: Path) -> None:
+    def asag(*arguments: object) -> int:
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        assert isinstance(ended.value.code, int)
+        return ended.value.code
+
+    data = tmp_path / "data"
+    options = ["--train-images", 1, "--val-images", 3, "--image-size", 160]
+    assert asag("data", "synthetic", data, *options) == 0
+    annotations = json.loads((data / "annotations" / "instances_val2017.json").read_text())
+    names = {each["id"]: each["name"] for each in annotations["categories"]}
+    info = CheckpointInfo("adamixer-tiny", tuple(names), tuple(names.values()), InputSpec(160, 160, (160, 160)))
+    save_detector(tmp_path / "small.safetensors", random_detector(small_config(num_classes=len(names))), info)
+    assert asag("export", tmp_path / "small.safetensors", "-o", tmp_path / "small.onnx") == 0
+    report = ["--json", tmp_path / "parity.json", "--stages", "--check"]
+    assert asag("parity", tmp_path / "small.safetensors", tmp_path / "small.onnx", "--data", data, *report) == 0
+    (stages,) = json.loads((tmp_path / "parity.json").read_text())["stages"]
+    expected = ["features", "start", "decoder 0", "decoder 1", "decoder 2", "head", "detections"]
+    assert [stage["stage"] for stage in stages["stages"]] == expected
+    assert stages["first"] is None
