@@ -44,10 +44,13 @@ class DecoderStage(nn.Module):
         nn.init.zeros_(self.branches.box_deltas.weight)
         nn.init.constant_(self.branches.class_logits.bias, -math.log(1 / FIRST_PROBABILITY - 1))
 
+    def refine(self, features: list[Tensor], attended: Tensor, xyzr: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """What follows attention, of every query alone; arguments as in :meth:`forward`."""
+        queries = self.feed_forward(self.sample_and_mix(features, attended, boxes, xyzr[..., 2:3]))
+        return queries, refine_xyzr(xyzr, self.branches.deltas(queries))
+
     def forward(self, features: list[Tensor], queries: Tensor, xyzr: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
         """features: P2..P5, each [B, C, H, W]; queries: [B, N, C]; xyzr: [B, N, 4], pixels of the input; boxes: the
         same as `cxcywh` -> queries and xyzr of the next stage.
         """
-        queries = self.attention(queries, xyzr, boxes)
-        queries = self.feed_forward(self.sample_and_mix(features, queries, boxes, xyzr[..., 2:3]))
-        return queries, refine_xyzr(xyzr, self.branches.deltas(queries))
+        return self.refine(features, self.attention(queries, xyzr, boxes), xyzr, boxes)
