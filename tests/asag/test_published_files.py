@@ -17,8 +17,9 @@ from torch import Tensor
 
 from asag.checkpoint import load_detector
 from asag.detector import Detector, build_detector
-from asag.families import all_presets, find_preset
+from asag.families import find_preset
 from asag.families.asag.config import ASAGConfig
+from asag.families.asag.presets import PRESETS
 from asag.families.asag.published import translate_name
 from asag.foreign_files import read_foreign
 from asag.published import convert_published, identify
@@ -84,7 +85,7 @@ def test_another_preset_than_the_tensors_is_refused(published: tuple[Path, Detec
     assert not output.exists()
 
 
-@pytest.mark.parametrize("name", [preset.name for preset in all_presets() if preset.published is not None])
+@pytest.mark.parametrize("name", [name for name, preset in PRESETS.items() if preset.published is not None])
 def test_every_published_preset_is_told_from_its_tensors(name: str) -> None:
     preset = find_preset(name)
     config = preset.config
