@@ -48,7 +48,7 @@ class OrderedGroup(click.Group):
 @click.group(cls=OrderedGroup, context_settings={**HELP, "max_content_width": 100})
 @click.version_option(package_name="asag")
 def asag() -> None:
-    """Train the sparse detector ASAG, export it to ONNX, build engines, and prove that accuracy survived.
+    """Train sparse detectors, export them to ONNX, build engines, and prove that accuracy survived.
 
     The way of a model:
 

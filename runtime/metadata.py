@@ -120,7 +120,8 @@ class ModelMetadata:
         """
         values: dict[str, Any] = {}
         for key, text in properties.items():
-            if key.startswith(PROPERTY_PREFIX):
+            # Of a damaged file, protobuf gives bytes for what is no text.
+            if isinstance(key, str) and key.startswith(PROPERTY_PREFIX):
                 try:
                     values[key.removeprefix(PROPERTY_PREFIX)] = msgspec.json.decode(text)
                 except (ValueError, TypeError, RecursionError, msgspec.MsgspecError):

@@ -36,7 +36,8 @@ def upgraded_metadata(values: Mapping[str, Any]) -> dict[str, Any]:
 def name_values(graph: Any) -> None:
     """Give the values of the stages, in a graph of schema 1, the names that they would have today, in place.
 
-    graph: an `onnx.GraphProto` whose ops of domain `asag` are not inlined. Raises ValueError where an op is missing.
+    graph: an `onnx.GraphProto` whose ops of domain `asag` are not inlined. Raises ValueError where an op is missing
+    or damaged.
     """
     names: dict[str, str] = {}
     for stage in _STAGES:
@@ -44,8 +45,11 @@ def name_values(graph: Any) -> None:
         node = next((node for node in graph.node if (node.domain, node.op_type) == ("asag", op_type)), None)
         if node is None:
             raise ValueError(f"not an asag model: its graph has no op {op_type}; export it again with `asag export`")
+        values = list(getattr(node, side))
+        if len(values) <= max(places) or not all(isinstance(value, str) for value in values):
+            raise ValueError(f"its op {op_type} is damaged; export it again with `asag export`")
         for place, wanted in zip(places, stage.value_names(), strict=True):
-            found = getattr(node, side)[place]
+            found = values[place]
             names[found] = f"{wanted}_half" if found.endswith("_half") else wanted
             if found.endswith("_half"):
                 names[found.removesuffix("_half")] = wanted

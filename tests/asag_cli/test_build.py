@@ -18,7 +18,7 @@ from export.conversion import convert_file
 from runtime.engines.manifest import read_manifest
 
 if TYPE_CHECKING:
-    from conftest import Command, Workspace
+    from tests.asag_cli.conftest import Command, Workspace
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed")
 

@@ -16,7 +16,7 @@ from asag.deploy import DeployedDetector
 from runtime.metadata import ModelMetadata
 
 if TYPE_CHECKING:
-    from conftest import Command, Workspace
+    from tests.asag_cli.conftest import Command, Workspace
 
 
 def test_export(workspace: Workspace) -> None:
@@ -147,9 +147,8 @@ def test_parity(asag: Command, workspace: Workspace, tmp_path: Path) -> None:
 
 def test_parity_check_fails_for_another_model(asag: Command, workspace: Workspace, tmp_path: Path) -> None:
     """Weights that moved a little: the table says so, and only --check makes it an exit code."""
-    from builders import write_checkpoint
-
     from asag.checkpoint import load_detector
+    from tests.builders import write_checkpoint
 
     detector, info = load_detector(workspace.checkpoint)
     detector.heads["main"].branches.class_logits.bias.data += 0.01

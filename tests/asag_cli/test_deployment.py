@@ -14,7 +14,7 @@ import pytest
 from asag_cli.main import asag as group
 
 if TYPE_CHECKING:
-    from conftest import Command, Workspace
+    from tests.asag_cli.conftest import Command, Workspace
 
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "deployment.md"
 

@@ -15,7 +15,7 @@ from asag_cli.main import main
 from runtime.errors import BackendUnavailableError
 
 if TYPE_CHECKING:
-    from conftest import Command, Workspace
+    from tests.asag_cli.conftest import Command, Workspace
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from asag.families import FAMILIES, all_presets
 from asag_cli.main import asag as root
 
 if TYPE_CHECKING:
-    from conftest import Command
+    from tests.asag_cli.conftest import Command
 
 
 def command_names(group: click.Group = root, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:

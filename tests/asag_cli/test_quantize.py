@@ -14,7 +14,7 @@ from export.conversion import convert_file
 from train.synthetic import write_synthetic_dataset
 
 if TYPE_CHECKING:
-    from conftest import Command, Workspace
+    from tests.asag_cli.conftest import Command, Workspace
 
 DEMO_WEIGHTS = Path(__file__).parents[2] / "checkpoints" / "asag-a-tiny.safetensors"
 

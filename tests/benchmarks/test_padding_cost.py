@@ -58,5 +58,5 @@ def test_an_upright_image_is_padded_or_shrunk(tmp_path: Path) -> None:
 
 
 def test_a_fixed_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="PyTorch checkpoint"):
+    with pytest.raises(ValueError, match="toy gives detections only: stages are seen in a checkpoint"):
         measure_padding(ToySession(), write_toy_dataset(tmp_path / "data", images=1))

@@ -77,6 +77,12 @@ def test_damaged_properties_are_refused(change: dict[str, str], message: str) ->
     assert "\n" not in str(caught.value)
 
 
+def test_keys_that_are_no_text_are_ignored(metadata: ModelMetadata) -> None:
+    """As protobuf gives them for a damaged file."""
+    damaged = {**metadata.to_properties(), b"\xffsag.mean": "1"}
+    assert ModelMetadata.from_properties(damaged) == metadata  # type: ignore[arg-type]
+
+
 def test_missing_field_is_named(metadata: ModelMetadata) -> None:
     properties = metadata.to_properties()
     del properties["asag.choices"]

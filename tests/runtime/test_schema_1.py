@@ -211,6 +211,16 @@ def test_a_graph_without_the_ops_that_tell_the_stages(old: Path, tmp_path: Path)
         read_onnx(tmp_path / "other.onnx")
 
 
+def test_an_op_without_its_values(old: Path, tmp_path: Path) -> None:
+    model = onnx.load(old)
+    for node in model.graph.node:
+        if node.op_type == "PyramidRoIAlign":
+            del node.input[2:]
+    onnx.save(model, tmp_path / "other.onnx")
+    with pytest.raises(ValueError, match=r"other\.onnx: its op PyramidRoIAlign is damaged; export it again"):
+        read_onnx(tmp_path / "other.onnx")
+
+
 def test_an_engine_s_manifest(exported: SmallExport, old: Path) -> None:
     engine = write_engine(old, exported.metadata)
     content = read_json(manifest_path(engine))
