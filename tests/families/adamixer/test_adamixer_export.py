@@ -13,9 +13,10 @@ import torch
 from asag.checkpoint import CheckpointInfo, save_detector
 from asag.deploy import DeployedDetector
 from asag.families.adamixer import ADAMIXER
+from asag.families.adamixer.detector import AdaMixerDetector
 from asag.family import InputSpec
 from asag_cli.main import main
-from export.model import export_onnx
+from export.model import build_onnx, export_onnx
 from runtime import open_session
 from tests.builders import random_picture, uint8_batch
 from tests.families.adamixer.small_detector import random_detector, small_config, small_info
@@ -72,6 +73,19 @@ def test_onnx_runtime_gives_what_pytorch_gives(exported: Path, name: str, tolera
     if name == "float":
         np.testing.assert_array_equal(found["labels"], labels)
         np.testing.assert_allclose(found["boxes"], boxes, rtol=1e-4, atol=1e-4)  # they may reach past the image
+
+
+@pytest.mark.slow
+def test_a_forward_pass_that_fixes_the_number_of_images_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = AdaMixerDetector.start
+
+    def fixed(self: AdaMixerDetector, sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        queries, xyzr = start(self, sizes)
+        return queries[: len(sizes)], xyzr
+
+    monkeypatch.setattr(AdaMixerDetector, "start", fixed)
+    with pytest.raises(ValueError, match="the forward pass fixes the number of images"):
+        build_onnx(DeployedDetector(random_detector(), small_info()))
 
 
 @pytest.mark.slow
