@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs an NVIDIA GPU, in one run. Never changes the GPU's settings. Has not run on a GPU yet.
+# Everything that needs an NVIDIA GPU, in one run. Never changes the GPU's settings.
 #
 #   scripts/gpu_check.sh OUTPUT_FOLDER [CHECKPOINT [COCO_FOLDER]]
 #
