@@ -28,9 +28,9 @@ def sample_pyramid(features: tuple[Tensor, ...], points: Tensor, point_unit: int
     map of W x H cells at stride s spans W*s x H*s pixels; zeros outside.
     """
     batch, queries, groups, count = points.shape[:4]
-    levels = torch.tensor(
-        [math.log2(stride / point_unit) for stride in STRIDES], device=points.device, dtype=points.dtype
-    )
+    # Made where it is needed: numbers copied to a GPU would be waited for. Each stride is twice the one before.
+    first = math.log2(STRIDES[0] / point_unit)
+    levels = torch.arange(len(STRIDES), device=points.device, dtype=points.dtype) + first
     weights = torch.softmax(-((points[..., 2:] - levels) ** 2) / 2, dim=-1)
     weights = weights.transpose(1, 2).reshape(batch * groups, 1, queries, count, len(features))
     places = (points[..., :2] * (2 * point_unit)).transpose(1, 2).reshape(batch * groups, queries, count, 2)
