@@ -9,6 +9,13 @@ import torch
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+DEMO = (4, 16, 16, 32)
+PUBLISHED = (4, 64, 32, 128)
+"""Sizes of SamplingMixing: groups, channels of a group, points, mixed points."""
+
+TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 6e-2}
+"""Of the largest value; bfloat16 keeps 8 bits of every intermediate result that passes through shared memory."""
+
 TORCH_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 

@@ -30,7 +30,10 @@ from runtime.engines.backend import TENSORRT
 from runtime.engines.build import BuildOptions, build_engine
 from tests.builders import random_detector, small_info
 from tests.trt_plugins.kernel_cases import (
+    DEMO,
+    PUBLISHED,
     RELU_IN_PIXELS,
+    TOLERANCE,
     TORCH_TYPES,
     Array,
     mixing_inputs,
@@ -46,10 +49,6 @@ from trt_plugins.operations import OPERATIONS
 from trt_plugins.plugins import register_plugins
 
 pytestmark = pytest.mark.gpu
-
-TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 6e-2}
-PUBLISHED = (4, 64, 32, 128)
-DEMO = (4, 16, 16, 32)
 
 
 def run(

@@ -18,7 +18,10 @@ from asag.ops import (
 )
 from tests.ptx_machine.launch import run_ptx
 from tests.trt_plugins.kernel_cases import (
+    DEMO,
+    PUBLISHED,
     RELU_IN_PIXELS,
+    TOLERANCE,
     Array,
     mixing_inputs,
     probing_inputs,
@@ -30,10 +33,6 @@ from tests.trt_plugins.kernel_cases import (
 )
 
 HALF_TYPES = ("float16", "bfloat16")
-DEMO = (4, 16, 16, 32)
-PUBLISHED = (4, 64, 32, 128)
-TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 6e-2}
-"""Of the largest value; bfloat16 keeps 8 bits of every intermediate result that passes through shared memory."""
 
 Run = Callable[..., list[Array]]
 on_every_machine = pytest.mark.parametrize(
