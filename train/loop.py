@@ -17,7 +17,8 @@ from torch.amp import GradScaler
 from asag.checkpoint import CheckpointInfo, save_detector
 from asag.families import family_of
 from asag.training.protocol import Training
-from runtime.coco_evaluation import CocoFolder, CocoResult
+from runtime.coco_dataset import CocoFolder, open_coco
+from runtime.coco_evaluation import CocoResult, check_measurable
 from runtime.errors import one_line
 from runtime.files import write_json
 from train.averaging import average_of
@@ -26,7 +27,7 @@ from train.config import TrainConfig
 from train.crowdhuman_evaluation import CrowdHumanResult
 from train.dataset import DetectionDataset, open_training_split
 from train.devices import check_gpus, resolve_device
-from train.evaluation import Evaluation, check_categories, check_images, detect, evaluate_detector, open_validation
+from train.evaluation import Evaluation, detect, evaluate_detector
 from train.initialization import starting_detector
 from train.loading import StepSampler, make_loader, steps_per_epoch
 from train.pictures import pictured_images, write_curves, write_grid
@@ -177,24 +178,25 @@ def _check_same_step(processes: Processes, step: int) -> None:
 def _training_data(config: TrainConfig) -> DetectionDataset:
     if config.train_annotations is not None:
         folder = config.train_images or config.train_annotations.parent
-        return DetectionDataset(folder, config.train_annotations, config.skip_missing_images)
+        return DetectionDataset(folder, config.train_annotations, config.skip_missing_images, config.stored_pixels)
     assert config.data is not None
-    return open_training_split(config.data, config.train_split, config.skip_missing_images)
+    return open_training_split(config.data, config.train_split, config.skip_missing_images, config.stored_pixels)
 
 
 def _validation_data(config: TrainConfig, dataset: DetectionDataset) -> CocoFolder | None:
     """The images to evaluate on; None where there are none, or none are wanted."""
     if config.evaluation_interval == 0:
         return None
-    categories = dict(zip(dataset.category_ids, dataset.category_names, strict=True))
     if config.val_annotations is not None:
-        folder = CocoFolder(config.val_images or config.val_annotations.parent, config.val_annotations)
-        check_categories(folder, categories)
+        images = config.val_images or config.val_annotations.parent
+        folder = CocoFolder(images, config.val_annotations, config.stored_pixels).report()
     elif config.data is not None:
-        folder = open_validation(config.data, config.val_split, categories)
+        folder = open_coco(config.data, config.val_split, config.stored_pixels)
     else:
         return None
-    return check_images(folder, config.evaluation_images)
+    folder.with_classes(dataset.category_ids, dataset.category_names, "the classes of the training images")
+    check_measurable(folder, folder.image_ids[: config.evaluation_images])
+    return folder
 
 
 def _announce(run: _Run, report: TrainingReport) -> None:
