@@ -27,6 +27,11 @@ from asag_cli.console import (
 @dataset_options()
 @click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True, help="Images that run together.")
 @click.option("--input-size", type=SizeType(), help="Input of a .safetensors model; other files have theirs fixed.")
+@click.option(
+    "--predictions",
+    type=OUTPUT_FILE,
+    help="Also write the detections in COCO's results format, with the dataset's ids.",
+)
 @click.option("--json", "json_path", type=OUTPUT_FILE, help="Also write the result to this file.")
 @choice_options
 @device_option
@@ -36,6 +41,7 @@ def evaluate(
     dataset: DatasetChoice,
     batch_size: int,
     input_size: tuple[int, int] | None,
+    predictions: Path | None,
     json_path: Path | None,
     choices: dict[str, Any],
     device: str,
@@ -44,16 +50,17 @@ def evaluate(
     """Evaluate MODEL (.onnx, .engine or .safetensors) with COCO's average precision."""
     from rich.table import Table
 
-    from runtime.coco_evaluation import evaluate_session
+    from runtime.coco_evaluation import evaluate_session, results
     from runtime.files import write_json
     from runtime.opening import open_session
 
     folder = dataset.open()
     with open_session(model, device=device, threads=threads, input_size=input_size, choices=choices) as session:
         with progress_bar("evaluating") as advance:
-            result, _ = evaluate_session(
+            result, found = evaluate_session(
                 session, folder, folder.image_ids[: dataset.images], batch_size, advance, dataset.classes
             )
+        metadata = session.metadata
         title = f"{model.name} ({session.backend}, {session.precision}) on {result.images} images"
     values = result.to_json()
     table = Table(title=title)
@@ -62,5 +69,7 @@ def evaluate(
         table.add_column(name, justify="right")
     table.add_row(*("-" if value is None else f"{value:.3f}" for value in cells.values()))
     console.print(table)
+    if predictions is not None:
+        write_json(predictions, results(folder.for_model(metadata, dataset.classes), found), indent=None)
     if json_path is not None:
         write_json(json_path, {"model": str(model), "dataset": str(dataset.folder), "split": dataset.split, **values})

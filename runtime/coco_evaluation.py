@@ -109,6 +109,16 @@ def check_measurable(dataset: CocoFolder, image_ids: Sequence[Id]) -> None:
     dataset.check_images(image_ids)
 
 
+def results(dataset: CocoFolder, detections: Mapping[Id, Detections]) -> list[dict[str, Any]]:
+    """Detections in COCO's results format with the data set's own ids; those of classes that it lacks are left out."""
+    return [
+        {**record, "category_id": dataset.category_id(record["category_id"])}
+        for image_id, found in detections.items()
+        for record in coco_records(image_id, found)
+        if record["category_id"] in dataset.category_ids
+    ]
+
+
 def coco_records(image_id: Id, detections: Detections) -> list[dict[str, Any]]:
     """Detections in COCO's results format: ``image_id``, ``category_id``, ``bbox`` (x, y, width, height), ``score``."""
     boxes = detections.boxes.astype(np.float64)

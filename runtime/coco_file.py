@@ -89,8 +89,8 @@ class CocoAnnotations:
 
     ``categories`` are in the order of their ids. ``places`` [n] int64 are the objects' images, as places in
     ``images``; ``labels`` [n] int64 their classes, as places in ``categories``; ``boxes`` [n, 4] float64 are x, y,
-    width and height in pixels, not clipped; ``areas`` [n] float64 decide between small, medium and large; ``crowd`` [n] bool
-    marks regions where nothing counts (``iscrowd`` or ``ignore``).
+    width and height in pixels, not clipped; ``areas`` [n] float64 decide between small, medium and large; ``crowd`` [n]
+    bool marks regions where nothing counts (``iscrowd`` or ``ignore``).
     """
 
     path: Path
