@@ -23,6 +23,9 @@ from runtime.errors import one_line
 Id = int | str
 """An id as a file states it. 7 and "7" are the same id."""
 
+FEWEST_TO_JUDGE, MOST_OUTSIDE = 10, 1 / 3
+"""So many boxes, and this share of them out of their images, tell that a file's boxes are corners."""
+
 _REQUIRED: dict[str, dict[str, tuple[type, ...]]] = {
     "images": {"id": (int, str), "file_name": (str,), "height": (int, float), "width": (int, float)},
     "categories": {"id": (int, str), "name": (str,)},
@@ -256,6 +259,7 @@ class _Objects:
         roots = _root_categories(content["categories"], [key_of(self.categories[label].id) for label in used])
         kept = [category for category in self.categories if key_of(category.id) not in roots]
         new_labels = {label: kept.index(self.categories[label]) for label in used}
+        self._check_units()
         self.rows.sort(key=lambda row: row[0])
         return CocoAnnotations(
             path=self.path,
@@ -275,6 +279,26 @@ class _Objects:
                 root_categories=tuple(category.name for category in self.categories if category not in kept),
             ),
         )
+
+    def _check_units(self) -> None:
+        """ValueError where the boxes as a whole are not x, y, width and height in pixels."""
+        if not self.rows:
+            return
+        boxes = np.array([row[2] for row in self.rows])
+        ends = boxes[:, :2] + boxes[:, 2:]
+        if (ends <= 1).all():
+            raise ValueError(
+                f"{self.path}: every box ends within the first pixel: they look like fractions of the image, and COCO's"
+                " are pixels"
+            )
+        sides = np.array([(self.images[row[0]].width, self.images[row[0]].height) for row in self.rows])
+        outside = (ends > sides + 1).any(axis=1).mean()
+        corners = ((boxes[:, 2:] > boxes[:, :2]) & (boxes[:, 2:] <= sides + 1)).all()
+        if len(boxes) >= FEWEST_TO_JUDGE and corners and outside > MOST_OUTSIDE:
+            raise ValueError(
+                f"{self.path}: {outside:.0%} of the boxes reach out of their images, and all fit as corners: they look"
+                " like x1, y1, x2, y2, and COCO's are x, y, width, height"
+            )
 
     def _flag(self, entry: Mapping[str, Any], name: str, index: int) -> bool:
         value = entry.get(name)

@@ -34,7 +34,7 @@ from train.pictures import pictured_images, write_curves, write_grid
 from train.processes import Processes, joined_processes
 from train.record import git_revision, versions
 from train.reporting import EVALUATIONS_FILE, LOSSES_FILE, TrainingReport
-from train.schedule import build_optimizer, build_schedule, evaluation_interval
+from train.schedule import build_optimizer, build_schedule, evaluation_interval, warmup_steps
 from train.step import Piece, StepMaker, feature_precision, prepare_detector
 from train.transforms import RandomCrop, TrainingTransform
 
@@ -213,6 +213,12 @@ def _announce(run: _Run, report: TrainingReport) -> None:
     if run.state.step:
         report.say(f"resumed after step {run.state.step}")
     report.say(f"{run.total_steps} steps of {min(config.batch_size, len(run.dataset))} images{cut} on {run.device}")
+    warmup = warmup_steps(config, run.total_steps)
+    if warmup < config.warmup_steps:
+        report.say(
+            f"a short run: the warm-up takes {warmup} steps, not {config.warmup_steps}, and few detectors learn in so"
+            " little; --steps or --epochs ask for more"
+        )
 
 
 def _say_what_is_kept(run: _Run, report: TrainingReport) -> None:
@@ -245,10 +251,12 @@ def _make_steps(run: _Run, report: TrainingReport, began: float) -> Evaluation |
             seconds = maker.timer.take() if maker.timer.enabled else {"step": worked}
             report.line(step, run.epoch(step - 1), learning_rate, {"data": waited, **seconds})
             waited = worked = 0.0
-        if stopping or step % config.checkpoint_interval == 0:
+        evaluate_now = run.validation is not None and _due(step, run.total_steps, evaluating)
+        # Before an evaluation too: whatever fails there, the steps are kept.
+        if stopping or evaluate_now or step % config.checkpoint_interval == 0:
             _save(run, report, required=stopping)
             saved = True
-        if run.validation is not None and _due(step, run.total_steps, evaluating):
+        if evaluate_now and run.validation is not None:
             evaluation, evaluated = _evaluate(run, run.validation, report), True
         if run.validation is not None and _due(step, run.total_steps, config.picture_interval):
             _picture(run, run.validation, report)

@@ -246,3 +246,15 @@ def test_any_file_evaluates_perfect_detections_to_1_or_is_one_line(tmp_path: Pat
         return
     ap = perfect_ap(path)
     assert np.isnan(ap) if found.crowd.all() else ap == pytest.approx(1)
+
+
+def test_boxes_in_other_units_are_refused(tmp_path: Path) -> None:
+    fractions = write_split(tmp_path / "a", [entry(1, (0.1, 0.2, 0.5, 0.5)), entry(2, (0, 0, 1, 1))], IMAGES)
+    with pytest.raises(ValueError, match="they look like fractions of the image"):
+        read_coco_file(fractions)
+    corners = write_split(tmp_path / "b", [entry(1, (20 + i, 10, 58, 39)) for i in range(10)])
+    with pytest.raises(ValueError, match=r"100% of the boxes reach out .* they look like x1, y1, x2, y2"):
+        read_coco_file(corners)
+    assert (
+        len(read_coco_file(write_split(tmp_path / "c", [entry(1, (20 + i, 10, 58, 39)) for i in range(9)])).boxes) == 9
+    )
