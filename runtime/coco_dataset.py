@@ -198,7 +198,7 @@ def check_size(
     if not stored_pixels and size == stated[::-1] == picture_size(path, stored_pixels=True)[::-1]:
         raise ValueError(
             f"{text}its EXIF orientation turns the picture, and the annotations were made on the pixels as stored;"
-            " --stored-pixels reads all pictures so"
+            " --stored-pixels (in training, --set stored_pixels=true) reads all pictures so"
         )
     raise ValueError(f"{text}the annotations belong to another picture")
 
