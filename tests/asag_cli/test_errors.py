@@ -72,7 +72,7 @@ CASES = [
     ("evaluate {onnx} --data {data} --input-size 320x320", "input size fixed"),
     ("parity {checkpoint} --data {data}", "Missing argument 'CANDIDATES...'"),
     ("parity {checkpoint} {bad}/no.onnx --data {data}", "'{bad}/no.onnx' does not exist"),
-    ("parity {checkpoint} {other} --data {data}", "differ in category_names"),
+    ("parity {checkpoint} {other} --data {data}", "differ in category_ids"),
     ("bench {onnx} --images {bad}/empty", "no images in the folder {bad}/empty"),
     ("bench {onnx} --images {bad}/no.jpg", "{bad}/no.jpg"),
     ("build {bad}/no.onnx -o {out}.engine", "'{bad}/no.onnx' does not exist"),
