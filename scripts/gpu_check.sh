@@ -145,7 +145,7 @@ print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")'
 echo "GPU: ${gpu:-none}"
 summarize
 
-runs="click rich msgspec numpy PIL torch torchvision safetensors"
+runs="anyascii click rich msgspec numpy PIL torch torchvision safetensors"
 writes="$runs onnx onnxscript ml_dtypes"
 kernels="numpy torch torchvision cuda.bindings"
 tests="gpu pytest hypothesis $writes $kernels onnxruntime"
