@@ -265,7 +265,7 @@ def test_mixing_is_timed_at_three_numbers_of_queries() -> None:
     )
     assert all(case.shapes[4][1] == case.sizes.queries for case in mixing)
     for group in groups:
-        assert len({(case.name, case.level, case.element, str(case.shapes)) for case in group}) == 1
+        assert len({(case.name, case.part, case.element, str(case.shapes)) for case in group}) == 1
 
 
 @pytest.mark.gpu
