@@ -174,7 +174,7 @@ AIMS = (
     Aim("SamplingMixing is 5 times faster than its steps", "SamplingMixing", 5, False, _than(DEFINITION)),
     Aim("SamplingMixing reaches half of the GPU's limit", "SamplingMixing", 0.5, False, _share_of_limit),
     Aim(f"{_ATTENTION} is 3 times faster than grid_sample", _ATTENTION, 3, False, _than(DEFINITION)),
-    Aim(f"{_ATTENTION} reaches half of the GPU's limit", _ATTENTION, 0.5, False, _share_of_limit),
+    Aim(f"{_ATTENTION} reaches half of its limit", _ATTENTION, 0.5, False, _share_of_limit),
 )
 
 

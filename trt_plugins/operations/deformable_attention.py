@@ -73,7 +73,7 @@ def _lanes(channels: int, element: str) -> int:
 
 def _work(shapes: Sequence[Sequence[int]], attributes: Attributes) -> Work:
     """Four cells for each point, each channel of which is multiplied and added."""
-    value, locations, _ = shapes
+    value, locations = shapes[:2]
     taps = math.prod(locations[:4]) * value[3] * _TAPS
     return Work(2.0 * taps, min(math.prod(value), taps))
 
