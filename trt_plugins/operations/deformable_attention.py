@@ -58,7 +58,7 @@ def _layout(shapes: Sequence[Shape], attributes: Attributes, element: str, tenso
         "LEVEL_SHAPES": ",".join(map(str, sides)),
         "LEVEL_POINTS": ",".join(map(str, counts)),
     }
-    # Neighbours in a block find each other's cells in the cache; a decoder's few queries need all multiprocessors first.
+    # Neighbours in a block find each other's cells in the cache, but few queries must reach all multiprocessors first.
     threads = 256 if queries * heads * lanes > 1 << 16 else 64
     blocks = -(-queries * heads // (threads // lanes))
     return Layout(constants, (blocks, locations[0], 1), threads)
@@ -80,7 +80,7 @@ def _work(shapes: Sequence[Sequence[int]], attributes: Attributes) -> Work:
 
 def _sample(random: np.random.Generator, shapes: Sequence[Sequence[int]], attributes: Attributes) -> list[Array]:
     """Queries in the order of the cells, each with points a few cells around its place on every level."""
-    value, locations, weights = (tuple(shape) for shape in shapes)
+    value, weights = tuple(shapes[0]), tuple(shapes[2])
     batch, queries, heads, points = weights
     sides = np.array(attributes["level_shapes"]).reshape(-1, 2)
     levels = np.repeat(np.arange(len(sides)), attributes["level_points"])
