@@ -41,7 +41,7 @@ def _layout(shapes: Sequence[Shape], attributes: Attributes, element: str, tenso
         raise ValueError(
             f"MultiScaleDeformableAttention has {cells} cells and {points} points, not those of its levels"
         )
-    lanes = _lanes(channels, element)
+    lanes = _lanes(channels)
     if lanes > 32 or cells > _MOST_CELLS or cells * heads * channels >= 1 << 32:
         raise ValueError(
             f"MultiScaleDeformableAttention has no kernel for {cells} cells with {heads} heads of {channels} channels; "
@@ -64,10 +64,9 @@ def _layout(shapes: Sequence[Shape], attributes: Attributes, element: str, tenso
     return Layout(constants, (blocks, locations[0], 1), threads)
 
 
-def _lanes(channels: int, element: str) -> int:
-    """Threads for the channels of one query and head: each moves at most 16 bytes at once; a power of two."""
-    size = 4 if element == "float32" else 2
-    together = max(count for count in (1, 2, 4, 8) if channels % count == 0 and count * size <= 16)
+def _lanes(channels: int) -> int:
+    """Threads for the channels of one query and head, a power of two; each takes as many channels, at most eight."""
+    together = math.gcd(channels, 8)
     return 1 << (channels // together - 1).bit_length()
 
 
