@@ -13,8 +13,8 @@ from torch import Tensor
 import asag.ops.cuda
 from asag.deploy import DeployedDetector
 from asag.ops import (
-    deformable_attention_definition,
     definitions_only,
+    deformable_attention_definition,
     gather_anchors_definition,
     sampling_mixing_definition,
 )
