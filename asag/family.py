@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from asag.published import PublishedFormat
     from asag.training.protocol import Training
 
-Kind = Literal["maps", "boxes", "points", "places", "queries", "scores", "valid"]
+Kind = Literal["maps", "boxes", "points", "places", "cells", "queries", "scores", "valid"]
 """What a value is, and so how it is compared and drawn:
 
 - maps: feature maps [B, C, H, W];
