@@ -23,6 +23,7 @@ Kind = Literal["maps", "boxes", "points", "places", "cells", "queries", "scores"
 - boxes: `cxcywh` [B, N, 4], or [B, N, 5] with a confidence in 0..1;
 - points: [B, N, 2] (x, y);
 - places: [B, N, 2] int64 (x, y), cells of a map; see :attr:`Value.cell`;
+- cells: [B, N] int64, cells of all maps of the features, counted row by row, one map after another;
 - queries: vectors [B, N, C];
 - scores: logits [B, N, classes], compared and drawn after the sigmoid;
 - valid: [B, N] bool, which of the stage's rows exist.

@@ -61,9 +61,7 @@ class DeformableAttention(nn.Module):
             locations = places[..., :2] + offsets / self.points * places[..., 2:] * 0.5
         return Sampling(locations.flatten(3, 4), weights)
 
-    def forward(
-        self, queries: Tensor, references: Tensor, memory: Tensor, levels: Levels
-    ) -> tuple[Tensor, Sampling]:
+    def forward(self, queries: Tensor, references: Tensor, memory: Tensor, levels: Levels) -> tuple[Tensor, Sampling]:
         """memory: [B, T, C], the tokens of `levels`, of which those of the padding give nothing; the others as in
         :meth:`sampling`.
         """

@@ -64,14 +64,12 @@ class PlacedSelfAttention(nn.Module):
     def __init__(self, channels: int, heads: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.heads, self.dropout = heads, dropout
-        self.query_key = nn.Linear(channels, 2 * channels)
-        self.value = nn.Linear(channels, channels)
-        self.output_projection = nn.Linear(channels, channels)
+        self.query, self.key, self.value, self.output_projection = (nn.Linear(channels, channels) for _ in range(4))
 
     def forward(self, tokens: Tensor, position: Tensor) -> Tensor:
         """Both [B, N, C]; the position is added to what queries and keys are made of."""
-        query, key = self.query_key(tokens + position).chunk(2, dim=-1)
-        parts = (query, key, self.value(tokens))
+        placed = tokens + position
+        parts = (self.query(placed), self.key(placed), self.value(tokens))
         query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
         dropped = self.dropout if self.training else 0.0
         attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropped)

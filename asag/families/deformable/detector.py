@@ -61,9 +61,7 @@ class DeformableDetector(Detector):
         if config.sparse:
             self.token_scorer = TokenScorer(channels)
         if config.encoder_heads:
-            self.encoder_heads = nn.ModuleList(
-                Head(channels, config.classes) for _ in range(size.encoder_layers - 1)
-            )
+            self.encoder_heads = nn.ModuleList(Head(channels, config.classes) for _ in range(size.encoder_layers - 1))
         self._initialize()
 
     def _initialize(self) -> None:
@@ -79,7 +77,7 @@ class DeformableDetector(Detector):
             (layer.attention if hasattr(layer, "attention") else layer.cross_attention).initialize()
         if not self.config.two_stage:
             nn.init.zeros_(self.reference_points.bias)
-            nn.init.constant_(self.heads[0].box_deltas[-1].bias[2:], -2.0)
+            self.head(0).start_small()
 
     def features(self, images: Tensor) -> list[Tensor]:
         """Images -> P3..P6, each [B, C, h, w]; in float32 where autocast made them less."""
@@ -88,11 +86,13 @@ class DeformableDetector(Detector):
 
     def head(self, layer: int) -> Head:
         """What tells the classes and boxes of a decoder layer."""
-        return self.heads[layer if self.config.head_per_layer else 0]
+        head = self.heads[layer if self.config.head_per_layer else 0]
+        assert isinstance(head, Head)
+        return head
 
     def encoder_head(self) -> Head:
         """What tells the classes and boxes of the encoder's tokens."""
-        return self.proposal_head if self.config.head_per_layer else self.heads[0]
+        return self.proposal_head if self.config.head_per_layer else self.head(0)
 
     def scores_of_tokens(self, source: Tensor, position: Tensor, levels: Levels, usable: Tensor) -> Tensor:
         """[B, T], how much a sparse encoder wants each token."""
@@ -136,8 +136,8 @@ class DeformableDetector(Detector):
             values = {"queries": content}
             if self.config.refine_boxes and number < last:
                 values["boxes"] = self.head(number).boxes(content, inverse_sigmoid(references))
-            content, *boxes = stage(f"decoder_{number}", **values)
-            references = boxes[0] if boxes else references
+            content, *refined = stage(f"decoder_{number}", **values)
+            references = refined[0] if refined else references
         head = self.head(last)
         boxes = head.boxes(content, inverse_sigmoid(references))
         if self.config.clip_boxes:
