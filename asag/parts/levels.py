@@ -59,7 +59,7 @@ class Levels:
         return torch.cat([part + own for part, own in zip(parts, of_level, strict=True)], dim=1)
 
     def on_maps(self, places: Tensor) -> Tensor:
-        """Points or `cxcywh` boxes as fractions of the content [B, N, n] -> of the padded maps, [B, N, L, n]; n: 2 or 4."""
+        """Points or `cxcywh` boxes [B, N, 2 or 4], fractions of the content -> [B, N, L, 2 or 4], of padded maps."""
         ratios = self.ratios.repeat(1, 1, places.shape[-1] // 2)
         return places.unsqueeze(2) * ratios.unsqueeze(1)
 

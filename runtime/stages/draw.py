@@ -131,9 +131,9 @@ class _Reader:
 
     def places(self, stage: Stage) -> NDArray[np.float64] | None:
         """The squares [N, 4] that a stage cut out, or its cells, `xyxy`; None where it has neither."""
-        _, cells = self._value(stage, "cells")
-        if cells is not None:
-            return self._cells()[self._existing(stage, cells)] * self._scale["input"]
+        _, numbers = self._value(stage, "cells")
+        if numbers is not None:
+            return self._cells()[self._existing(stage, numbers)] * self._scale["input"]
         value, corners = self._value(stage, "places")
         if value is None or corners is None:
             return None

@@ -32,6 +32,17 @@ class DecoderLayer(nn.Module):
         self.feed_forward = FeedForward(size.channels, size.feed_forward, "relu", config.dropout)
         self.dropout = nn.Dropout(config.dropout)
 
+    def attend(self, queries: Tensor, position: Tensor) -> Tensor:
+        """Queries of an image see one another: both [B, N, C] -> [B, N, C]."""
+        return self.self_attention_norm(queries + self.dropout(self.self_attention(queries, position)))
+
+    def look(
+        self, queries: Tensor, position: Tensor, references: Tensor, memory: Tensor, levels: Levels
+    ) -> tuple[Tensor, Sampling]:
+        """What follows, of every query alone; arguments as in :meth:`forward`."""
+        found, sampling = self.cross_attention(queries + position, references, memory, levels)
+        return self.feed_forward(self.cross_attention_norm(queries + self.dropout(found))), sampling
+
     def forward(
         self, queries: Tensor, position: Tensor, references: Tensor, memory: Tensor, levels: Levels
     ) -> tuple[Tensor, Sampling]:
@@ -39,11 +50,7 @@ class DecoderLayer(nn.Module):
 
         Also returns where the queries looked.
         """
-        attended = self.self_attention(queries, position)
-        queries = self.self_attention_norm(queries + self.dropout(attended))
-        found, sampling = self.cross_attention(queries + position, references, memory, levels)
-        queries = self.cross_attention_norm(queries + self.dropout(found))
-        return self.feed_forward(queries), sampling
+        return self.look(self.attend(queries, position), position, references, memory, levels)
 
 
 class Head(nn.Module):

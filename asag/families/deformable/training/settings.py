@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from asag.training.recollection import check_recollection
+
 
 @dataclass(frozen=True)
 class DeformableSettings:
     """Fields of a training configuration beside those of every family."""
+
+    recollection: str = "none"
+    """Which earlier queries a decoder layer trains on, see :mod:`asag.training.recollection`."""
+
+    def __post_init__(self) -> None:
+        check_recollection(self.recollection)
