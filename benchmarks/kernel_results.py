@@ -35,14 +35,14 @@ class Timing:
 
 
 def least_work(case: Case) -> StageWork:
-    """What one launch has to do: inputs and outputs once, of the maps what it reads at most, and the arithmetic."""
+    """What one launch has to do: inputs and outputs once, of what is sampled as much as it reads at most, and the arithmetic."""
     operation = OPERATIONS[case.name]
     work = operation.work(case.shapes, case.attributes)
     shapes = [*case.shapes, *operation.output_shapes(case.shapes, case.attributes)]
     tensors = [*operation.inputs, *operation.outputs]
     moved = work.map_values * ITEM_SIZES[case.element] + sum(
         float(np.prod(shape)) * ITEM_SIZES[tensor.resolve(case.element)]
-        for tensor, shape in list(zip(tensors, shapes, strict=True))[operation.maps :]
+        for tensor, shape in list(zip(tensors, shapes, strict=True))[operation.sampled :]
     )
     single, half = (work.operations, 0.0) if case.element == "float32" else (0.0, work.operations)
     return StageWork(case.name, single, half, moved)

@@ -1,0 +1,108 @@
+"""MultiScaleDeformableAttention: each query's weighted samples of all levels, head by head."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from trt_plugins.operations.description import (
+    Array,
+    Attributes,
+    Dimension,
+    Layout,
+    Operation,
+    Shape,
+    Tensor,
+    Work,
+    fixed,
+)
+
+THREADS = 256
+
+_TAPS = 4
+"""Cells under a sample."""
+
+_MOST_CELLS = 1 << 22
+"""The kernel counts cells in float32."""
+
+
+def _output_shapes(shapes: Sequence[Shape], attributes: Attributes) -> list[list[Dimension]]:
+    value, locations, _ = shapes
+    return [[locations[0], locations[1], value[2] * value[3]]]
+
+
+def _layout(shapes: Sequence[Shape], attributes: Attributes, element: str, tensor_cores: bool) -> Layout:
+    value, locations, _ = shapes
+    cells, heads, channels = (fixed(value[axis], f"axis {axis} of the value") for axis in (1, 2, 3))
+    points = fixed(locations[3], "the number of points")
+    sides, counts = attributes["level_shapes"], attributes["level_points"]
+    found = sum(height * width for height, width in zip(sides[::2], sides[1::2], strict=False))
+    if len(sides) != 2 * len(counts) or (found, sum(counts)) != (cells, points) or min(*sides, *counts) < 1:
+        raise ValueError(f"MultiScaleDeformableAttention has {cells} cells and {points} points, not those of its levels")
+    lanes = _lanes(channels, element)
+    if lanes > 32 or cells > _MOST_CELLS or cells * heads * channels >= 1 << 32:
+        raise ValueError(
+            f"MultiScaleDeformableAttention has no kernel for {cells} cells with {heads} heads of {channels} channels; "
+            "use the op's ONNX body"
+        )
+    constants: dict[str, str | int] = {
+        "CELLS": cells,
+        "HEADS": heads,
+        "CHANNELS": channels,
+        "POINTS": points,
+        "LANES": lanes,
+        "LEVELS": len(counts),
+        "LEVEL_SHAPES": ",".join(map(str, sides)),
+        "LEVEL_POINTS": ",".join(map(str, counts)),
+    }
+    pairs = THREADS // lanes
+    blocks = (locations[1] * heads + (pairs - 1)) // pairs
+    return Layout(constants, (blocks, locations[0], 1), THREADS, (locations[1],))
+
+
+def _lanes(channels: int, element: str) -> int:
+    """Threads for the channels of one query and head: each moves at most 16 bytes at once; a power of two."""
+    size = 4 if element == "float32" else 2
+    together = max(count for count in (1, 2, 4, 8) if channels % count == 0 and count * size <= 16)
+    return 1 << (channels // together - 1).bit_length()
+
+
+def _work(shapes: Sequence[Sequence[int]], attributes: Attributes) -> Work:
+    """Four cells for each point, each channel of which is multiplied and added."""
+    value, locations, _ = shapes
+    taps = math.prod(locations[:4]) * value[3] * _TAPS
+    return Work(2.0 * taps, min(math.prod(value), taps))
+
+
+def _sample(random: np.random.Generator, shapes: Sequence[Sequence[int]], attributes: Attributes) -> list[Array]:
+    """Queries in the order of the cells, each with points a few cells around its place on every level."""
+    value, locations, weights = (tuple(shape) for shape in shapes)
+    batch, queries, heads, points = weights
+    sides = np.array(attributes["level_shapes"]).reshape(-1, 2)
+    levels = np.repeat(np.arange(len(sides)), attributes["level_points"])
+    cell = np.linspace(0, value[1] - 1, queries).astype(np.int64)
+    own = [np.stack(np.divmod(np.arange(height * width), width)[::-1], -1) + 0.5 for height, width in sides]
+    centres = np.concatenate([places / side[::-1] for places, side in zip(own, sides, strict=True)])[cell]
+    offsets = random.normal(size=(batch, queries, heads, points, 2)) * 2 / sides[levels][:, ::-1]
+    shares = np.exp(random.standard_normal(weights))
+    return [
+        random.standard_normal(value, np.float32),
+        (centres[None, :, None, None] + offsets).astype(np.float32),
+        (shares / shares.sum(-1, keepdims=True)).astype(np.float32),
+    ]
+
+
+DEFORMABLE_ATTENTION = Operation(
+    name="MultiScaleDeformableAttention",
+    snake_name="deformable_attention",
+    inputs=(Tensor("value", "element", sampled=True), Tensor("locations", "float32"), Tensor("weights", "element")),
+    outputs=(Tensor("attended", "element"),),
+    attributes=(("level_shapes", tuple), ("level_points", tuple)),
+    output_shapes=_output_shapes,
+    layout=_layout,
+    sample=_sample,
+    work=_work,
+    half_inputs=(0, 2),
+)
