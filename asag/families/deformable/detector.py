@@ -100,7 +100,7 @@ class DeformableDetector(Detector):
 
     def learned_queries(self, images: int) -> Queries:
         """The same for each image."""
-        position, content = self.query_embedding.unsqueeze(0).expand(images, -1, -1).chunk(2, dim=-1)
+        position, content = self.query_embedding.expand(images, -1, -1).chunk(2, dim=-1)
         return Queries(content, position, self.reference_points(position).sigmoid())
 
     def best_tokens(self, logits: Tensor) -> Tensor:
