@@ -20,13 +20,15 @@ def deformable_attention_definition(
     value: [B, S, M, D], the cells of all levels row by row, of M heads; locations: [B, Q, M, N, 2] (x, y) as fractions
     of a level's map, 0 the outer edge of its first cell, 1 that of its last; weights: [B, Q, M, N]; level_shapes:
     height and width of each level, S cells in all; level_points: a head's points on each level, N in all, the levels
-    one after another -> [B, Q, M*D]. Cells outside a map are zeros. Samples are taken and summed in the type of the
-    locations; the result has the type of `value`. Raises ValueError where the levels do not fit the tensors.
+    one after another -> [B, Q, M*D]. Cells outside a map are zeros, and so is what a place that is no number samples.
+    Samples are taken and summed in the type of the locations; the result has the type of `value`. Raises ValueError
+    where the levels do not fit the tensors.
     """
     check_levels(value.shape[1], locations.shape[3], level_shapes, level_points)
     batch, heads = value.shape[0], value.shape[2]
     cells = [height * width for height, width in zip(level_shapes[::2], level_shapes[1::2], strict=True)]
-    places = (2 * locations - 1).transpose(1, 2).flatten(0, 1)
+    # Beyond these bounds lies nothing of any map.
+    places = (2 * locations.clamp(-1, 2).nan_to_num(-1) - 1).transpose(1, 2).flatten(0, 1)
     shares = weights.to(locations.dtype).transpose(1, 2).flatten(0, 1).unsqueeze(1)
     total = locations.new_zeros(())
     points = list(level_points)
@@ -36,7 +38,7 @@ def deformable_attention_definition(
         maps = maps.unflatten(-1, tuple(level_shapes[2 * level : 2 * level + 2]))
         sampled = F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
         total = total + (sampled * share).sum(-1)
-    return total.unflatten(0, (batch, heads)).permute(0, 3, 1, 2).flatten(2).to(value.dtype)
+    return total.unflatten(0, (batch, heads)).permute(0, 3, 1, 2).flatten(2).to(value.dtype).contiguous()
 
 
 def check_levels(cells: int, points: int, level_shapes: Sequence[int], level_points: Sequence[int]) -> None:

@@ -44,5 +44,5 @@ def _(scores: Tensor, counts: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
 
 def select_tokens(scores: Tensor, counts: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     """:func:`select_tokens_definition`, as one op. A choice has no gradient."""
-    indices, active = torch.ops.asag.select_tokens(scores.detach(), counts, capacity)
+    indices, active = torch.ops.asag.select_tokens(scores.detach().float(), counts.long(), capacity)
     return indices, active

@@ -27,9 +27,7 @@ def MultiScaleDeformableAttention(  # noqa: N802
     firsts = op.CumSum(heights * widths, op.Constant(value_int=0), exclusive=1)
     ends = op.CumSum(op.Constant(value_ints=level_points), op.Constant(value_int=0))
     point = op.Unsqueeze(op.Range(0, op.Squeeze(op.Shape(locations, start=3, end=4)), 1), op.Constant(value_ints=[1]))
-    level = op.ReduceSum(
-        op.Cast(point >= ends, to=TensorProto.INT64), op.Constant(value_ints=[1]), keepdims=0
-    )
+    level = op.ReduceSum(op.Cast(point >= ends, to=TensorProto.INT64), op.Constant(value_ints=[1]), keepdims=0)
     width = op.Gather(widths, level, axis=0)
     columns = op.Cast(width, to=TensorProto.FLOAT)
     lines = op.Cast(op.Gather(heights, level, axis=0), to=TensorProto.FLOAT)
@@ -70,7 +68,8 @@ def MultiScaleDeformableAttention(  # noqa: N802
         op.Unsqueeze(share_top * share_right, row), op.Gather(rows, (top_line + column_right) * heads + head, axis=0)
     )
     attended = attended + op.MatMul(
-        op.Unsqueeze(share_bottom * share_left, row), op.Gather(rows, (bottom_line + column_left) * heads + head, axis=0)
+        op.Unsqueeze(share_bottom * share_left, row),
+        op.Gather(rows, (bottom_line + column_left) * heads + head, axis=0),
     )
     attended = attended + op.MatMul(
         op.Unsqueeze(share_bottom * share_right, row),

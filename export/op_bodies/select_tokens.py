@@ -7,9 +7,7 @@ from onnxscript import BOOL, FLOAT, INT64, graph, script
 from export.op_bodies.domain import asag_opset, op
 
 # What a float32 is for each of its exponents, without mantissa: 0 for what has no implied bit, infinity for the last.
-EXPONENTS = numpy_helper.from_array(
-    (np.arange(256, dtype=np.uint32) << 23).view(np.float32), "float32_by_exponent"
-)
+EXPONENTS = numpy_helper.from_array((np.arange(256, dtype=np.uint32) << 23).view(np.float32), "float32_by_exponent")
 BITS = numpy_helper.from_array(2 ** np.arange(31, -1, -1, dtype=np.int64), "bits_from_the_highest")
 
 

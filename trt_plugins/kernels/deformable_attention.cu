@@ -1,16 +1,17 @@
 // MultiScaleDeformableAttention: each query's weighted samples of all levels, head by head.
 //
-// Grid (pairs of query and head / pairs of a block, images). LANES neighbouring threads serve one pair, each some of its
+// Grid (pairs of query and head / those of a block, images). LANES neighbouring threads serve one pair, each some of its
 // channels. What a point asks for, four cells and their weights, is worked out by one of them and read by all: in rounds
 // of LANES points, through shared memory that no other warp sees. Pairs follow each other as in memory, heads fastest,
 // so that neighbouring heads of a cell, which lie in different banks of the cache, are read together.
-// Compile-time constants: ELEMENT, CELLS (of all levels), HEADS, CHANNELS (of a head), POINTS (of all levels), LANES,
+// Compile-time constants: ELEMENT, QUERIES, CELLS (of all levels), HEADS, CHANNELS (of a head), POINTS (of all levels), LANES,
 // LEVELS, LEVEL_SHAPES (height, width, ..), LEVEL_POINTS, THREADS.
 #include "device.cuh"
 
 constexpr int TAPS = 4;  // cells under a sample
 constexpr int TOGETHER = PacketSize<ELEMENT, CHANNELS>::value;
-constexpr int PAIRS = THREADS / LANES;
+constexpr int PAIRS = QUERIES * HEADS;  // of query and head, in an image
+constexpr int PAIRS_AT_ONCE = THREADS / LANES;
 constexpr unsigned CELL_STEP = HEADS * CHANNELS;  // elements between neighbouring cells
 // Adding it rounds a float to a whole number, which then is the difference of the bits: no slow conversions.
 constexpr float ROUNDER = 12582912.0f;  // 1.5 * 2^23
@@ -24,7 +25,8 @@ using Cell = Bundle<ELEMENT, TOGETHER>;
 
 // Of the level of a point.
 struct alignas(16) Level {
-    float width, height, first;  // cells; `first` is the level's first cell
+    float width, height;
+    float first;  // cell of all levels, over ROUNDER
     float unused;
 };
 
@@ -42,7 +44,8 @@ __device__ void find_levels(Level* levels) {
         Level level{};
 #pragma unroll
         for (int number = 0; number < LEVELS; ++number) {
-            if (point >= first_point) level = Level{float(SHAPES[2 * number + 1]), float(SHAPES[2 * number]), float(first)};
+            const float width = SHAPES[2 * number + 1], height = SHAPES[2 * number];
+            if (point >= first_point) level = Level{width, height, ROUNDER + first, 0.0f};
             first_point += COUNTS[number];
             first += SHAPES[2 * number] * SHAPES[2 * number + 1];
         }
@@ -72,7 +75,7 @@ __device__ __forceinline__ Taps find_taps(Packet<float, 2> place, float weight, 
         const float row = y[below] * level.width + level.first;
 #pragma unroll
         for (int beside = 0; beside < 2; ++beside) {
-            const unsigned cell = __float_as_uint(row + x[beside] + ROUNDER) - ROUNDER_BITS;
+            const unsigned cell = __float_as_uint(row + x[beside]) - ROUNDER_BITS;
             taps.offsets.items[2 * below + beside] = cell * CELL_STEP + head * CHANNELS;
             taps.weights.items[2 * below + beside] = shares_y[below] * weight * shares_x[beside];
         }
@@ -82,7 +85,7 @@ __device__ __forceinline__ Taps find_taps(Packet<float, 2> place, float weight, 
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     deformable_attention(const ELEMENT* __restrict__ value, const float* __restrict__ locations,
-                         const ELEMENT* __restrict__ weights, int queries, ELEMENT* __restrict__ attended) {
+                         const ELEMENT* __restrict__ weights, ELEMENT* __restrict__ attended) {
     __shared__ Level levels[POINTS];
     __shared__ Packet<unsigned, TAPS> offsets[THREADS];
     __shared__ Packet<float, TAPS> shares[THREADS];
@@ -91,8 +94,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     __syncthreads();
 
     const unsigned lane = threadIdx.x % LANES, first_of_pair = threadIdx.x - lane;
-    const unsigned pairs = unsigned(queries) * HEADS, pair = blockIdx.x * PAIRS + threadIdx.x / LANES;
-    const bool present = pair < pairs;
+    const unsigned pair = blockIdx.x * PAIRS_AT_ONCE + threadIdx.x / LANES;
+    const bool present = PAIRS % PAIRS_AT_ONCE == 0 || pair < PAIRS;
     const unsigned head = pair % HEADS, channel = lane * TOGETHER;
     const bool has_channels = LANES * TOGETHER == CHANNELS || channel < CHANNELS;
     // Who has none reads those of the first, in vain.
@@ -100,7 +103,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     // Kept as one address, so that a cell's is one multiply-add away.
     size_t base = __cvta_generic_to_global(value);
     asm("" : "+l"(base));
-    const long long first_point = (blockIdx.y * (long long)pairs + (present ? pair : 0)) * POINTS;
+    const long long first_point = (blockIdx.y * (long long)PAIRS + (present ? pair : 0)) * POINTS;
     const auto places = reinterpret_cast<const Packet<float, 2>*>(locations) + first_point;
     weights += first_point;
 
@@ -141,6 +144,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     Packet<ELEMENT, TOGETHER> result;
 #pragma unroll
     for (int item = 0; item < TOGETHER; ++item) result.items[item] = Convert<ELEMENT>::from(sums[item]);
-    attended += (blockIdx.y * (long long)pairs + pair) * CHANNELS + channel;
+    attended += (blockIdx.y * (long long)PAIRS + pair) * CHANNELS + channel;
     *reinterpret_cast<Packet<ELEMENT, TOGETHER>*>(attended) = result;
 }

@@ -19,8 +19,6 @@ from trt_plugins.operations.description import (
     fixed,
 )
 
-THREADS = 256
-
 _TAPS = 4
 """Cells under a sample."""
 
@@ -36,11 +34,13 @@ def _output_shapes(shapes: Sequence[Shape], attributes: Attributes) -> list[list
 def _layout(shapes: Sequence[Shape], attributes: Attributes, element: str, tensor_cores: bool) -> Layout:
     value, locations, _ = shapes
     cells, heads, channels = (fixed(value[axis], f"axis {axis} of the value") for axis in (1, 2, 3))
-    points = fixed(locations[3], "the number of points")
+    queries, points = fixed(locations[1], "the number of queries"), fixed(locations[3], "the number of points")
     sides, counts = attributes["level_shapes"], attributes["level_points"]
     found = sum(height * width for height, width in zip(sides[::2], sides[1::2], strict=False))
     if len(sides) != 2 * len(counts) or (found, sum(counts)) != (cells, points) or min(*sides, *counts) < 1:
-        raise ValueError(f"MultiScaleDeformableAttention has {cells} cells and {points} points, not those of its levels")
+        raise ValueError(
+            f"MultiScaleDeformableAttention has {cells} cells and {points} points, not those of its levels"
+        )
     lanes = _lanes(channels, element)
     if lanes > 32 or cells > _MOST_CELLS or cells * heads * channels >= 1 << 32:
         raise ValueError(
@@ -48,6 +48,7 @@ def _layout(shapes: Sequence[Shape], attributes: Attributes, element: str, tenso
             "use the op's ONNX body"
         )
     constants: dict[str, str | int] = {
+        "QUERIES": queries,
         "CELLS": cells,
         "HEADS": heads,
         "CHANNELS": channels,
@@ -57,9 +58,10 @@ def _layout(shapes: Sequence[Shape], attributes: Attributes, element: str, tenso
         "LEVEL_SHAPES": ",".join(map(str, sides)),
         "LEVEL_POINTS": ",".join(map(str, counts)),
     }
-    pairs = THREADS // lanes
-    blocks = (locations[1] * heads + (pairs - 1)) // pairs
-    return Layout(constants, (blocks, locations[0], 1), THREADS, (locations[1],))
+    # Neighbours in a block find each other's cells in the cache; a decoder's few queries need all multiprocessors first.
+    threads = 256 if queries * heads * lanes > 1 << 16 else 64
+    blocks = -(-queries * heads // (threads // lanes))
+    return Layout(constants, (blocks, locations[0], 1), threads)
 
 
 def _lanes(channels: int, element: str) -> int:
@@ -71,7 +73,7 @@ def _lanes(channels: int, element: str) -> int:
 
 def _work(shapes: Sequence[Sequence[int]], attributes: Attributes) -> Work:
     """Four cells for each point, each channel of which is multiplied and added."""
-    value, locations, _ = shapes
+    value, locations = shapes[:2]
     taps = math.prod(locations[:4]) * value[3] * _TAPS
     return Work(2.0 * taps, min(math.prod(value), taps))
 
