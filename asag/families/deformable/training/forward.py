@@ -111,34 +111,36 @@ def _decode(
 ) -> tuple[tuple[StagePredictions, ...], list[Sampling]]:
     """What every layer says, of all copies, and where the queries of the ordinary path looked."""
     before: Copies | None = None
-    last: Copies = (queries.content.unsqueeze(0), queries.references.unsqueeze(0))
+    last: Copies = (queries.content.unsqueeze(0),)
+    references = queries.references
     run = _one_by_one if recollection == "one_by_one" else _together
     found, samplings = [], []
     for number, layer in enumerate(detector.decoder):
         assert isinstance(layer, DecoderLayer)
-        content, references = recollected(before, last, recollection)
+        (content,) = recollected(before, last, recollection)
         content, sampling = run(layer, content, queries.position, references, memory, levels)
         head = detector.head(number)
         boxes = head.boxes(content, inverse_sigmoid(references))
         found.append(StagePredictions(head.logits(content), boxes))
         samplings.append(sampling)
-        # A refined box teaches no earlier layer; a reference that stays is the same for all of them and learns.
-        before, last = last, (content, boxes.detach() if detector.config.refine_boxes else references)
+        before, last = last, (content,)
+        if detector.config.refine_boxes:
+            references = boxes[-1].detach()  # a box teaches no earlier layer
     return tuple(found), samplings
 
 
 def _one_by_one(
     layer: DecoderLayer, content: Tensor, position: Tensor, references: Tensor, memory: Tensor, levels: Levels
 ) -> tuple[Tensor, Sampling]:
-    """Each copy through the layer by itself. content, references: [K, B, N, ...]; position: [B, N, C]."""
+    """Each copy through the layer by itself. content: [K, B, N, C]; position and references: [B, N, ...]."""
     samplings = []
 
-    def pass_copy(content: Tensor, references: Tensor) -> Copies:
+    def pass_copy(content: Tensor) -> Copies:
         queries, sampling = layer(content, position, references, memory, levels)
         samplings.append(sampling)
         return (queries,)
 
-    (made,) = one_by_one(pass_copy, (content, references))
+    (made,) = one_by_one(pass_copy, (content,))
     return made, samplings[-1]
 
 
@@ -147,7 +149,7 @@ def _together(
 ) -> tuple[Tensor, Sampling]:
     """All copies at once; arguments as in :func:`_one_by_one`."""
     count, _, each, _ = content.shape
-    position = position.expand_as(content)
+    position, references = (part.expand(count, -1, -1, -1) for part in (position, references))
     attended = layer.attend(as_images(content), as_images(position)).unflatten(0, (count, -1))
     made, sampling = layer.look(as_queries(attended), as_queries(position), as_queries(references), memory, levels)
     return as_copies(made, count), Sampling(*(part[:, -each:] for part in sampling))

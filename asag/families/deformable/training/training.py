@@ -35,8 +35,8 @@ class DeformableTraining:
         self.timer = PartTimer(enabled=False)
         self._detector, self._settings = detector, settings
         config = detector.config
-        if config.sparse and settings.recollection != "none":
-            raise ValueError("a sparse encoder learns from the ordinary queries alone: recollection must be none")
+        if config.refine_boxes and settings.recollection != "none":
+            raise ValueError("recollection is for decoders that keep their references; this one refines its boxes")
         if not config.train_batch_statistics:
             for norm in detector.backbone.norms():
                 norm.requires_grad_(False)
