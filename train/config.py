@@ -79,6 +79,8 @@ class TrainConfig:
     """Folder of their images; None takes the folder of the annotations."""
     skip_missing_images: bool = False
     """Leave out images whose file is not there; else one of them stops the run before it begins."""
+    stored_pixels: bool = False
+    """Read pictures as they are stored, whatever their EXIF orientation says, as some annotations were made."""
 
     epochs: Positive = 12
     """Passes over the training images."""

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime.coco_evaluation import CocoFolder, evaluate, evaluate_with_matches
+from runtime.coco_dataset import CocoFolder
+from runtime.coco_evaluation import evaluate, evaluate_with_matches
 from runtime.files import write_json
 from runtime.parity.bootstrap import average_precision, draw_weights, interval
 from runtime.postprocessing import Detections
