@@ -6,6 +6,7 @@ shape of the maps alone, so nothing depends on the data.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -167,11 +168,11 @@ class Swin(nn.Module):
         self.train_statistics = train_statistics
         self.patch_embed = PatchEmbedding(width)
         depths = DEPTHS[name]
-        drops = torch.linspace(0, DROP_PATH, sum(depths)).split(depths)
+        drops = iter([DROP_PATH * block / (sum(depths) - 1) for block in range(sum(depths))])
         widths = [width * 2**stage for stage in range(len(depths))]
         self.layers = nn.ModuleList(
-            Stage(channels, drop.tolist(), stage < len(depths) - 1)
-            for stage, (channels, drop) in enumerate(zip(widths, drops, strict=True))
+            Stage(channels, list(itertools.islice(drops, depth)), channels < widths[-1])
+            for channels, depth in zip(widths, depths, strict=True)
         )
         self.channels: list[int] = widths[1:]
         for number, channels in enumerate(self.channels, start=1):
