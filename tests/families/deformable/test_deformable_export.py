@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from asag.checkpoint import CheckpointInfo, save_detector
 from asag.deploy import DeployedDetector
 from asag.families.deformable import DEFORMABLE
 from asag.family import InputSpec
+from asag.parts.backbones.swin import DEPTHS
 from asag_cli.main import main
 from export.model import build_onnx
 from export.precision import convert_precision
@@ -28,11 +30,13 @@ SIZE = (128, 160)
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sparse detector on a Swin backbone as `float.onnx` and `half.onnx`, and as it is exported: `model.pt`."""
+    """A sparse detector on a short Swin as `float.onnx` and `half.onnx`, and as it is exported: `model.pt`."""
     folder = tmp_path_factory.mktemp("exported")
-    config = small_config(backbone="swin-t")
-    size = config.size.__class__(**{**vars(config.size), "backbone_width": 32})
-    model = DeployedDetector(random_detector(small_config(backbone="swin-t", size=size)), small_info(input_size=SIZE))
+    size = dataclasses.replace(small_config().size, backbone_width=32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(DEPTHS, "swin-t", (1, 2, 1, 1))
+        detector = random_detector(small_config(backbone="swin-t", size=size))
+    model = DeployedDetector(detector, small_info(input_size=SIZE))
     proto, metadata = build_onnx(model.eval()), ModelMetadata(**model.describe())
     for name, precision in (("float", "fp32"), ("half", "fp16")):
         converted = convert_precision(proto, precision, metadata)
