@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-TENSORS_UNDER = ("model", "state_dict", "ema_state_dict")
+TENSORS_UNDER = ("model", "state_dict", "ema_state_dict", "online_network_state_dict")
 """Where training programs put the tensors of a checkpoint, in the order of preference."""
 
 

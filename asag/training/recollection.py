@@ -13,11 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-RECOLLECTIONS = ("none", "one_by_one", "batched")
-"""`none`: the queries of the stage before. The others recollect, each copy through the stage in turn, with the least
-memory at a time, or all at once; the same numbers.
-"""
-
 Copies = tuple[Tensor, ...]
 """K sets of queries of B images, as many tensors as a query has parts: each [K, B, N, ...]."""
 
@@ -32,14 +27,11 @@ class StagePredictions:
     """[K, B, N, 4] `cxcywh`, fractions of the content."""
 
 
-def check_recollection(name: str) -> None:
-    """Raise ValueError unless there is such a recollection."""
-    if name not in RECOLLECTIONS:
-        raise ValueError(f"recollection is {name!r}; choose one of {', '.join(RECOLLECTIONS)}")
-
-
 def recollected(before: Copies | None, last: Copies, recollection: str) -> Copies:
-    """What a stage trains on: what the stage before it made, `last`, after what the one before that made."""
+    """What a stage trains on: what the stage before it made, `last`, after what the one before that made.
+
+    recollection: one of :data:`asag.training.settings.RECOLLECTIONS`.
+    """
     if before is None or recollection == "none":
         return last
     return tuple(torch.cat(parts) for parts in zip(before, last, strict=True))

@@ -81,7 +81,10 @@ CASES = [
     ("build {onnx} -o {out}.engine --batch 4:x", "'4:x' is no list of batch sizes; write them like 1:4:16"),
     ("build {onnx} -o {out}.engine --batch 4:1", "batch sizes must rise"),
     ("train --data {data} -o {out} --preset nothing", "no preset 'nothing'; the presets are asag-a-tiny"),
-    ("train --data {bad}/empty -o {out} --preset asag-a-tiny", "{bad}/empty: looked for annotations/instances_train2017.json"),
+    (
+        "train --data {bad}/empty -o {out} --preset asag-a-tiny",
+        "{bad}/empty: looked for annotations/instances_train2017.json",
+    ),
     ("train --data {data} -o {out} --set colour=1", "'colour=1': write NAME=VALUE with a NAME of"),
     ("train --data {data} -o {out} --set batch_size", "'batch_size': write NAME=VALUE"),
     ("train --data {data} -o {out} --weights {bad}/no.safetensors", "{bad}/no.safetensors"),

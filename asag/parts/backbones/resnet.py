@@ -94,6 +94,8 @@ class ResNet(nn.Module):
     does not move them; `train_statistics` lets it learn them, for a backbone that starts from random weights.
     """
 
+    own_layers: tuple[str, ...] = ()
+
     def __init__(self, name: str, width: int = 64, train_statistics: bool = False) -> None:
         super().__init__()
         self.train_statistics = train_statistics

@@ -163,6 +163,8 @@ class Swin(nn.Module):
     `train_statistics` says no more than that all of it trains.
     """
 
+    own_layers: tuple[str, ...] = ("norm1.", "norm2.", "norm3.")
+
     def __init__(self, name: str, width: int = 96, train_statistics: bool = False) -> None:
         super().__init__()
         self.train_statistics = train_statistics

@@ -25,7 +25,7 @@ from asag.training.transfer import to_device
 def training_outputs(
     detector: AdaMixerDetector, batch: Batch, step: Step, recollection: str
 ) -> tuple[StagePredictions, ...]:
-    """What every stage says; recollection: one of :data:`asag.training.recollection.RECOLLECTIONS`."""
+    """What every stage says; recollection: one of :data:`asag.training.settings.RECOLLECTIONS`."""
     precision = step.feature_precision
     with torch.autocast(batch.images.device.type, dtype=precision, enabled=precision is not None):
         features = detector.features(batch.images)

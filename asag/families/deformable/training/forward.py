@@ -52,7 +52,7 @@ class TrainingOutputs:
 
 
 def training_outputs(detector: DeformableDetector, batch: Batch, step: Step, recollection: str) -> TrainingOutputs:
-    """What every layer says; recollection: one of :data:`asag.training.recollection.RECOLLECTIONS`."""
+    """What every layer says; recollection: one of :data:`asag.training.settings.RECOLLECTIONS`."""
     precision = step.feature_precision
     with torch.autocast(batch.images.device.type, dtype=precision, enabled=precision is not None):
         maps = detector.features(batch.images)
