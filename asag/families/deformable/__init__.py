@@ -67,7 +67,8 @@ DEFORMABLE = Family(
     settings=DeformableSettings,
     presets=PRESETS,
     choices=(Choice("keeping_ratio", "Share of the tokens that a sparse encoder refines.", form="0.3"),),
-    half_layers=("value_projection", "output_projection", "feed_forward.mlp", "candidates.projection"),
+    # What scores tokens stays float32: it decides which of them there are.
+    half_layers=("value_projection", "output_projection", "feed_forward.mlp"),
     stages=stages,
     build=_build,
     published=_published,

@@ -18,6 +18,7 @@ from asag.families.deformable.proposals import BoxEmbedding, Candidates, proposa
 from asag.parts.backbones.resnet import ResNet
 from asag.parts.backbones.swin import Swin
 from asag.parts.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
+from asag.parts.deformable_attention import DeformableAttention
 from asag.parts.levels import Levels
 
 
@@ -73,8 +74,9 @@ class DeformableDetector(Detector):
             for parameter in part.parameters():
                 if parameter.dim() > 1:
                     nn.init.xavier_uniform_(parameter)
-        for layer in (*self.encoder.layers, *self.decoder):
-            (layer.attention if hasattr(layer, "attention") else layer.cross_attention).initialize()
+        for module in self.modules():
+            if isinstance(module, DeformableAttention):
+                module.initialize()
         if not self.config.two_stage:
             nn.init.zeros_(self.reference_points.bias)
             self.head(0).start_small()
