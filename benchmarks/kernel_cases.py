@@ -143,8 +143,8 @@ def signature(name: str, sizes: Sizes, batch: int = 1, part: str = "") -> tuple[
         queries = {"decoder": sizes.queries, "sparse encoder": kept, "encoder": sizes.tokens}[part]
         weights = (batch, queries, HEADS, POINTS * len(sizes.attended))
         sides = tuple(side for shape in sizes.attended for side in shape)
-        attributes = {"level_shapes": sides, "level_points": (POINTS,) * len(sizes.attended)}
-        return [(batch, sizes.tokens, HEADS, sizes.channels // HEADS), (*weights, 2), weights], attributes
+        levels = {"level_shapes": sides, "level_points": (POINTS,) * len(sizes.attended)}
+        return [(batch, sizes.tokens, HEADS, sizes.channels // HEADS), (*weights, 2), weights], levels
     width = sizes.channels // sizes.groups
     parameters = sizes.groups * (width * width + sizes.mixed_points * sizes.points)
     points = (batch, sizes.queries, sizes.groups, sizes.points, 3)

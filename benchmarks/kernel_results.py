@@ -35,7 +35,7 @@ class Timing:
 
 
 def least_work(case: Case) -> StageWork:
-    """What one launch has to do: inputs and outputs once, of what is sampled as much as it reads at most, and the arithmetic."""
+    """What one launch has to do: inputs and outputs once, of what is sampled what it reads at most, and arithmetic."""
     operation = OPERATIONS[case.name]
     work = operation.work(case.shapes, case.attributes)
     shapes = [*case.shapes, *operation.output_shapes(case.shapes, case.attributes)]

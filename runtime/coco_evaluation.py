@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import io
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from runtime.coco_dataset import CocoFolder
 from runtime.coco_file import Id, rank_of
@@ -18,10 +20,25 @@ from runtime.postprocessing import Detections
 from runtime.records import to_json
 from runtime.session import Session
 
+MAX_DETECTIONS = 100
+"""Of one image and class that count, as in COCO's own evaluation."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassResult:
+    """AP and AR of one class over IoU 0.50:0.95, AP at 0.50, and its objects that are no crowd."""
+
+    name: str
+    ap: float
+    ap50: float
+    ar: float
+    objects: int
+
 
 @dataclasses.dataclass(frozen=True)
 class CocoResult:
-    """Average precision of boxes, 0..1: over IoU 0.50:0.95, at 0.50, at 0.75, and of small, medium and large objects.
+    """Average precision of boxes, 0..1: over IoU 0.50:0.95, at 0.50, at 0.75, and of small, medium and large objects;
+    average recall over IoU 0.50:0.95.
 
     A value is not-a-number where the images hold no object it could be computed of. ``images`` were evaluated.
     """
@@ -33,23 +50,27 @@ class CocoResult:
     apm: float
     apl: float
     images: int
+    ar: float = math.nan
+    classes: tuple[ClassResult, ...] = ()
 
-    def to_json(self) -> dict[str, float | int | None]:
+    def to_json(self) -> dict[str, Any]:
         """The values with None for not-a-number, which JSON does not have."""
         return to_json(self)
 
 
-def evaluate(dataset: CocoFolder, detections: Mapping[Id, Detections]) -> CocoResult:
+def evaluate(
+    dataset: CocoFolder, detections: Mapping[Id, Detections], max_detections: int = MAX_DETECTIONS
+) -> CocoResult:
     """COCO average precision of the detections of some or all images (keys are image ids).
 
-    Labels are those of ``dataset.category_ids``; detections of other classes do not count. At most 100 detections per
-    image count, crowd regions are ignored, as COCO's own evaluation does.
+    Labels are those of ``dataset.category_ids``; detections of other classes do not count. At most `max_detections` of
+    an image and class count, crowd regions are ignored, as COCO's own evaluation does.
     """
-    return evaluate_with_matches(dataset, detections)[0]
+    return evaluate_with_matches(dataset, detections, max_detections)[0]
 
 
 def evaluate_with_matches(
-    dataset: CocoFolder, detections: Mapping[Id, Detections]
+    dataset: CocoFolder, detections: Mapping[Id, Detections], max_detections: int = MAX_DETECTIONS
 ) -> tuple[CocoResult, list[CategoryMatches]]:
     """:func:`evaluate`, and what `runtime.parity.bootstrap` resamples; its images are in the order of their ids."""
     from pycocotools.cocoeval import COCOeval
@@ -65,12 +86,46 @@ def evaluate_with_matches(
             _index(dataset, numbers, _found(detections, numbers)),
             "bbox",
         )
+        evaluation.params.maxDets = [max_detections]
         evaluation.evaluate()
         evaluation.accumulate()
-        evaluation.summarize()
-    # pycocotools writes -1 where there is nothing to compute a value of.
-    ap, ap50, ap75, aps, apm, apl = (float(value) if value >= 0 else math.nan for value in evaluation.stats[:6])
-    return CocoResult(ap, ap50, ap75, aps, apm, apl, len(detections)), collect_matches(evaluation)
+    return _result(evaluation, dataset, len(detections)), collect_matches(evaluation)
+
+
+def _result(evaluation: Any, dataset: CocoFolder, images: int) -> CocoResult:
+    """The means that COCO's summary gives, of all objects and of each class."""
+    # [IoU thresholds, recalls, classes, sizes] and [IoU thresholds, classes, sizes]
+    precision, recall = evaluation.eval["precision"][..., 0], evaluation.eval["recall"][..., 0]
+    half, three_quarters = 0, 5
+    found = collections.Counter(
+        annotation["category_id"] for annotation in evaluation.cocoGt.anns.values() if not annotation["iscrowd"]
+    )
+    return CocoResult(
+        ap=_mean(precision[..., 0]),
+        ap50=_mean(precision[half, ..., 0]),
+        ap75=_mean(precision[three_quarters, ..., 0]),
+        aps=_mean(precision[..., 1]),
+        apm=_mean(precision[..., 2]),
+        apl=_mean(precision[..., 3]),
+        images=images,
+        ar=_mean(recall[..., 0]),
+        classes=tuple(
+            ClassResult(
+                name=name,
+                ap=_mean(precision[:, :, place, 0]),
+                ap50=_mean(precision[half, :, place, 0]),
+                ar=_mean(recall[:, place, 0]),
+                objects=found[number],
+            )
+            for place, (number, name) in enumerate(zip(dataset.category_ids, dataset.category_names, strict=True))
+        ),
+    )
+
+
+def _mean(values: NDArray[np.float64]) -> float:
+    """Of what pycocotools could compute; it writes -1 elsewhere."""
+    values = values[values > -1]
+    return float(np.mean(values)) if values.size else math.nan
 
 
 def evaluate_session(
@@ -80,6 +135,7 @@ def evaluate_session(
     batch_size: int = 1,
     progress: Callable[[int, int], None] | None = None,
     classes: Sequence[str] = (),
+    max_detections: int = MAX_DETECTIONS,
 ) -> tuple[CocoResult, dict[Id, Detections]]:
     """Detect on the dataset's images (or some of them) and evaluate; ``progress`` gets (images done, all).
 
@@ -96,7 +152,7 @@ def evaluate_session(
         detections[image_id] = found
         if progress is not None:
             progress(len(detections), len(image_ids))
-    return evaluate(dataset, detections), detections
+    return evaluate(dataset, detections, max_detections), detections
 
 
 def check_measurable(dataset: CocoFolder, image_ids: Sequence[Id]) -> None:

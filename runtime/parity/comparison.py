@@ -257,8 +257,8 @@ def _with_unavailable(
 
 
 _TASK_FIELDS = (
-    *("choices", "input_height", "input_width"),
-    *("shorter_side", "longer_side", "category_ids", "category_names", "nms_iou"),
+    *("category_ids", "category_names", "choices"),
+    *("input_height", "input_width", "shorter_side", "longer_side", "nms_iou"),
 )
 
 

@@ -101,3 +101,20 @@ def test_annotations_of_photographs_evaluate_to_1(coco_tiny: Path) -> None:
     result = evaluate(dataset, {image_id: perfect(dataset, image_id) for image_id in dataset.image_ids})
     assert (result.ap, result.aps, result.apm, result.apl) == pytest.approx((1, 1, 1, 1))
     assert dataset.load(dataset.image_ids[0]).mode == "RGB"
+
+
+def test_classes_and_their_recall(toy_dataset: CocoFolder) -> None:
+    found = {image_id: perfect(toy_dataset, image_id) for image_id in toy_dataset.image_ids}
+    first = toy_dataset.category_ids[0]
+    without = {image_id: one.select(one.labels != first) for image_id, one in found.items()}
+    result = evaluate(toy_dataset, without)
+    counts = np.bincount(toy_dataset.annotations.labels, minlength=3)
+    assert [(one.name, one.ap, one.ar) for one in result.classes if one.objects] == [
+        (name, pytest.approx(float(place > 0)), pytest.approx(float(place > 0)))
+        for place, name in enumerate(toy_dataset.category_names)
+        if counts[place]
+    ]
+    assert [one.objects for one in result.classes] == counts.tolist()
+    assert result.ar == pytest.approx(np.mean(np.arange(3)[counts > 0] > 0))
+    assert result.to_json()["classes"][0]["name"] == toy_dataset.category_names[0]
+    assert evaluate(toy_dataset, found, max_detections=1).ar < evaluate(toy_dataset, found).ar == pytest.approx(1)

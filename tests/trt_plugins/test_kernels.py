@@ -239,6 +239,17 @@ def test_mixing_with_another_activation_and_unit(run: Run, element: str, cores: 
     check_mixing(run, 3, DEMO, (16, 24), element, True, cores, **RELU_IN_PIXELS)
 
 
+@pytest.mark.parametrize("element", HALF_TYPES)
+def test_mixing_keeps_values_far_from_the_rest(element: str) -> None:
+    """Where one point alone finds something, what it finds is many standard deviations from the mean."""
+    *maps, points, parameters = mixing_inputs(0, 1, 1, PUBLISHED, (16, 24))
+    points[..., 5:, :2] = 1e7
+    inputs = [*(to_element(map_, element) for map_ in maps), points, to_element(parameters, element)]
+    (mixed,) = run_ptx("SamplingMixing", inputs, {"mixed_points": PUBLISHED[3]}, element, True, True)
+    expected = mixing_definition(inputs, PUBLISHED[3], element)
+    assert_close(to_float(mixed, element), expected, TOLERANCE[element])
+
+
 @pytest.mark.parametrize("attributes", [{"activation": 1}, {"point_unit": 1}, {"point_unit": 8}, {"point_unit": 3}])
 def test_mixing_takes_each_attribute_by_itself(attributes: dict[str, int]) -> None:
     check_mixing(run_ptx, 4, DEMO, (16, 24), "float32", False, False, **attributes)
@@ -318,7 +329,7 @@ def test_attention_equals_definition(run: Run, element: str) -> None:
 @pytest.mark.parametrize("element", TOLERANCE)
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 8, 12, 24, 48, 64, 128])
 def test_attention_of_other_numbers_of_channels(channels: int, element: str) -> None:
-    """One to thirty-two threads a head, some of them idle, and loads of all sizes."""
+    """One to sixteen threads a head, some of them idle, and loads of all sizes."""
     check_attention(run_ptx, attention_inputs(channels=channels, queries=3), element)
 
 
@@ -338,7 +349,7 @@ def test_attention_of_any_levels(seed: int, queries: int, levels: list[tuple[int
 def test_attention_of_large_blocks() -> None:
     """Many queries run in larger blocks than few do."""
     levels = {"level_shapes": (2, 3), "level_points": (1,)}
-    check_attention(run_ptx, attention_inputs(0, 1, 260, 8, 128, *levels.values()), **levels)
+    check_attention(run_ptx, attention_inputs(0, 1, 260, 8, 256, *levels.values()), **levels)
 
 
 @pytest.mark.parametrize("element", TOLERANCE)

@@ -19,9 +19,11 @@ from asag.ops import (
     sampling_mixing_definition,
     select_tokens_definition,
 )
-from benchmarks.kernel_cases import op_model
+from benchmarks.kernel_cases import DEMO, op_model, signature
 from export.op_bodies import HELPER_FUNCTIONS, bodies_of
 from export.op_bodies.domain import OPSET_VERSION
+from runtime.engines.backend import TENSORRT_RTX
+from runtime.errors import BackendUnavailableError
 from tests.trt_plugins.kernel_cases import (
     LEVELS,
     RELU_IN_PIXELS,
@@ -139,6 +141,21 @@ def test_bodies_that_other_tools_files_may_get(operator_set: int) -> None:
         found, expected = (run_body(name, inputs, attributes, "float32", number) for number in (operator_set, 20))
         for one, other in zip(found, expected, strict=True):
             np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("name", ["MultiScaleDeformableAttention", "SelectTokens"])
+def test_bodies_build_in_tensorrt_rtx(name: str) -> None:
+    """Its builder needs no GPU and says which operators it lacks."""
+    try:
+        trt = TENSORRT_RTX.load()
+    except BackendUnavailableError as error:
+        pytest.skip(str(error))
+    model = onnx.inliner.inline_local_functions(onnx.ModelProto.FromString(op_model(name, *signature(name, DEMO))))
+    builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, builder.logger)
+    assert parser.parse(model.SerializeToString()), parser.get_error(0).desc()
+    assert builder.build_serialized_network(network, builder.create_builder_config()) is not None
 
 
 def test_one_file_has_one_body_of_an_op() -> None:

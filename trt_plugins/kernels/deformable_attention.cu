@@ -9,7 +9,11 @@
 #include "device.cuh"
 
 constexpr int TAPS = 4;  // cells under a sample
-constexpr int TOGETHER = PacketSize<ELEMENT, CHANNELS>::value;
+// A thread's channels, in pieces that move at once; the pieces of neighbouring threads lie side by side.
+constexpr int TOGETHER = CHANNELS % 8 == 0 ? 8 : CHANNELS % 4 == 0 ? 4 : CHANNELS % 2 == 0 ? 2 : 1;
+constexpr int WIDTH = PacketSize<ELEMENT, TOGETHER>::value;
+constexpr int PIECES = TOGETHER / WIDTH;
+constexpr int PIECE_STEP = CHANNELS / PIECES;
 constexpr int PAIRS = QUERIES * HEADS;  // of query and head, in an image
 constexpr int PAIRS_AT_ONCE = THREADS / LANES;
 constexpr unsigned CELL_STEP = HEADS * CHANNELS;  // elements between neighbouring cells
@@ -21,7 +25,7 @@ static_assert(THREADS % WARP_SIZE == 0 && WARP_SIZE % LANES == 0, "a pair is ser
 static_assert(LANES * TOGETHER >= CHANNELS, "every channel has a thread");
 static_assert(CELLS <= 1 << 22, "ROUNDER keeps whole numbers up to there");
 
-using Cell = Bundle<ELEMENT, TOGETHER>;
+using Piece = Bundle<ELEMENT, WIDTH>;
 
 // Of the level of a point.
 struct alignas(16) Level {
@@ -96,8 +100,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const unsigned lane = threadIdx.x % LANES, first_of_pair = threadIdx.x - lane;
     const unsigned pair = blockIdx.x * PAIRS_AT_ONCE + threadIdx.x / LANES;
     const bool present = PAIRS % PAIRS_AT_ONCE == 0 || pair < PAIRS;
-    const unsigned head = pair % HEADS, channel = lane * TOGETHER;
-    const bool has_channels = LANES * TOGETHER == CHANNELS || channel < CHANNELS;
+    const unsigned head = pair % HEADS, channel = lane * WIDTH;
+    const bool has_channels = LANES * TOGETHER == CHANNELS || channel < PIECE_STEP;
     // Who has none reads those of the first, in vain.
     value += blockIdx.y * (long long)(CELLS * CELL_STEP) + (has_channels ? channel : 0);
     // Kept as one address, so that a cell's is one multiply-add away.
@@ -125,25 +129,36 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             if (POINTS % LANES != 0 && round + other >= POINTS) break;
             const auto from = offsets[first_of_pair + other];
             const auto share = shares[first_of_pair + other];
-            Cell cells[TAPS];
+            Piece cells[TAPS][PIECES];
 #pragma unroll
             for (int tap = 0; tap < TAPS; ++tap) {
                 const size_t address = base + from.items[tap] * (unsigned long long)sizeof(ELEMENT);
-                cells[tap] = *static_cast<const Cell*>(__cvta_global_to_generic(address));
+                const auto cell = static_cast<const ELEMENT*>(__cvta_global_to_generic(address));
+#pragma unroll
+                for (int piece = 0; piece < PIECES; ++piece) {
+                    cells[tap][piece] = *reinterpret_cast<const Piece*>(cell + piece * PIECE_STEP);
+                }
             }
 #pragma unroll
             for (int tap = 0; tap < TAPS; ++tap) {
 #pragma unroll
-                for (int item = 0; item < TOGETHER; ++item) sums[item] += share.items[tap] * cells[tap][item];
+                for (int item = 0; item < TOGETHER; ++item) {
+                    sums[item] += share.items[tap] * cells[tap][item / WIDTH][item % WIDTH];
+                }
             }
         }
         __syncwarp();
     }
 
     if (!present || !has_channels) return;
-    Packet<ELEMENT, TOGETHER> result;
-#pragma unroll
-    for (int item = 0; item < TOGETHER; ++item) result.items[item] = Convert<ELEMENT>::from(sums[item]);
     attended += (blockIdx.y * (long long)PAIRS + pair) * CHANNELS + channel;
-    *reinterpret_cast<Packet<ELEMENT, TOGETHER>*>(attended) = result;
+#pragma unroll
+    for (int piece = 0; piece < PIECES; ++piece) {
+        Packet<ELEMENT, WIDTH> result;
+#pragma unroll
+        for (int item = 0; item < WIDTH; ++item) {
+            result.items[item] = Convert<ELEMENT>::from(sums[piece * WIDTH + item]);
+        }
+        *reinterpret_cast<Packet<ELEMENT, WIDTH>*>(attended + piece * PIECE_STEP) = result;
+    }
 }

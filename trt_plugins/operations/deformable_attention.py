@@ -41,7 +41,7 @@ def _layout(shapes: Sequence[Shape], attributes: Attributes, element: str, tenso
         raise ValueError(
             f"MultiScaleDeformableAttention has {cells} cells and {points} points, not those of its levels"
         )
-    lanes = _lanes(channels, element)
+    lanes = _lanes(channels)
     if lanes > 32 or cells > _MOST_CELLS or cells * heads * channels >= 1 << 32:
         raise ValueError(
             f"MultiScaleDeformableAttention has no kernel for {cells} cells with {heads} heads of {channels} channels; "
@@ -58,16 +58,15 @@ def _layout(shapes: Sequence[Shape], attributes: Attributes, element: str, tenso
         "LEVEL_SHAPES": ",".join(map(str, sides)),
         "LEVEL_POINTS": ",".join(map(str, counts)),
     }
-    # Neighbours in a block find each other's cells in the cache; a decoder's few queries need all multiprocessors first.
+    # Neighbours in a block find each other's cells in the cache, but few queries must reach all multiprocessors first.
     threads = 256 if queries * heads * lanes > 1 << 16 else 64
     blocks = -(-queries * heads // (threads // lanes))
     return Layout(constants, (blocks, locations[0], 1), threads)
 
 
-def _lanes(channels: int, element: str) -> int:
-    """Threads for the channels of one query and head: each moves at most 16 bytes at once; a power of two."""
-    size = 4 if element == "float32" else 2
-    together = max(count for count in (1, 2, 4, 8) if channels % count == 0 and count * size <= 16)
+def _lanes(channels: int) -> int:
+    """Threads for the channels of one query and head, a power of two; each takes as many channels, at most eight."""
+    together = math.gcd(channels, 8)
     return 1 << (channels // together - 1).bit_length()
 
 
@@ -80,7 +79,7 @@ def _work(shapes: Sequence[Sequence[int]], attributes: Attributes) -> Work:
 
 def _sample(random: np.random.Generator, shapes: Sequence[Sequence[int]], attributes: Attributes) -> list[Array]:
     """Queries in the order of the cells, each with points a few cells around its place on every level."""
-    value, locations, weights = (tuple(shape) for shape in shapes)
+    value, weights = tuple(shapes[0]), tuple(shapes[2])
     batch, queries, heads, points = weights
     sides = np.array(attributes["level_shapes"]).reshape(-1, 2)
     levels = np.repeat(np.arange(len(sides)), attributes["level_points"])
