@@ -35,6 +35,8 @@ class Backbone(Protocol):
     """Of the maps that it gives, fine to coarse."""
     train_statistics: bool
     """Whether its norms learn their running statistics."""
+    own_layers: tuple[str, ...]
+    """How the names of tensors begin that a classifier's file of weights does not have."""
 
     def norms(self) -> Iterator[nn.Module]:
         """Every batch norm."""

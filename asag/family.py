@@ -16,13 +16,14 @@ if TYPE_CHECKING:
     from asag.published import PublishedFormat
     from asag.training.protocol import Training
 
-Kind = Literal["maps", "boxes", "points", "places", "queries", "scores", "valid"]
+Kind = Literal["maps", "boxes", "points", "places", "cells", "queries", "scores", "valid"]
 """What a value is, and so how it is compared and drawn:
 
 - maps: feature maps [B, C, H, W];
 - boxes: `cxcywh` [B, N, 4], or [B, N, 5] with a confidence in 0..1;
 - points: [B, N, 2] (x, y);
 - places: [B, N, 2] int64 (x, y), cells of a map; see :attr:`Value.cell`;
+- cells: [B, N] int64, cells of all maps of the features, counted row by row, one map after another;
 - queries: vectors [B, N, C];
 - scores: logits [B, N, classes], compared and drawn after the sigmoid;
 - valid: [B, N] bool, which of the stage's rows exist.

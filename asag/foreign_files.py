@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import collections
 import json
 import pickle
@@ -17,7 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-TENSORS_UNDER = ("model", "state_dict", "ema_state_dict")
+TENSORS_UNDER = ("model", "state_dict", "ema_state_dict", "online_network_state_dict")
 """Where training programs put the tensors of a checkpoint, in the order of preference."""
 
 
@@ -28,7 +29,8 @@ class ForeignFile:
     path: Path
     tensors: dict[str, Tensor]
     description: Mapping[str, Any] = field(default_factory=dict)
-    """`config.json` of a Hugging Face folder, or `meta` of an MMDetection checkpoint; else empty."""
+    """`config.json` of a Hugging Face folder, `meta` of an MMDetection checkpoint, or the arguments of the program that
+    wrote a file; else empty."""
 
 
 def read_foreign(path: str | Path) -> ForeignFile:
@@ -52,7 +54,9 @@ def read_foreign(path: str | Path) -> ForeignFile:
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         places = " or ".join(repr(name) for name in TENSORS_UNDER[:2])
         raise ValueError(f"{path}: holds no dictionary of tensors, by itself or under {places}")
-    meta = content.get("meta")
+    meta, arguments = content.get("meta"), content.get("args")
+    if isinstance(arguments, argparse.Namespace):
+        meta = vars(arguments)
     return ForeignFile(path, dict(state), dict(meta) if isinstance(meta, Mapping) else {})
 
 
@@ -102,11 +106,13 @@ class _StandIn(dict[Any, Any]):
 _KNOWN = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("torch", "Size"): torch.Size,
+    ("argparse", "Namespace"): argparse.Namespace,
     **{("torch._utils", name): getattr(torch._utils, name) for name in ("_rebuild_tensor", "_rebuild_tensor_v2")},
     ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
     **{("torch", str(kind).removeprefix("torch.")): kind for kind in (torch.float32, torch.float16, torch.bfloat16)},
 }
-"""What tensors are rebuilt by; PyTorch itself adds the classes of storages. Nothing else in a file is looked up."""
+"""What tensors are rebuilt by, and a plain record of arguments; PyTorch itself adds the classes of storages. Nothing
+else in a file is looked up."""
 
 
 class _Unpickler(pickle.Unpickler):

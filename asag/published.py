@@ -110,7 +110,8 @@ def load_published(detector: Detector, state: Mapping[str, Tensor | np.ndarray])
 def convert_published(source: str | Path, output: str | Path, preset: str | None = None) -> Converted:
     """Read a published file or folder, write our checkpoint to `output`; returns what was found.
 
-    preset: which one it is; by default the first with these tensors. Raises FileNotFoundError or ValueError, naming
+    preset: which one it is; by default the first with these tensors, or with these choices where the file tells them.
+    Raises FileNotFoundError or ValueError, naming
     the file, when it cannot be read, no family knows it, or tensors and preset disagree.
     """
     file = read_foreign(source)
@@ -121,7 +122,8 @@ def convert_published(source: str | Path, output: str | Path, preset: str | None
             find_preset(preset)
             listed = ", ".join(fitting) or "no preset"
             raise ValueError(f"the tensors are not those of {preset}; they fit {listed}")
-        chosen = fitting.get(preset or next(iter(fitting), ""))
+        alike = [name for name, known in fitting.items() if known.config == config]
+        chosen = fitting.get(preset or next(iter(alike or fitting), ""))
         if chosen is not None:
             config = dataclasses.replace(config, **family.choices_of(chosen.config))
         detector = build_detector(config)
@@ -140,5 +142,6 @@ def _same_tensors(family: Family, known: NamedPreset, config: Any) -> bool:
     """Whether a preset differs from a configuration in nothing but its choices, and in what no tensor shows."""
     if known.family is not family:
         return False
-    free = {**family.choices_of(known.config), "train_batch_statistics": known.config.train_batch_statistics}
-    return dataclasses.replace(config, **free) == known.config
+    free = {choice.name for choice in family.choices} | {"train_batch_statistics"}
+    decisive = [field.name for field in dataclasses.fields(config) if field.name not in free]
+    return all(getattr(config, name) == getattr(known.config, name) for name in decisive)

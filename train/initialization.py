@@ -122,17 +122,18 @@ def load_backbone(detector: Detector, path: Path) -> None:
 
     The file is what :func:`asag.foreign_files.read_foreign` takes. Names are the backbone's own (for a ResNet
     torchvision's), also behind a prefix as contrastive pretraining writes them (`module.encoder_q.`, `backbone.`,
-    `encoder.`, `body.`). Classifier layers and everything outside the prefix (a momentum encoder, a queue, a neck) are
-    ignored. Raises FileNotFoundError without the file, and ValueError when it cannot be read, is of another backbone,
-    or holds several.
+    `encoder.`, `body.`), or a ResNet's parts by their numbers (SCRL). Classifier layers and everything outside the
+    prefix (a momentum encoder, a queue, a neck) are ignored; layers that only a detector's backbone has stay as they
+    are. Raises FileNotFoundError without the file, and ValueError when it cannot be read, is of another backbone, or
+    holds several.
     """
-    tensors = read_foreign(path).tensors
+    tensors = _by_name(read_foreign(path).tensors)
     ours = detector.backbone.state_dict()
     prefix = _backbone_prefix(tensors, list(ours), path)
     state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    state = {name: value for name, value in state.items() if not name.startswith(_CLASSIFIERS)}
+    state = {name: value for name, value in state.items() if not _NOT_NEEDED.search(name)}
     problems = {
-        "missing": [name for name in ours if name not in state and not name.endswith("num_batches_tracked")],
+        "missing": [name for name in ours if name not in state and not _may_be_missing(detector, name)],
         "left over": [name for name in state if name not in ours],
         "of another shape": [name for name in state if name in ours and ours[name].shape != state[name].shape],
     }
@@ -148,8 +149,28 @@ def load_backbone(detector: Detector, path: Path) -> None:
         logger.info("backbone weights: the tensors named %s* of %s; %d others are not used", prefix, path, ignored)
 
 
-_CLASSIFIERS = ("fc.", "head.", "classifier.", "projector.", "predictor.")
+_NOT_NEEDED = re.compile(
+    # Classifiers, with the norm before a Swin's, and what follows from the size of its windows.
+    r"^(fc|head|classifier|projector|predictor|norm)\.|\.(attn_mask|relative_position_index)$"
+)
+_NUMBERED = re.compile(r"^(?P<prefix>encoder\.)(?P<number>[014567])(?P<rest>\..+)$")
+_PARTS_OF_RESNET = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 _MOMENTUM_COPY = re.compile(r"(?:^|[._])(?:encoder_k|momentum|target|teacher|ema)[._]")
+
+
+def _may_be_missing(detector: Detector, name: str) -> bool:
+    return name.endswith("num_batches_tracked") or name.startswith(detector.backbone.own_layers)
+
+
+def _by_name(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a ResNet whose parts a file numbers, in the order in which they compute, by torchvision's names."""
+    first = tensors.get("encoder.0.weight")
+    if first is None or first.dim() != 4:
+        return dict(tensors)
+    return {
+        _NUMBERED.sub(lambda found: f"{found['prefix']}{_PARTS_OF_RESNET[found['number']]}{found['rest']}", name): value
+        for name, value in tensors.items()
+    }
 
 
 def _backbone_prefix(tensors: Mapping[str, Tensor], wanted: Sequence[str], path: Path) -> str:

@@ -9,9 +9,10 @@ from typing import Any
 
 from asag.families.adamixer import ADAMIXER
 from asag.families.asag import ASAG
+from asag.families.deformable import DEFORMABLE
 from asag.family import Family, Preset
 
-FAMILIES: tuple[Family, ...] = (ASAG, ADAMIXER)
+FAMILIES: tuple[Family, ...] = (ASAG, ADAMIXER, DEFORMABLE)
 
 
 @dataclass(frozen=True, kw_only=True)

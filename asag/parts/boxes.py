@@ -12,6 +12,12 @@ def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
     return torch.cat((centre - half, centre + half), dim=-1)
 
 
+def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
+    """Corner to centre-size boxes, [..., 4] in any unit."""
+    low, high = boxes.split(2, dim=-1)
+    return torch.cat(((low + high) / 2, high - low), dim=-1)
+
+
 def content_scale(sizes: Tensor) -> Tensor:
     """Content sizes [B, 2] (height, width) -> [B, 1, 4] (w, h, w, h), to scale normalized boxes to pixels."""
     return sizes.flip(-1).repeat(1, 2).unsqueeze(1)

@@ -55,6 +55,27 @@ class SelfAttention(nn.Module):
         return self.out_projection(attended.transpose(1, 2).reshape(batch, count, channels))
 
 
+class PlacedSelfAttention(nn.Module):
+    """Multi-head self-attention in which queries and keys know their place and values do not, [B, N, C] -> [B, N, C].
+
+    dropout: of the attention's weights (Carion et al., "End-to-End Object Detection with Transformers", section A.3).
+    """
+
+    def __init__(self, channels: int, heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.query, self.key, self.value, self.output_projection = (nn.Linear(channels, channels) for _ in range(4))
+
+    def forward(self, tokens: Tensor, position: Tensor) -> Tensor:
+        """Both [B, N, C]; the position is added to what queries and keys are made of."""
+        placed = tokens + position
+        parts = (self.query(placed), self.key(placed), self.value(tokens))
+        query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+        dropped = self.dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropped)
+        return self.output_projection(attended.transpose(1, 2).flatten(2))
+
+
 def exclude(bias: Tensor, allowed: Tensor) -> Tensor:
     """Bias [B, H, N, N] with the lowest finite number where `allowed` ([B, 1, N or 1, N] bool) is false.
 
@@ -88,16 +109,19 @@ class GeometryAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """`LN(q + MLP(q))`: [B, N, C] -> [B, N, C]."""
+    """`LN(q + MLP(q))`: [B, N, C] -> [B, N, C]; dropout: after the activation and after the second layer."""
 
-    def __init__(self, channels: int, hidden: int, activation: str = "gelu") -> None:
+    def __init__(self, channels: int, hidden: int, activation: str = "gelu", dropout: float = 0.0) -> None:
         super().__init__()
         self.mlp = MLP((channels, hidden, channels), activation)
         self.norm = nn.LayerNorm(channels)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, queries: Tensor) -> Tensor:
         """[B, N, C] -> [B, N, C]."""
-        return self.norm(queries + self.mlp(queries))
+        expand, activation, contract = self.mlp
+        hidden = self.dropout(activation(expand(queries)))
+        return self.norm(queries + self.dropout(contract(hidden)))
 
 
 class Branches(nn.Module):

@@ -22,6 +22,9 @@ Values = Mapping[str, NDArray]
 Difference = tuple[float, float, int]
 """Largest, mean, and how many places, rows or detections have no counterpart."""
 
+_IDENTITIES = ("places", "cells")
+"""Kinds whose values say themselves which of the other side's is the same."""
+
 _SAME_BOX = 0.01
 """Boxes further apart than this share of the frame's side are not the same one."""
 
@@ -55,9 +58,10 @@ def stage_differences(
         alone = 0
         if stage.aligns:
             pairs, alone = _aligned(stage, values, input_side)
-            values = [item for item in values if item[0].kind not in ("valid", "places")]
+            values = [item for item in values if item[0].kind not in ("valid", *_IDENTITIES)]
         parts = [_difference(value, ours, theirs, pairs, input_side) for value, ours, theirs in values]
-        largest, mean = max(p[0] for p in parts), sum(p[1] for p in parts) / len(parts)
+        largest = max((part[0] for part in parts), default=0.0)
+        mean = sum(part[1] for part in parts) / max(len(parts), 1)
         found[stage.title] = largest, mean, alone + sum(p[2] for p in parts)
     return found
 
@@ -70,7 +74,7 @@ def _difference(
     ours, theirs = _rows(reference, candidate, pairs)
     if ours.shape != theirs.shape:
         return math.inf, math.inf, abs(len(ours) - len(theirs))
-    if value.kind in ("valid", "places"):
+    if value.kind in ("valid", *_IDENTITIES):
         return 0.0, 0.0, int((ours != theirs).any(axis=tuple(range(1, ours.ndim))).sum())
     if value.kind == "queries":
         return _relative(ours, theirs, None)
@@ -121,13 +125,13 @@ def _rows(reference: NDArray, candidate: NDArray, pairs: _Pairs | None) -> tuple
 def _aligned(stage: Stage, values: Sequence[tuple[Value, NDArray, NDArray]], input_side: float) -> tuple[_Pairs, int]:
     """Which rows of both sides are the same, and how many have no counterpart."""
     kinds = {value.kind: (value, ours[0], theirs[0]) for value, ours, theirs in values}
-    by, ours, theirs = kinds.get("places") or kinds["boxes"]
+    by, ours, theirs = kinds.get("places") or kinds.get("cells") or kinds["boxes"]
     rows = len(ours), len(theirs)
     exist = [np.ones(count, bool) for count in rows]
     if "valid" in kinds:
         exist = [kinds["valid"][1].astype(bool), kinds["valid"][2].astype(bool)]
     places = [np.flatnonzero(valid) for valid in exist]
-    if by.kind == "places":
+    if by.kind in _IDENTITIES:
         chosen = _same_places(ours[places[0]], theirs[places[1]])
     else:
         side = input_side if by.frame == "input" else 1.0
@@ -137,9 +141,10 @@ def _aligned(stage: Stage, values: Sequence[tuple[Value, NDArray, NDArray]], inp
 
 
 def _same_places(reference: NDArray, candidate: NDArray) -> NDArray[np.int64]:
-    """Index pairs [M, 2] of equal places."""
-    of_place = {(int(x), int(y)): index for index, (x, y) in enumerate(candidate)}
-    pairs = [(index, of_place.get((int(x), int(y)))) for index, (x, y) in enumerate(reference)]
+    """Index pairs [M, 2] of equal places or cells."""
+    ours, theirs = (side.reshape(len(side), -1).tolist() for side in (reference, candidate))
+    of_place = {tuple(place): index for index, place in enumerate(theirs)}
+    pairs = [(index, of_place.get(tuple(place))) for index, place in enumerate(ours)]
     return np.array([pair for pair in pairs if pair[1] is not None], np.int64).reshape(-1, 2)
 
 

@@ -126,16 +126,30 @@ class _Reader:
             "input": np.array([width / content_width, height / content_height] * 2),
             "content": np.array([width, height] * 2, np.float64),
         }
+        self._first, self._input_size = seen.metadata.stages[0], seen.metadata.input_size
         self._valid: NDArray | None = None
 
     def places(self, stage: Stage) -> NDArray[np.float64] | None:
-        """The squares [N, 4] that a stage cut out, `xyxy`; None where it has no places."""
+        """The squares [N, 4] that a stage cut out, or its cells, `xyxy`; None where it has neither."""
+        _, numbers = self._value(stage, "cells")
+        if numbers is not None:
+            return self._cells()[self._existing(stage, numbers)] * self._scale["input"]
         value, corners = self._value(stage, "places")
         if value is None or corners is None:
             return None
         pixels, cells = value.cell
         first = self._existing(stage, corners).astype(np.float64) * pixels
         return np.concatenate((first, first + pixels * cells), axis=1) * self._scale["input"]
+
+    def _cells(self) -> NDArray[np.float64]:
+        """All cells of the features' maps, `xyxy` [T, 4] in pixels of the input, in the order of their numbers."""
+        parts = []
+        for name in self._first.value_names():
+            height, width = self._values[name].shape[-2:]
+            side = np.array([self._input_size[1] / width, self._input_size[0] / height])
+            corners = np.stack(np.meshgrid(np.arange(width), np.arange(height)), axis=-1).reshape(-1, 2) * side
+            parts.append(np.concatenate((corners, corners + side), axis=1))
+        return np.concatenate(parts)
 
     def boxes(self, stage: Stage) -> _Boxes | None:
         """The boxes of a stage, with the best class of each where it has scores; None where it has none."""

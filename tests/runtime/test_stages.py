@@ -96,6 +96,24 @@ def test_coarse_places_have_the_thickest_line_and_the_image_is_darkened() -> Non
     assert (np.asarray(white) == 255).all(), "the picture that is given stays as it is"
 
 
+def test_cells_are_those_of_the_features() -> None:
+    """Of two maps, of 8 x 12 and 4 x 6 cells: the second's last but one, and one that is not active."""
+    features = Stage("features", (Value("fine", "maps"), Value("coarse", "maps")))
+    kept = Stage("kept_tokens", (Value("cells", "cells"), Value("active", "valid")))
+    metadata = toy_metadata(stages=(features, kept, STAGES[-1]), input_height=32, input_width=48)
+    values = {
+        "features/fine": np.zeros((1, 3, 8, 12)),
+        "features/coarse": np.zeros((1, 3, 4, 6)),
+        "kept_tokens/cells": np.array([[8 * 12 + 3 * 6 + 4, 0]]),
+        "kept_tokens/active": np.array([[True, False]]),
+    }
+    seen = dataclasses.replace(seen_stages(**values), metadata=metadata)
+    panel = stage_panels(Image.new("RGB", (96, 64)), seen, 0.3)[0]
+    assert panel.caption == "kept tokens: 1"
+    # A cell of the second map has 8 pixels of the input, 80 of the picture.
+    assert outline(np.asarray(panel.picture), PLACE_COLOUR) == (320, 240, 400, 319)
+
+
 def test_no_places_and_nothing_found() -> None:
     nothing = {name: np.zeros_like(value) for name, value in one_of_each().items() if name.endswith("/valid")}
     seen = seen_stages(**nothing)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from asag.detector import Detector, build_detector
 from asag.families.asag.config import ASAGConfig, ModelSize
+from asag.families.deformable.config import DeformableConfig
+from asag.families.deformable.config import ModelSize as DeformableSize
 from train.initialization import load_backbone
 
 
@@ -65,6 +67,34 @@ def test_the_trained_encoder_is_taken_not_its_momentum_copy(
     torch.save({"state_dict": content}, tmp_path / "moco.pth.tar")
     load_backbone(detector, tmp_path / "moco.pth.tar")
     assert_loaded(detector, weights)
+
+
+def test_parts_by_their_numbers(detector: Detector, weights: dict[str, Tensor], tmp_path: Path) -> None:
+    """As SCRL writes a ResNet, with a projector and the momentum copy beside it."""
+    numbers = {"conv1": 0, "bn1": 1, "layer1": 4, "layer2": 5, "layer3": 6, "layer4": 7}
+    content = {}
+    for name, value in weights.items():
+        part, _, rest = name.partition(".")
+        content[f"encoder.{numbers[part]}.{rest}"] = value
+    content["projector.0.weight"] = torch.zeros(2, 2)
+    other = {name: value + 1 for name, value in content.items()}
+    torch.save({"online_network_state_dict": content, "target_network_state_dict": other}, tmp_path / "scrl.pth")
+    load_backbone(detector, tmp_path / "scrl.pth")
+    assert_loaded(detector, weights)
+
+
+def test_a_swin_keeps_the_norms_that_a_classifier_does_not_have(tmp_path: Path) -> None:
+    size = DeformableSize(backbone_width=32, channels=16, norm_groups=4, feed_forward=16)
+    detector = build_detector(DeformableConfig(backbone="swin-t", queries=5, num_classes=2, size=size))
+    ours = detector.backbone.state_dict()
+    content = {name: torch.rand_like(value) for name, value in ours.items() if not name.startswith("norm")}
+    classifier = {"norm.weight": torch.zeros(256), "head.weight": torch.zeros(2, 256)}
+    windows = dict.fromkeys(("attn_mask", "attn.relative_position_index"), torch.zeros(49, 49))
+    windows = {f"layers.0.blocks.1.{name}": value for name, value in windows.items()}
+    torch.save({"model": content | classifier | windows}, tmp_path / "swin.pth")
+    load_backbone(detector, tmp_path / "swin.pth")
+    for name, value in detector.backbone.state_dict().items():
+        assert torch.equal(value, content.get(name, torch.full_like(value, float(name.endswith("weight"))))), name
 
 
 def test_several_backbones_are_refused(detector: Detector, weights: dict[str, Tensor], tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ cannot build; the tests compare ResNet-18/50/101 with torchvision's, tensor by t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Self
 
 import torch
@@ -18,6 +18,17 @@ BLOCKS_PER_STAGE = {
     "resnet50": (3, 4, 6, 3),
     "resnet101": (3, 4, 23, 3),
 }
+BASIC = ("resnet10", "resnet18")
+"""Those of blocks of two convolutions."""
+
+
+def resnet_of(names: Iterable[str], prefix: str) -> str | None:
+    """Which ResNet has tensors of these names behind `prefix`; None where none has."""
+    known = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+    blocks = tuple(sum(f"layer{stage}.{i}.conv1.weight" in known for i in range(len(known))) for stage in (1, 2, 3, 4))
+    bottleneck = "layer1.0.conv3.weight" in known
+    fitting = [name for name, depths in BLOCKS_PER_STAGE.items() if depths == blocks]
+    return next((name for name in fitting if (name not in BASIC) is bottleneck), None)
 
 
 def _convolution(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
@@ -83,10 +94,12 @@ class ResNet(nn.Module):
     does not move them; `train_statistics` lets it learn them, for a backbone that starts from random weights.
     """
 
+    own_layers: tuple[str, ...] = ()
+
     def __init__(self, name: str, width: int = 64, train_statistics: bool = False) -> None:
         super().__init__()
         self.train_statistics = train_statistics
-        block = BasicBlock if name in ("resnet10", "resnet18") else Bottleneck
+        block = BasicBlock if name in BASIC else Bottleneck
         self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)

@@ -14,13 +14,15 @@ from torch import Tensor
 from asag.families.adamixer.detector import AdaMixerDetector
 from asag.families.adamixer.presets import PRESETS
 from asag.families.adamixer.published import translate_name
-from asag.families.adamixer.training.criterion import LOSSES, WEIGHTS, copy_losses, matching_costs
-from asag.families.adamixer.training.forward import StagePredictions, training_outputs
+from asag.families.adamixer.training.criterion import COORDINATES, FOCAL_EPSILON
+from asag.families.adamixer.training.forward import training_outputs
 from asag.families.adamixer.training.settings import AdaMixerSettings
 from asag.families.adamixer.training.training import AdaMixerTraining
 from asag.parts.boxes import content_scale, cxcywh_to_xyxy
 from asag.training.assignment import assign, pad_targets
 from asag.training.protocol import Batch, Step, Target
+from asag.training.recollection import StagePredictions
+from asag.training.set_losses import LOSSES, WEIGHTS, copy_losses, matching_costs
 from tests.families.adamixer.golden_cases import FOLDER, golden_batch, golden_detector, read_case
 from tests.families.adamixer.small_detector import random_detector, small_config
 from train.config import TrainConfig
@@ -70,13 +72,13 @@ def test_losses_and_their_gradients(goldens: Path, name: str) -> None:
     logits = [torch.from_numpy(case[f"copy{copy}_logits"]).requires_grad_() for copy in copies]
     corners = [torch.from_numpy(case[f"copy{copy}_boxes"]).requires_grad_() for copy in copies]
     found = StagePredictions(torch.stack(logits), as_fractions(torch.stack(corners), sizes))
-    (matches,) = assign([matching_costs(found, objects)])
+    (matches,) = assign([matching_costs(found, objects, COORDINATES, FOCAL_EPSILON)])
     for copy in copies:
         for image, target in enumerate(targets):
             ours = matched_queries(matches, copy * len(sizes) + image, len(target["labels"]))
             assert ours == case[f"copy{copy}_image{image}_matched"].tolist()
     pairs = pairs_of(targets, meta["queries"])
-    losses = copy_losses(found, objects, matches) * torch.tensor(WEIGHTS).unsqueeze(1) / pairs
+    losses = copy_losses(found, objects, matches, COORDINATES) * torch.tensor(WEIGHTS).unsqueeze(1) / pairs
     expected = torch.tensor([[entry[kind] for entry in meta["losses"]] for kind in ("class", "l1", "giou")])
     torch.testing.assert_close(losses.detach(), expected, rtol=LOSS_TOLERANCE, atol=0)
     total = losses.sum()
@@ -124,7 +126,8 @@ def test_a_training_step(goldens: Path, name: str, recollection: str) -> None:
 def check_copies(
     case: dict[str, NDArray], outputs: tuple[StagePredictions, ...], targets: list[Target], sizes: Tensor
 ) -> None:
-    matches = assign([matching_costs(found, pad_targets(targets, torch.device("cpu"))) for found in outputs])
+    objects = pad_targets(targets, torch.device("cpu"))
+    matches = assign([matching_costs(found, objects, COORDINATES, FOCAL_EPSILON) for found in outputs])
     for stage, found in enumerate(outputs):
         corners = cxcywh_to_xyxy(found.boxes.detach()) * content_scale(sizes)
         for copy in range(len(found.logits)):

@@ -71,9 +71,10 @@ def test_scores_are_compared_after_the_sigmoid() -> None:
     assert differences(Value("v", "scores"), far, far * 2) == (0.0, 0.0, 0), "no overflow, and no difference"
 
 
-@pytest.mark.parametrize("kind", ["places", "valid"])
+@pytest.mark.parametrize("kind", ["places", "cells", "valid"])
 def test_what_is_equal_or_not_is_counted(kind: Kind) -> None:
-    reference = np.arange(12).reshape(1, 6, 2) if kind == "places" else np.ones((1, 6), bool)
+    values = {"places": np.arange(12).reshape(1, 6, 2), "cells": np.arange(1, 7)[None], "valid": np.ones((1, 6), bool)}
+    reference = values[kind]
     candidate = reference.copy()
     candidate[0, [1, 4]] = 0
     assert differences(Value("v", kind), reference, candidate) == (0.0, 0.0, 2)
@@ -90,6 +91,7 @@ def test_what_is_no_number_or_of_another_shape_is_infinitely_far(kind: Kind) -> 
 
 
 PLACES = Stage("patches", (Value("corners", "places"), Value("valid", "valid"), Value("map", "maps")), aligns=True)
+CELLS = Stage("kept", (Value("cells", "cells"), Value("valid", "valid")), aligns=True)
 BOXES = Stage("anchors", (Value("boxes", "boxes"), Value("valid", "valid")), aligns=True)
 QUERIES = Stage("head", (Value("queries", "queries"),))
 
@@ -106,6 +108,8 @@ def rows(stage: Stage, count: int = 5) -> dict[str, NDArray]:
             "patches/corners": np.stack((np.arange(count), 3 * np.arange(count)), axis=1)[None],
             "patches/map": np.ones((1, 2, 3, 3)),
         }
+    if stage is CELLS:
+        return values | {"kept/cells": 7 * np.arange(count)[None]}
     centres = 30.0 * np.arange(1, count + 1)
     return values | {"anchors/boxes": np.stack((centres, centres, centres / 2, centres / 3), axis=1)[None]}
 
@@ -118,14 +122,14 @@ def by_row(values: dict[str, NDArray], order: list[int]) -> dict[str, NDArray]:
     return {name: value if name.endswith("/map") else value[:, order] for name, value in values.items()}
 
 
-@pytest.mark.parametrize("stage", [PLACES, BOXES], ids=["places", "boxes"])
+@pytest.mark.parametrize("stage", [PLACES, CELLS, BOXES], ids=["places", "cells", "boxes"])
 def test_another_order_is_no_difference_there_nor_after(stage: Stage) -> None:
     reference = rows(stage)
     found = compare(stage, reference, by_row(reference, [3, 4, 1, 0, 2]))
     assert found == {stage.title: (0.0, 0.0, 0), "head": (0.0, 0.0, 0)}
 
 
-@pytest.mark.parametrize("stage", [PLACES, BOXES], ids=["places", "boxes"])
+@pytest.mark.parametrize("stage", [PLACES, CELLS, BOXES], ids=["places", "cells", "boxes"])
 def test_a_row_that_only_one_side_has_is_unmatched(stage: Stage) -> None:
     reference = rows(stage)
     fewer = {**reference, f"{stage.name}/valid": np.array([[True, False, True, True, False]])}

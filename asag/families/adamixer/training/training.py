@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from asag.families.adamixer.detector import AdaMixerDetector
-from asag.families.adamixer.training.criterion import LOSSES, WEIGHTS, detection_losses, loss_name
-from asag.families.adamixer.training.forward import StagePredictions, training_outputs
+from asag.families.adamixer.training.criterion import detection_losses, loss_name
+from asag.families.adamixer.training.forward import training_outputs
 from asag.families.adamixer.training.settings import AdaMixerSettings
 from asag.training.protocol import Batch, ParameterGroup, Step, Target, rates_of
+from asag.training.recollection import StagePredictions
+from asag.training.set_losses import LOSSES, WEIGHTS
 from asag.training.timing import PartTimer
 from asag.training.transfer import to_device
 

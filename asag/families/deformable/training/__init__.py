@@ -1,0 +1,1 @@
+"""How detectors of this family train."""

@@ -1,0 +1,188 @@
+"""Files of the authors, of MMDetection and of Hugging Face: every tensor has its place, the switches are read off."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from asag import build_detector, load_published
+from asag.checkpoint import load_detector
+from asag.datasets import COCO_CATEGORIES
+from asag.families.deformable.config import DeformableConfig
+from asag.families.deformable.detector import DeformableDetector
+from asag.families.deformable.presets import PRESETS
+from asag.families.deformable.published import PublishedDeformable, authors_name
+from asag.published import convert_published, identify
+from tests.families.deformable.golden_cases import RECOLLECTED, SPARSE, golden_state, published_shapes
+
+FILES = {
+    "deformable-detr-r50": (SPARSE, "deformable_detr_r50", True),
+    "deformable-detr-r50-refine": (SPARSE, "deformable_detr_r50", False),
+    "deformable-detr-r50-two-stage": (SPARSE, "deformable_detr_r50_two_stage", False),
+    "deformable-detr-swin-t": (SPARSE, "deformable_detr_swint", True),
+    "efficient-detr-r50": (SPARSE, "efficient_detr_r50", False),
+    "efficient-detr-swin-t": (SPARSE, "efficient_detr_swint", False),
+    "sparse-detr-r50-10": (SPARSE, "sparse_detr_r50", False),
+    "sparse-detr-swin-t-10": (SPARSE, "sparse_detr_swint", False),
+    "deformable-detr-r50-50e": (RECOLLECTED, "deformable_r50_300", True),
+}
+every_file = pytest.mark.parametrize("preset", FILES)
+
+
+def thin(shapes: dict[str, list[int]], shared_heads: bool) -> dict[str, Tensor]:
+    """Tensors without memory of their own; heads are told apart by their numbers."""
+    made = {}
+    for name, shape in shapes.items():
+        number = 0 if shared_heads or "_embed." not in name else int("".join(filter(str.isdigit, name)) or 0)
+        made[name] = torch.tensor(float(number)).expand(shape)
+    return made
+
+
+@every_file
+def test_the_configuration_is_read_off_the_tensors_and_every_tensor_has_its_place(goldens: Path, preset: str) -> None:
+    folder, shapes, shared_heads = FILES[preset]
+    state = thin(published_shapes(folder, shapes, 300), shared_heads)
+    state |= {"transformer.encoder.total_ops": torch.zeros(1)}  # a profiler's
+    family, config = identify(state)
+    assert family.name == "deformable"
+    assert config == PRESETS[preset].config
+    with torch.device("meta"):
+        ours = {name: value.shape for name, value in DeformableDetector(config).state_dict().items()}
+    found: dict[str, torch.Size] = {}
+    for name, value in state.items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        translated = PublishedDeformable().translate(name, value, config)
+        assert translated is not None, name
+        found |= {target: part.shape for target, part in translated}
+    assert found == {name: shape for name, shape in ours.items() if not name.endswith("num_batches_tracked")}
+
+
+def test_what_is_no_known_variant_is_said(goldens: Path) -> None:
+    state = thin(published_shapes(SPARSE, "efficient_detr_r50", 300), False)
+    known = PublishedDeformable()
+    assert known.identify({"class_embed.0.weight": torch.zeros(1, 1)}, {}) is None
+    with pytest.raises(ValueError, match="of 1 levels is not known here; those of 4 are"):
+        known.identify(state | {"transformer.level_embed": torch.zeros(1, 256)}, {})
+    with pytest.raises(ValueError, match="with one head for all layers was never published"):
+        known.identify({name: torch.zeros_like(value) for name, value in state.items()}, {})
+    without = {name: value for name, value in state.items() if ".layer3.1." not in name}
+    with pytest.raises(ValueError, match="the backbone is none that is known here"):
+        known.identify(without, {})
+    assert known.identify(state, {"num_queries": 100}).queries == 100  # type: ignore[union-attr]
+    for name in ("optimizer.state", "transformer.unheard", "class_embed.0.scale", ""):
+        assert known.translate(name, torch.zeros(1), DeformableConfig()) is None
+
+
+@pytest.mark.slow
+def test_files_become_checkpoints(goldens: Path, tmp_path: Path) -> None:
+    """Arguments beside the tensors tell the share of kept tokens; 91 rows of classes become 80."""
+    arrays = golden_state(SPARSE, "sparse_detr_r50", 0, False)
+    state = {name: torch.from_numpy(value) for name, value in arrays.items()}
+    file, ours = tmp_path / "file.pth", tmp_path / "ours.safetensors"
+    torch.save({"model": state, "args": argparse.Namespace(rho=0.3, num_queries=300), "epoch": 49}, file)
+    converted = convert_published(file, ours)
+    assert converted.preset == "sparse-detr-r50-30"
+    assert len(converted.alternatives) == 10
+    detector, info = load_detector(ours)
+    assert detector.config == PRESETS["sparse-detr-r50-30"].config
+    assert info.category_ids == tuple(COCO_CATEGORIES)
+    head = detector.heads[2]  # type: ignore[index]
+    assert torch.equal(head.class_logits.bias, state["class_embed.2.bias"][list(COCO_CATEGORIES)])
+    torch.save({"model": state}, file)
+    assert convert_published(file, ours).preset == "sparse-detr-r50-10"
+    assert convert_published(file, ours, "sparse-detr-r50-scrl-50").config.keeping_ratio == 0.5
+
+
+def test_the_logit_that_says_object_or_not_survives() -> None:
+    """Row 0 of 91, which no category has."""
+    config = PRESETS["deformable-detr-r50-two-stage"].config
+    rows = torch.arange(91.0)
+    found = {}
+    for number in (0, 6):
+        found |= dict(PublishedDeformable().translate(f"class_embed.{number}.bias", rows, config) or ())
+    assert found["heads.0.class_logits.bias"].tolist() == list(COCO_CATEGORIES)
+    assert found["proposal_head.class_logits.bias"].tolist()[:3] == [0, 2, 3]
+
+
+def test_names_of_other_programs() -> None:
+    for theirs, authors in {
+        "backbone.layer2.0.conv1.weight": "backbone.0.body.layer2.0.conv1.weight",
+        "backbone.0.body.layer2.0.conv1.weight": "backbone.0.body.layer2.0.conv1.weight",
+        "model.backbone.conv_encoder.model.layer2.0.conv1.weight": "backbone.0.body.layer2.0.conv1.weight",
+        "neck.extra_convs.0.gn.bias": "input_proj.3.1.bias",
+        "bbox_head.reg_branches.3.2.weight": "bbox_embed.3.layers.1.weight",
+        "bbox_head.transformer.decoder.layers.1.norms.0.bias": "transformer.decoder.layers.1.norm2.bias",
+        "bbox_head.transformer.decoder.layers.1.norms.1.bias": "transformer.decoder.layers.1.norm1.bias",
+        "model.decoder.layers.1.self_attn_layer_norm.bias": "transformer.decoder.layers.1.norm2.bias",
+        "model.decoder.layers.1.self_attn.q_proj.bias": "transformer.decoder.layers.1.self_attn.q_proj.bias",
+        "model.encoder.layers.1.final_layer_norm.bias": "transformer.encoder.layers.1.norm2.bias",
+        "model.encoder.layers.0.fc2.bias": "transformer.encoder.layers.0.linear2.bias",
+        "model.query_position_embeddings.weight": "query_embed.weight",
+    }.items():
+        assert authors_name(theirs) == authors
+
+
+def hugging_face_model(options: dict[str, Any]) -> Any:
+    """Random weights that all matter, on a backbone of random statistics."""
+    transformers = pytest.importorskip("transformers", reason="the extra `reference` is not installed")
+    pytest.importorskip("timm", reason="the extra `reference` is not installed")
+    config = transformers.DeformableDetrConfig(
+        use_pretrained_backbone=False, num_queries=40, two_stage_num_proposals=60, num_labels=91, **options
+    )
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = transformers.DeformableDetrForObjectDetection(config).eval()
+        for name, value in (*model.named_parameters(), *model.named_buffers()):
+            if any(part in name for part in ("sampling_offsets.w", "attention_weights.w", "layers.2.weight")):
+                value.normal_(std=0.05)
+            elif "class_embed" in name and name.endswith("bias"):
+                value.normal_(-2, 0.5)
+            elif name.endswith("running_mean"):
+                value.normal_(std=0.1)
+            elif name.endswith("running_var"):
+                value.uniform_(0.8, 1.2)
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [{}, {"with_box_refine": True}, {"with_box_refine": True, "two_stage": True}], ids=str
+)
+def test_hugging_face_says_the_same_of_a_padded_batch(options: dict[str, Any], tmp_path: Path) -> None:
+    model = hugging_face_model(options)
+    model.config.save_pretrained(tmp_path)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors")
+    converted = convert_published(tmp_path, tmp_path / "ours.safetensors")
+    assert converted.config.queries == (60 if "two_stage" in options else 40)
+    detector, _ = load_detector(tmp_path / "ours.safetensors")
+    sizes = torch.tensor([[150.0, 224.0], [160.0, 101.0]])
+    mask = torch.zeros(2, 160, 224, dtype=torch.int64)
+    mask[0, :150], mask[1, :, :101] = 1, 1
+    images = torch.randn(2, 3, 160, 224, generator=torch.Generator().manual_seed(1)) * mask.unsqueeze(1)
+    with torch.no_grad():
+        ours, theirs = detector(images, sizes), model(pixel_values=images, pixel_mask=mask)
+    logits = theirs.logits[..., list(COCO_CATEGORIES)]
+    # Tokens of the padding tie, so queries of two stages may stand in another order.
+    distance = torch.cdist(torch.cat(ours[:2], -1), torch.cat((logits, theirs.pred_boxes), -1), p=torch.inf)
+    assert distance.amin(1).max() < 1e-4
+    assert distance.amin(2).max() < 1e-4
+    assert theirs.pred_boxes.std() > 1e-2
+
+
+def test_a_detector_of_other_classes_keeps_its_rows(goldens: Path) -> None:
+    """Only 91 rows are COCO's ids."""
+    shapes = published_shapes(SPARSE, "deformable_detr_r50", 12)
+    state = thin(shapes, True)
+    state |= {name: torch.zeros(5, *value.shape[1:]) for name, value in state.items() if "class_embed" in name}
+    _, config = identify(state)
+    assert dataclasses.replace(PRESETS["deformable-detr-r50"].config, num_classes=5, queries=12) == config
+    load_published(build_detector(config), state)
