@@ -64,6 +64,12 @@ class Levels:
         return places.unsqueeze(2) * ratios.unsqueeze(1)
 
 
+def levels_of(maps: Sequence[Tensor], sizes: Tensor, images: Tensor) -> Levels:
+    """Where the contents, `sizes` [B, 2] in pixels, lie on the maps of `images`."""
+    shapes = tuple((map_.shape[-2], map_.shape[-1]) for map_ in maps)
+    return Levels.of(shapes, sizes, (images.shape[-2], images.shape[-1]))
+
+
 def _centres(shape: tuple[int, int], device: torch.device) -> Tensor:
     """[h * w, 2] (x, y), centres of a map's cells in cells."""
     height, width = shape

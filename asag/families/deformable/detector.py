@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from asag.detector import Detector, Predictions, stage
 from asag.families.deformable.config import LEVELS, RESNETS, DeformableConfig
-from asag.families.deformable.decoder import DecoderLayer, Head, inverse_sigmoid
 from asag.families.deformable.encoder import Encoder, Kept, TokenScorer, keep_best
-from asag.families.deformable.neck import LevelNeck
-from asag.families.deformable.proposals import BoxEmbedding, Candidates, proposal_boxes
+from asag.families.deformable.heads import Head
+from asag.families.deformable.proposals import Candidates, proposal_boxes
 from asag.parts.backbones.resnet import ResNet
 from asag.parts.backbones.swin import Swin
 from asag.parts.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
-from asag.parts.deformable_attention import DeformableAttention
-from asag.parts.levels import Levels
+from asag.parts.deformable_layers import BoxEmbedding, DecoderLayer, initialize_transformer, inverse_sigmoid
+from asag.parts.level_neck import LevelNeck
+from asag.parts.levels import Levels, levels_of
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ class DeformableDetector(Detector):
         self.neck = LevelNeck(self.backbone.channels[-3:], channels, size.norm_groups, config.projection_bias)
         self.level_embedding = nn.Parameter(torch.randn(LEVELS, channels))
         self.encoder = Encoder(config)
-        self.decoder = nn.ModuleList(DecoderLayer(config) for _ in range(size.decoder_layers))
+        widths = channels, size.attention_heads, LEVELS, size.points, size.feed_forward
+        self.decoder = nn.ModuleList(DecoderLayer(*widths, config.dropout) for _ in range(size.decoder_layers))
         heads = size.decoder_layers if config.head_per_layer else 1
         self.heads = nn.ModuleList(Head(channels, config.classes) for _ in range(heads))
         if config.two_stage:
@@ -70,13 +71,7 @@ class DeformableDetector(Detector):
         queries begin small.
         """
         parts = ("encoder", "decoder", "candidates", "box_embedding", "reference_points", "token_scorer")
-        for part in (getattr(self, name) for name in parts if hasattr(self, name)):
-            for parameter in part.parameters():
-                if parameter.dim() > 1:
-                    nn.init.xavier_uniform_(parameter)
-        for module in self.modules():
-            if isinstance(module, DeformableAttention):
-                module.initialize()
+        initialize_transformer([getattr(self, name) for name in parts if hasattr(self, name)])
         if not self.config.two_stage:
             nn.init.zeros_(self.reference_points.bias)
             self.head(0).start_small()
@@ -184,12 +179,6 @@ class DeformableDetector(Detector):
                 if not self.config.refine_boxes:
                     del head.box_deltas
         return model.eval().requires_grad_(False)
-
-
-def levels_of(maps: tuple[Tensor, ...] | list[Tensor], sizes: Tensor, images: Tensor) -> Levels:
-    """Where the contents, `sizes` [B, 2] in pixels, lie on the maps of `images`."""
-    shapes = tuple((map_.shape[-2], map_.shape[-1]) for map_ in maps)
-    return Levels.of(shapes, sizes, (images.shape[-2], images.shape[-1]))
 
 
 def rows(values: Tensor, indices: Tensor) -> Tensor:

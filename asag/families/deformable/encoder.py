@@ -11,26 +11,8 @@ from torch import Tensor, nn
 
 from asag.families.deformable.config import LEVELS, DeformableConfig
 from asag.ops import select_tokens
-from asag.parts.deformable_attention import DeformableAttention
-from asag.parts.layers import FeedForward
+from asag.parts.deformable_layers import EncoderLayer
 from asag.parts.levels import Levels
-
-
-class EncoderLayer(nn.Module):
-    """Tokens [B, N, C] look at the memory's places around their own -> [B, N, C]."""
-
-    def __init__(self, config: DeformableConfig) -> None:
-        super().__init__()
-        size = config.size
-        self.attention = DeformableAttention(size.channels, size.attention_heads, LEVELS, size.points)
-        self.attention_norm = nn.LayerNorm(size.channels)
-        self.feed_forward = FeedForward(size.channels, size.feed_forward, "relu", config.dropout)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, tokens: Tensor, position: Tensor, centres: Tensor, memory: Tensor, levels: Levels) -> Tensor:
-        """position: [B, N, C]; centres: [B, N, 2], fractions of the content; memory: [B, T, C]."""
-        found, _ = self.attention(tokens + position, centres, memory, levels)
-        return self.feed_forward(self.attention_norm(tokens + self.dropout(found)))
 
 
 @dataclass(frozen=True)
@@ -57,7 +39,9 @@ class Encoder(nn.Module):
 
     def __init__(self, config: DeformableConfig) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.size.encoder_layers))
+        size = config.size
+        widths = size.channels, size.attention_heads, LEVELS, size.points, size.feed_forward
+        self.layers = nn.ModuleList(EncoderLayer(*widths, config.dropout) for _ in range(size.encoder_layers))
 
     def forward(
         self, source: Tensor, position: Tensor, levels: Levels, kept: Kept | None = None

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from asag.parts.levels import Levels
-from asag.parts.positions import sine_embedding
 
 SIDE = 0.05
 """Of the finest level's proposals, as a share of the content; each level doubles it."""
@@ -39,18 +36,3 @@ class Candidates(nn.Module):
     def forward(self, tokens: Tensor, usable: Tensor) -> Tensor:
         """usable: [B, T] bool."""
         return self.norm(self.projection(tokens.masked_fill(~usable.unsqueeze(-1), 0.0)))
-
-
-class BoxEmbedding(nn.Module):
-    """What a query knows of the box it begins with: [B, N, 4] `cxcywh` fractions -> [B, N, outputs]."""
-
-    def __init__(self, channels: int, outputs: int) -> None:
-        super().__init__()
-        self.channels = channels
-        self.projection = nn.Linear(2 * channels, outputs)
-        self.norm = nn.LayerNorm(outputs)
-
-    def forward(self, boxes: Tensor) -> Tensor:
-        """Half of the channels' number for each of the four, a turn of 2 pi from 0 to 1."""
-        sines = sine_embedding(boxes * (2 * math.pi), self.channels // 2).flatten(-2)
-        return self.norm(self.projection(sines))

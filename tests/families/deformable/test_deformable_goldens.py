@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from asag.checkpoint import CheckpointInfo
 from asag.deploy import DeployedDetector
-from asag.families.deformable.decoder import DecoderLayer
-from asag.families.deformable.detector import DeformableDetector, Queries, levels_of
+from asag.families.deformable.detector import DeformableDetector, Queries
 from asag.families.deformable.encoder import kept_counts
 from asag.families.deformable.proposals import proposal_boxes
 from asag.families.deformable.training.attention_map import decoder_attention_map
 from asag.families.deformable.training.forward import TrainingOutputs, training_outputs
 from asag.family import InputSpec
-from asag.parts.levels import Levels
+from asag.parts.deformable_layers import DecoderLayer
+from asag.parts.levels import Levels, levels_of
 from asag.parts.positions import map_embedding
 from asag.training.protocol import Batch, Step
 from runtime.metadata import ModelMetadata

@@ -11,12 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from asag.families.deformable.detector import DeformableDetector, levels_of
+from asag.families.deformable.detector import DeformableDetector
 from asag.families.deformable.published import PublishedDeformable
 from asag.families.deformable.training.forward import training_outputs
 from asag.families.deformable.training.settings import DeformableSettings
 from asag.families.deformable.training.training import DeformableTraining
 from asag.parts.boxes import content_scale, xyxy_to_cxcywh
+from asag.parts.levels import levels_of
 from asag.training.assignment import Matches, assign, pad_targets
 from asag.training.protocol import Batch, Step, Target
 from asag.training.recollection import StagePredictions
