@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from PIL import Image
 
 from asag.checkpoint import CheckpointInfo, save_detector
 from asag.deploy import DeployedDetector
@@ -18,6 +19,7 @@ from asag.family import InputSpec
 from asag_cli.main import main
 from export.model import build_onnx, export_onnx
 from runtime import open_session
+from runtime.stages.draw import stage_panels
 from tests.builders import random_picture, uint8_batch
 from tests.families.adamixer.small_detector import random_detector, small_config, small_info
 
@@ -48,6 +50,14 @@ def test_every_stage_has_its_values_in_the_file(exported: Path) -> None:
     made = {name for node in onnx.load(exported / "float.onnx").graph.node for name in node.output}
     for stage in ADAMIXER.stages(small_config()):
         assert set(stage.value_names()) <= made
+
+
+def test_every_stage_is_drawn_with_the_points_of_the_best(exported: Path) -> None:
+    picture = random_picture(1, 160, 192)
+    with open_session(exported / "float.onnx") as session:
+        panels = stage_panels(Image.fromarray(picture), session.stages(picture), 0.01)
+    looking = [f"decoder {number}: 12; where the best 4 look, in a colour each" for number in range(3)]
+    assert [panel.caption for panel in panels[:-1]] == ["start: 12", *looking]
 
 
 def test_the_norm_of_the_neck_stays_float(exported: Path) -> None:

@@ -86,7 +86,8 @@ def _together(layer: DecoderStage, features: list[Tensor], given: Copies) -> Cop
     def by_image(part: Tensor) -> Tensor:
         return part.transpose(0, 1).flatten(1, 2)
 
-    attended = attended.unflatten(0, (count, images))
-    made = layer.refine(features, by_image(attended), by_image(given.xyzr), by_image(boxes))
+    attended = by_image(attended.unflatten(0, (count, images)))
+    xyzr = by_image(given.xyzr)
+    made = layer.refine(features, attended, layer.points(attended, xyzr, by_image(boxes)), xyzr)
     queries, xyzr = (part.unflatten(1, (count, each)).transpose(0, 1) for part in made)
     return Copies(queries, xyzr)
