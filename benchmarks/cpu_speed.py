@@ -1,6 +1,6 @@
 """What deployment gains on this CPU: `python -m benchmarks.cpu_speed`.
 
-Ratios come from one run in which the variants take turns, those of several presets too; memory and start-up are those of
+Ratios come from one run in which the variants, of several detectors too, take turns; memory and start-up are those of
 the command `asag detect` in a process of its own.
 """
 
@@ -187,14 +187,12 @@ def random_images(folder: Path, count: int = 4) -> list[ImageLike]:
 
 
 @click.command()
-@click.option(
-    "--preset", "presets", multiple=True, default=[PRESET], show_default=True, help="May be given repeatedly."
-)
+@click.option("--preset", "presets", multiple=True, default=[PRESET], show_default=True, help="One or several.")
 @click.option(
     *("--checkpoint", "checkpoints"),
     type=click.Path(path_type=Path, dir_okay=False),
     multiple=True,
-    help="In place of presets with random weights; may be given repeatedly.",
+    help="In place of presets with random weights.",
 )
 @click.option("--rounds", type=click.IntRange(1), default=10, show_default=True, help="Measured runs of each variant.")
 @click.option("--warmup", type=click.IntRange(0), default=2, show_default=True, help="Runs before that do not count.")

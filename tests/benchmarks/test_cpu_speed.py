@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from benchmarks import cpu_speed
 from asag.checkpoint import load_detector
+from benchmarks import cpu_speed
 from benchmarks.cpu_speed import (
     INPUT_SIZE,
     DetectProcess,

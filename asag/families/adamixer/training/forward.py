@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from asag.families.adamixer.decoder import DecoderStage
 from asag.families.adamixer.detector import AdaMixerDetector
@@ -44,6 +45,14 @@ class StagePredictions:
     """[K, B, N, 4] `cxcywh`, fractions of the content."""
 
 
+def recollected_copies(stages: int) -> tuple[int, ...]:
+    """How many copies each stage trains on: one, two, and from there as many as the two stages before it."""
+    counts = [1, 2]
+    while len(counts) < stages:
+        counts.append(sum(counts[-2:]))
+    return tuple(counts[:stages])
+
+
 def training_outputs(
     detector: AdaMixerDetector, batch: Batch, step: Step, recollection: str
 ) -> tuple[StagePredictions, ...]:
@@ -68,9 +77,12 @@ def training_outputs(
 
 
 def _one_by_one(layer: DecoderStage, features: list[Tensor], given: Copies) -> Copies:
-    """Each copy through the stage by itself."""
+    """Each copy through the stage by itself, and once more when its gradient is computed: in between nothing is kept of
+    it but what it began with.
+    """
     boxes = decode_xyzr(given.xyzr)
-    made = [layer(features, *copy) for copy in zip(given.queries, given.xyzr, boxes, strict=True)]
+    copies = zip(given.queries, given.xyzr, boxes, strict=True)
+    made = [checkpoint(layer, features, *copy, use_reentrant=False, preserve_rng_state=False) for copy in copies]
     queries, xyzr = zip(*made, strict=True)
     return Copies(torch.stack(queries), torch.stack(xyzr))
 

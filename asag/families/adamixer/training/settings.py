@@ -14,7 +14,8 @@ class AdaMixerSettings:
     recollection: str = "none"
     """Which earlier queries a decoder stage trains on. `none`: those of the stage before it. The others add what the
     stage before that one made (selective query recollection, section 4.2 of its paper), each set of queries through
-    the stage by itself: `one_by_one`, with the least memory at a time, or `batched`, all at once; the same numbers."""
+    the stage by itself: `batched`, all at once and kept for the gradients, or `one_by_one`, in turn and computed again
+    for them, which is slower and takes the memory of `none`. The numbers are the same."""
 
     def __post_init__(self) -> None:
         if self.recollection not in RECOLLECTIONS:

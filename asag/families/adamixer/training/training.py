@@ -9,11 +9,17 @@ from torch import Tensor
 
 from asag.families.adamixer.detector import AdaMixerDetector
 from asag.families.adamixer.training.criterion import LOSSES, WEIGHTS, detection_losses, loss_name
-from asag.families.adamixer.training.forward import StagePredictions, training_outputs
+from asag.families.adamixer.training.forward import StagePredictions, recollected_copies, training_outputs
 from asag.families.adamixer.training.settings import AdaMixerSettings
 from asag.training.protocol import Batch, ParameterGroup, Step, Target, rates_of
 from asag.training.timing import PartTimer
 from asag.training.transfer import to_device
+
+COSTS = {
+    "one_by_one": "each is computed twice, and one at a time is in memory",
+    "batched": "fast, with all of them in memory at once; one_by_one takes less",
+}
+"""Of the forms of recollection."""
 
 
 class AdaMixerTraining:
@@ -21,6 +27,7 @@ class AdaMixerTraining:
 
     weights: Mapping[str, float]
     parts: Mapping[str, str]
+    remarks: Sequence[str]
 
     def __init__(self, detector: AdaMixerDetector, settings: AdaMixerSettings) -> None:
         self.timer = PartTimer(enabled=False)
@@ -30,6 +37,11 @@ class AdaMixerTraining:
             loss_name(kind, stage): weight for stage in stages for kind, weight in zip(LOSSES, WEIGHTS, strict=True)
         }
         self.parts = {loss_name(kind, stage): f"stage {stage}" for stage in stages for kind in LOSSES}
+        self.remarks = ()
+        if settings.recollection != "none":
+            copies = sum(recollected_copies(len(stages)))
+            told = f"recollection: {copies} copies of {len(stages)} stages a step, {settings.recollection}"
+            self.remarks = (f"{told}: {COSTS[settings.recollection]}",)
 
     def outputs(self, batch: Batch, step: Step) -> tuple[StagePredictions, ...]:
         """What every stage says, of all copies that the settings ask for."""
