@@ -68,8 +68,9 @@ class DeployedDetector(nn.Module):
 
         Returns boxes [B, D, 4] (`xyxy`, fractions of the content), scores [B, D] (falling; 0 where there is no
         detection), labels [B, D] int64 (category ids of the dataset) and overflow [B] int32 (what a fixed capacity
-        had no room for).
+        had no room for). Sizes are held within the input, so that what a caller sends cannot reach the rest of a batch.
         """
+        sizes = within_input(sizes, images)
         if self.input_type == "uint8":
             images = self.normalize(images, sizes)
         found: Predictions = self.detector(images, sizes)
@@ -119,6 +120,12 @@ class DeployedDetector(nn.Module):
             "package_version": __version__,
             "weights_digest": self.digest,
         }
+
+
+def within_input(sizes: Tensor, images: Tensor) -> Tensor:
+    """Sizes [B, 2] between one pixel and the input's own height and width; what is not a number becomes one pixel."""
+    height, width = images.shape[-2:]
+    return torch.where(sizes >= 1, sizes, 1.0).minimum(sizes.new_tensor((height, width)))
 
 
 def weights_digest(detector: Detector) -> str:

@@ -6,8 +6,9 @@ import contextlib
 import functools
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -21,6 +22,9 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+if TYPE_CHECKING:
+    from runtime.coco_dataset import CocoFolder
 
 console = Console()
 
@@ -97,7 +101,7 @@ class ValueType(click.ParamType):
         return numbers if len(numbers) > 1 else numbers[0]
 
 
-EXISTING_FILE = click.Path(path_type=Path, dir_okay=False)
+EXISTING_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 FOLDER = click.Path(path_type=Path, file_okay=False)
 OUTPUT_FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -114,6 +118,60 @@ def threads_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--threads", type=click.IntRange(1), help="CPU threads; the backend's choice by default.")(
         command
     )
+
+
+@dataclass(frozen=True)
+class DatasetChoice:
+    """What the options of :func:`dataset_options` name; `folder` may be None where the command allows that."""
+
+    folder: Path | None
+    split: str
+    images: int | None
+    classes: tuple[str, ...]
+    stored_pixels: bool
+
+    def open(self) -> CocoFolder:
+        """The data set. Raises what :func:`runtime.coco_dataset.open_coco` raises."""
+        from runtime.coco_dataset import open_coco
+
+        assert self.folder is not None
+        return open_coco(self.folder, self.split, self.stored_pixels)
+
+
+def dataset_options(required: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`--data` and what belongs to it, given to the command as one `dataset`."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(command)
+        def with_dataset(
+            data: Path | None,
+            split: str,
+            images: int | None,
+            classes: tuple[str, ...],
+            stored_pixels: bool,
+            **options: Any,
+        ) -> Any:
+            names = tuple(name for listed in classes for name in listed.split(","))
+            return command(dataset=DatasetChoice(data, split, images, names, stored_pixels), **options)
+
+        for option in (
+            click.option(
+                "--stored-pixels", is_flag=True, help="Read pictures as stored, whatever their EXIF orientation says."
+            ),
+            click.option("--classes", multiple=True, help="Only these classes count: names, with commas between them."),
+            click.option("--images", type=click.IntRange(1), help="Only the first images of the split."),
+            click.option(
+                "--split",
+                default="val2017",
+                show_default=True,
+                help="Which images: annotations/instances_SPLIT.json and SPLIT/, or SPLIT/_annotations.coco.json.",
+            ),
+            click.option("--data", type=FOLDER, required=required, help="Dataset in COCO's layout."),
+        ):
+            with_dataset = option(with_dataset)
+        return with_dataset
+
+    return decorate
 
 
 def choice_options(command: Callable[..., Any]) -> Callable[..., Any]:

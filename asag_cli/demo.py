@@ -14,7 +14,7 @@ import click
 from asag_cli.console import EXISTING_FILE, FOLDER, HELP, console, progress_bar
 
 if TYPE_CHECKING:
-    from runtime.coco_evaluation import CocoFolder
+    from runtime.coco_dataset import CocoFolder
     from runtime.parity.comparison import Unavailable
     from runtime.session import Session
     from runtime.speed.benchmark import BenchmarkReport
@@ -145,7 +145,7 @@ def _build(model: Path, path: Path) -> Path | Unavailable:
 def _compare(
     output: Path, data: Path, checkpoint: Path, candidates: Sequence[Path | Unavailable], began: float
 ) -> DemoResult:
-    from runtime.coco_evaluation import open_coco
+    from runtime.coco_dataset import open_coco
     from runtime.files import write_json
     from runtime.opening import open_session
     from runtime.parity.comparison import Unavailable, add_stages, compare, open_candidate, parity_table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from asag_cli.console import (
     "--score-threshold", type=click.FloatRange(0, 1), default=0.3, show_default=True, help="Least score that is kept."
 )
 @click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True, help="Images that run together.")
+@click.option("--annotations", type=EXISTING_FILE, help="COCO file whose image ids the detections get, by file name.")
 @click.option("--stages", is_flag=True, help="Draw how the detections came about; not for engines.")
 @click.option("--ray", is_flag=True, help="Spread the images over Ray workers and write Parquet.")
 @click.option(
@@ -46,6 +48,7 @@ def detect(
     output: Path,
     score_threshold: float,
     batch_size: int,
+    annotations: Path | None,
     stages: bool,
     ray: bool,
     workers: int | None,
@@ -56,11 +59,12 @@ def detect(
     device: str,
     threads: int | None,
 ) -> None:
-    """Detect objects in IMAGES (files, folders of images, videos).
+    """Detect objects in IMAGES (files, folders with all that is below them, videos).
 
-    Writes detections.json (COCO's results format, boxes as x, y, width, height in pixels) and each image or frame with
-    its detections drawn. What cannot be read is reported and does not stop the rest; the exit code is then 2. The next
-    batch is read while others run.
+    Writes detections.json (a list in COCO's results format, boxes as x, y, width, height in pixels), images.json (which
+    images these are) and each image or frame with its detections drawn. Without --annotations image ids count from 1.
+    What cannot be read is reported and does not stop the rest; the exit code is then 2. An interrupted run writes what
+    it has done.
 
     With --stages a picture shows how they came about, side by side (NAME-stages.jpg): what the model looked at more
     closely in red, boxes without a class in white, what has a class in its colour, and where the best detections
@@ -72,8 +76,8 @@ def detect(
     and loses nothing.
     """
     if ray:
-        if stages:
-            raise click.UsageError("--stages draws pictures, and --ray writes none")
+        if stages or annotations:
+            raise click.UsageError("--ray writes neither pictures for --stages nor the ids of --annotations")
         _detect_with_ray(
             images,
             output,
@@ -98,6 +102,8 @@ def detect(
         if value is not None:
             raise click.UsageError(f"{option} needs --ray")
 
+    _check_named(images)
+    from runtime.coco_dataset import CocoFolder
     from runtime.detect import detect_files
     from runtime.image_source import is_video
     from runtime.opening import open_session
@@ -105,6 +111,7 @@ def detect(
     # Two batches beside one another do more in a second; a single image is done sooner by all threads together.
     single = len(images) == 1 and not images[0].is_dir() and not is_video(images[0])
     contexts = 1 if single or stages else 2
+    folder = None if annotations is None else CocoFolder(annotations.parent, annotations)
     with open_session(model, device=device, threads=threads, choices=choices, contexts=contexts) as session:
         if stages:
             session.check_stages()
@@ -117,12 +124,23 @@ def detect(
                 batch_size=batch_size,
                 progress=advance,
                 stages=stages,
+                annotations=folder,
             )
     console.print(f"{summary.detections} detections in {summary.images} images: {summary.json_path}", highlight=False)
     for path, reason in summary.errors:
         click.echo(f"asag: {path}: {reason}" if str(path) not in reason else f"asag: {reason}", err=True)
     if summary.errors:
         raise SystemExit(2)
+
+
+def _check_named(images: tuple[Path, ...]) -> None:
+    """Say what is not supported before anything runs; a path loses one of two slashes of an address."""
+    for image in images:
+        address = re.match(r"[a-z][a-z0-9+.-]+:/", str(image))
+        if address and not image.exists():
+            raise click.UsageError(f"{image} is an address: download it first, detect reads files, folders and videos")
+        if str(image).isdecimal() and not image.exists():
+            raise click.UsageError(f"{image} is no file, and cameras are not read: record a video first")
 
 
 def _detect_with_ray(

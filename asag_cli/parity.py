@@ -8,10 +8,11 @@ import click
 
 from asag_cli.console import (
     EXISTING_FILE,
-    FOLDER,
     HELP,
     OUTPUT_FILE,
+    DatasetChoice,
     console,
+    dataset_options,
     device_option,
     progress_bar,
     threads_option,
@@ -21,9 +22,7 @@ from asag_cli.console import (
 @click.command(context_settings=HELP, short_help="Does a model give the detections of its reference?")
 @click.argument("reference", type=EXISTING_FILE)
 @click.argument("candidates", nargs=-1, required=True, type=EXISTING_FILE)
-@click.option("--data", type=FOLDER, required=True, help="Dataset in COCO's layout, of the models' classes.")
-@click.option("--split", default="val2017", show_default=True, help="Which images of the dataset.")
-@click.option("--images", type=click.IntRange(1), help="Only the first images of the split.")
+@dataset_options()
 @click.option("--report", type=OUTPUT_FILE, help="Also write an HTML page with the detections drawn.")
 @click.option("--json", "json_path", type=OUTPUT_FILE, help="Also write all of it to this file, for `asag report`.")
 @click.option(
@@ -50,9 +49,7 @@ from asag_cli.console import (
 def parity(
     reference: Path,
     candidates: tuple[Path, ...],
-    data: Path,
-    split: str,
-    images: int | None,
+    dataset: DatasetChoice,
     report: Path | None,
     json_path: Path | None,
     batch_check: bool,
@@ -82,7 +79,6 @@ def parity(
 
     With --check, or with a budget (--max-..., --min-...), the command exits with code 1 when something is over it.
     """
-    from runtime.coco_evaluation import open_coco
     from runtime.files import write_json
     from runtime.parity.batch_checks import BATCH_SIZES
     from runtime.parity.budgets import Budgets, over_budget
@@ -91,20 +87,22 @@ def parity(
     from runtime.reports.document import make_document
     from runtime.reports.page import write_page
 
-    dataset = open_coco(data, split)
+    folder = dataset.open()
     others = [open_candidate(path, device=device, threads=threads) for path in candidates]
     first = open_reference(reference, others, device=device, threads=threads)
     sizes = BATCH_SIZES if batch_check else ()
     with progress_bar("comparing") as advance:
-        result = compare(first, others, dataset, images=images, progress=advance, batch_sizes=sizes)
+        result = compare(
+            first, others, folder, dataset.images, progress=advance, batch_sizes=sizes, classes=dataset.classes
+        )
     if stages and (not result.agrees or check or json_path or report):
         with progress_bar("stages") as advance:
-            result = add_stages(result, first, others, dataset, progress=advance)
+            result = add_stages(result, first, others, folder, progress=advance)
     console.print(parity_table(result))
     for stage_report in result.stages:
         console.print(stage_table(stage_report))
     if json_path is not None or report is not None:
-        document = make_document(result, dataset, reference=first, candidates=others)
+        document = make_document(result, folder, reference=first, candidates=others)
         if json_path is not None:
             write_json(json_path, document.to_json())
         if report is not None:

@@ -6,7 +6,16 @@ from pathlib import Path
 
 import click
 
-from asag_cli.console import EXISTING_FILE, FOLDER, HELP, OUTPUT_FILE, console, phase_bars
+from asag_cli.console import (
+    EXISTING_FILE,
+    FOLDER,
+    HELP,
+    OUTPUT_FILE,
+    DatasetChoice,
+    console,
+    dataset_options,
+    phase_bars,
+)
 
 
 @click.command(context_settings=HELP, short_help="Make an exported file int8.")
@@ -20,11 +29,7 @@ from asag_cli.console import EXISTING_FILE, FOLDER, HELP, OUTPUT_FILE, console, 
     show_default=True,
     help="At most so many of them, taken evenly by name.",
 )
-@click.option("--data", type=FOLDER, help="Dataset in COCO's layout, of the model's classes, to measure AP on.")
-@click.option(
-    "--split", default="val2017", show_default=True, help="Which images: annotations/instances_SPLIT.json and SPLIT/."
-)
-@click.option("--images", type=click.IntRange(1), help="Measure on the first images of the split only.")
+@dataset_options(required=False)
 @click.option(
     "--max-ap-drop",
     type=click.FloatRange(0, 1),
@@ -35,9 +40,7 @@ def quantize(
     output: Path,
     calibration: Path,
     calibration_images: int,
-    data: Path | None,
-    split: str,
-    images: int | None,
+    dataset: DatasetChoice,
     max_ap_drop: float | None,
 ) -> None:
     """Write MODEL, a float32 file of `asag export`, with the convolutions of backbone and neck in int8.
@@ -52,15 +55,14 @@ def quantize(
     """
     if output.suffix.lower() != ".onnx":
         raise click.BadParameter(f"{output} should end in .onnx", param_hint="--output")
-    if data is None and max_ap_drop is not None:
+    if dataset.folder is None and max_ap_drop is not None:
         raise click.UsageError("--max-ap-drop needs --data to measure it on")
     from export.quantization import quantize_int8
-    from runtime.coco_evaluation import open_coco
     from runtime.image_source import images_in
 
     if not calibration.is_dir():
         raise FileNotFoundError(f"no calibration images: {calibration} is not a folder")
-    dataset = None if data is None else open_coco(data, split)
+    folder = None if dataset.folder is None else dataset.open()
     found = images_in(calibration)
     count = min(calibration_images, len(found))
     with phase_bars() as progress:
@@ -68,11 +70,11 @@ def quantize(
             model,
             output,
             [found[number * len(found) // count] for number in range(count)],
-            annotations=None if dataset is None else dataset.annotations_path,
-            images_folder=None if dataset is None else dataset.images_dir,
+            dataset=folder,
             max_ap_drop=max_ap_drop,
             progress=progress,
-            evaluation_images=images,
+            evaluation_images=dataset.images,
+            classes=dataset.classes,
         )
     for line in report.summary():
         console.print(line, soft_wrap=True, highlight=False)

@@ -67,20 +67,21 @@ def train(
 
     \b
     Train the published recipe on COCO, on 8 GPUs:
-        torchrun --nproc-per-node 8 -m asag_cli.main train \\
+        torchrun --nproc-per-node 8 --no-python asag train \\
             --data coco --backbone-weights resnet50.pth -o runs/coco
     Train the small preset on own images for 2000 steps:
         asag train --preset asag-a-tiny --data own --steps 2000 -o runs/own
     Repeat a run:
         asag train --config runs/own/config.json
     """
+    given = {"preset": preset, "data": data, "output": output, **options, "initial_weights": weights}
+    given["resume"] = resume or None
+    config = resolve_config(config_file, given, _parse_settings(settings))
+    # These import PyTorch, which takes seconds; what is wrong with the options was said before.
     from train.loop import train as run
     from train.processes import is_main_process
 
-    given = {"preset": preset, "data": data, "output": output, **options, "initial_weights": weights}
-    given["resume"] = resume or None
     main = is_main_process()
-    config = resolve_config(config_file, given, _parse_settings(settings))
     result = run(config, progress=not quiet and main)
     if not main:
         return

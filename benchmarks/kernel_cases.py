@@ -12,7 +12,7 @@ from trt_plugins.plan import Plan, make_plan
 
 @dataclass(frozen=True)
 class Sizes:
-    """What decides the shapes of the ops in one detector."""
+    """What decides the shapes of the ops in a detector of each family."""
 
     name: str
     channels: int
@@ -36,6 +36,17 @@ class Sizes:
         height, width = self.finest
         return tuple((self.channels, -(-height // 2**level), -(-width // 2**level)) for level in range(4))
 
+    @property
+    def attended(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) of the levels that deformable attention reads, at strides 8, 16, 32 and 64."""
+        height, width = self.finest
+        return tuple((-(-height // 2**level), -(-width // 2**level)) for level in range(1, 5))
+
+    @property
+    def tokens(self) -> int:
+        """Cells of these levels together."""
+        return sum(height * width for height, width in self.attended)
+
 
 PUBLISHED = Sizes("published", 256, (200, 336), 750, 50, (64, 128), 0.05, 50, 300, 4, 32, 128)
 """The published detectors of about 300 queries, with as many places, on inputs of 800 x 1344 pixels."""
@@ -44,8 +55,21 @@ DEMO = Sizes("demo", 64, (80, 80), 100, 10, (16, 32), 0.1, 5, 100, 4, 16, 32)
 """The small detector of `asag demo`."""
 
 
-LEVELS = {"AdaptiveProbing": ("P4", "P3"), "GatherAnchors": ("",), "PyramidRoIAlign": ("",), "SamplingMixing": ("",)}
-"""The ops of these detectors, and on which levels they run."""
+HEADS, POINTS = 8, 4
+"""Of deformable attention: heads, and a head's points on each level."""
+
+KEPT = 0.1
+"""Share of the tokens that a sparse encoder refines."""
+
+PLACES = {
+    "AdaptiveProbing": ("P4", "P3"),
+    "GatherAnchors": ("",),
+    "PyramidRoIAlign": ("",),
+    "SamplingMixing": ("",),
+    "MultiScaleDeformableAttention": ("decoder", "sparse encoder", "encoder"),
+    "SelectTokens": ("",),
+}
+"""The ops of these detectors, and where they run: on which levels, or in which part."""
 
 
 @dataclass(frozen=True)
@@ -59,21 +83,26 @@ class Case:
     element: str = "float32"
     channels_last: bool = False
     tensor_cores: bool = False
-    level: str = ""
-    """The probed level, for AdaptiveProbing."""
+    part: str = ""
+    """One of :data:`PLACES`."""
 
     @property
     def kind(self) -> str:
-        """The level, type and layout in words."""
+        """The part, type and layout in words."""
         extras = ", channels-last" * self.channels_last + ", tensor cores" * self.tensor_cores
-        return f"{self.level} {self.element}".strip() + extras
+        return f"{self.part} {self.element}".strip() + extras
 
     @property
     def place(self) -> str:
-        """Op, level, size, batch and type in words."""
-        level = f" {self.level}" if self.level else ""
-        queries = f", {self.sizes.queries} queries" if self.name != "AdaptiveProbing" else ""
-        return f"{self.name}{level}, {self.sizes.name}{queries}, batch {self.batch}, {self.element}"
+        """Op, part, size, batch and type in words."""
+        part = f" {self.part}" if self.part else ""
+        queries = f", {self.queries} queries" if self.name not in ("AdaptiveProbing", "SelectTokens") else ""
+        return f"{self.name}{part}, {self.sizes.name}{queries}, batch {self.batch}, {self.element}"
+
+    @property
+    def queries(self) -> int:
+        """Queries of an image."""
+        return int(self.shapes[1][1]) if self.name == "MultiScaleDeformableAttention" else self.sizes.queries
 
     @property
     def batch(self) -> int:
@@ -85,13 +114,14 @@ class Case:
         return make_plan(self.name, self.shapes, self.attributes, self.element, self.channels_last, self.tensor_cores)
 
 
-def signature(
-    name: str, sizes: Sizes, batch: int = 1, level: str = "P4"
-) -> tuple[list[tuple[int, ...]], dict[str, Any]]:
-    """Shapes of an op's inputs, and its attributes, in a detector of `sizes`; level: P4 or P3, for AdaptiveProbing."""
+def signature(name: str, sizes: Sizes, batch: int = 1, part: str = "") -> tuple[list[tuple[int, ...]], dict[str, Any]]:
+    """Shapes of an op's inputs, and its attributes, in a detector of `sizes`; part: one of :data:`PLACES`, the first
+    unless given.
+    """
+    part = part or PLACES[name][0]
     maps = [(batch, *shape) for shape in sizes.maps]
     if name == "AdaptiveProbing":
-        coarse = level == "P4"
+        coarse = part == "P4"
         count = sizes.first if coarse else sizes.capacity[0] * sizes.anchors_per_patch
         shapes = [(batch, count, 5), (batch, count), (batch, 8, *maps[2 if coarse else 1][2:]), (batch, 2)]
         return shapes, {"stride": 16 if coarse else 8, "capacity": sizes.capacity[0 if coarse else 1]}
@@ -106,6 +136,15 @@ def signature(
         return [(batch, count, 5), (batch, count)], attributes
     if name == "PyramidRoIAlign":
         return [*maps, (batch, sizes.queries, 4)], {}
+    kept = int(sizes.tokens * KEPT) + 1
+    if name == "SelectTokens":
+        return [(batch, sizes.tokens), (batch,)], {"capacity": kept}
+    if name == "MultiScaleDeformableAttention":
+        queries = {"decoder": sizes.queries, "sparse encoder": kept, "encoder": sizes.tokens}[part]
+        weights = (batch, queries, HEADS, POINTS * len(sizes.attended))
+        sides = tuple(side for shape in sizes.attended for side in shape)
+        levels = {"level_shapes": sides, "level_points": (POINTS,) * len(sizes.attended)}
+        return [(batch, sizes.tokens, HEADS, sizes.channels // HEADS), (*weights, 2), weights], levels
     width = sizes.channels // sizes.groups
     parameters = sizes.groups * (width * width + sizes.mixed_points * sizes.points)
     points = (batch, sizes.queries, sizes.groups, sizes.points, 3)
@@ -114,15 +153,15 @@ def signature(
 
 def cases(sizes: Sizes, batch: int = 1) -> Iterator[Case]:
     """Every op that these detectors have, in every type and layout that has a kernel."""
-    for name, levels in LEVELS.items():
+    for name, parts in PLACES.items():
         operation = OPERATIONS[name]
-        for level in levels:
-            shapes, attributes = signature(name, sizes, batch, level)
+        for part in parts:
+            shapes, attributes = signature(name, sizes, batch, part)
             for element in operation.elements:
                 for channels_last in (False, True) if operation.maps else (False,):
                     has_cores = name == "SamplingMixing" and element != "float32"
                     for tensor_cores in (False, True) if has_cores else (False,):
-                        yield Case(name, sizes, shapes, attributes, element, channels_last, tensor_cores, level)
+                        yield Case(name, sizes, shapes, attributes, element, channels_last, tensor_cores, part)
 
 
 def op_model(

@@ -35,14 +35,14 @@ class Timing:
 
 
 def least_work(case: Case) -> StageWork:
-    """What one launch has to do: inputs and outputs once, of the maps what it reads at most, and the arithmetic."""
+    """What one launch has to do: inputs and outputs once, of what is sampled what it reads at most, and arithmetic."""
     operation = OPERATIONS[case.name]
     work = operation.work(case.shapes, case.attributes)
     shapes = [*case.shapes, *operation.output_shapes(case.shapes, case.attributes)]
     tensors = [*operation.inputs, *operation.outputs]
     moved = work.map_values * ITEM_SIZES[case.element] + sum(
         float(np.prod(shape)) * ITEM_SIZES[tensor.resolve(case.element)]
-        for tensor, shape in list(zip(tensors, shapes, strict=True))[operation.maps :]
+        for tensor, shape in list(zip(tensors, shapes, strict=True))[operation.sampled :]
     )
     single, half = (work.operations, 0.0) if case.element == "float32" else (0.0, work.operations)
     return StageWork(case.name, single, half, moved)
@@ -165,12 +165,16 @@ def _than(what: str) -> Measure:
     return measure
 
 
+_ATTENTION = "MultiScaleDeformableAttention"
+
 AIMS = (
     Aim("AdaptiveProbing takes at most 20 us", "AdaptiveProbing", 20, True, _cold),
     Aim("AdaptiveProbing is 20 times faster than PyTorch", "AdaptiveProbing", 20, False, _than(DEFINITION)),
     Aim("PyramidRoIAlign is 3 times faster than torchvision", "PyramidRoIAlign", 3, False, _than(TORCHVISION)),
     Aim("SamplingMixing is 5 times faster than its steps", "SamplingMixing", 5, False, _than(DEFINITION)),
     Aim("SamplingMixing reaches half of the GPU's limit", "SamplingMixing", 0.5, False, _share_of_limit),
+    Aim(f"{_ATTENTION} is 3 times faster than grid_sample", _ATTENTION, 3, False, _than(DEFINITION)),
+    Aim(f"{_ATTENTION} reaches half of its limit", _ATTENTION, 0.5, False, _share_of_limit),
 )
 
 
@@ -190,7 +194,7 @@ def to_json(results: Sequence[Result], rates: Rates, machine: Machine, rounds: i
             {
                 "op": result.case.name,
                 "place": result.case.place,
-                "queries": result.case.sizes.queries,
+                "queries": result.case.queries,
                 "element": result.case.element,
                 "limit": dataclasses.asdict(result.limit(rates)),
                 "timings": list(result.rows(rates)),

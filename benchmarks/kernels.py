@@ -70,7 +70,7 @@ def case_groups(sizes: Sizes, batch: int) -> Iterator[list[Case]]:
         for queries in MIXING_QUERIES:
             fewer = dataclasses.replace(sizes, queries=queries)
             found += [case for case in cases(fewer, batch) if case.name == "SamplingMixing"]
-    for _, group in groupby(found, key=lambda case: (case.name, case.sizes.queries, case.level, case.element)):
+    for _, group in groupby(found, key=lambda case: (case.name, case.sizes.queries, case.part, case.element)):
         yield list(group)
 
 

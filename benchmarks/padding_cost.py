@@ -17,7 +17,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from runtime.coco_evaluation import CocoFolder, CocoResult, evaluate, open_coco
+from runtime.coco_dataset import CocoFolder, open_coco
+from runtime.coco_evaluation import CocoResult, evaluate
+from runtime.coco_file import Id
 from runtime.machine import describe_machine
 from runtime.metadata import ModelMetadata
 from runtime.opening import open_session
@@ -64,16 +66,16 @@ def padded_size(native: tuple[int, int], fixed: tuple[int, int]) -> tuple[int, i
 def measure_padding(
     session: Session,
     dataset: CocoFolder,
-    image_ids: Sequence[int] | None = None,
+    image_ids: Sequence[Id] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> PaddingCost:
     """Run a PyTorch session, whose input size is free, on the images in the three ways."""
     session.check_stages()
-    dataset.check_categories(session.metadata)
+    dataset = dataset.for_model(session.metadata)
     image_ids = dataset.image_ids if image_ids is None else image_ids
     fixed = session.metadata.input_size
     names = ("own size", "padded to the fixed size", f"fixed {fixed[0]}x{fixed[1]}")
-    found: list[dict[int, Detections]] = [{} for _ in names]
+    found: list[dict[Id, Detections]] = [{} for _ in names]
     shrunk = 0
     for number, image_id in enumerate(image_ids, start=1):
         image = dataset.load(image_id)
@@ -96,7 +98,7 @@ def _detect(session: Session, image: Image.Image, size: tuple[int, int]) -> Dete
     return postprocess(outputs, [(image.height, image.width)], metadata)[0]
 
 
-def _kept(reference: Mapping[int, Detections], other: Mapping[int, Detections]) -> float | None:
+def _kept(reference: Mapping[Id, Detections], other: Mapping[Id, Detections]) -> float | None:
     matched = confident = 0
     for image_id, expected in reference.items():
         wanted = expected.above(CONFIDENT)

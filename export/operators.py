@@ -23,7 +23,7 @@ _TENSOR_TYPES = (
     "tensor(int32)",
     "tensor(int64)",
 )
-_ATTRIBUTE_TYPES = {int: OpSchema.AttrType.INT, float: OpSchema.AttrType.FLOAT}
+_ATTRIBUTE_TYPES = {int: OpSchema.AttrType.INT, float: OpSchema.AttrType.FLOAT, tuple: OpSchema.AttrType.INTS}
 
 
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:

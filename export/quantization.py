@@ -19,7 +19,9 @@ import onnx
 from export.calibration import largest_magnitudes
 from export.exported_file import read_exported
 from export.quantized_graph import quantizable_layers, quantize_layers
-from runtime.coco_evaluation import CocoFolder, evaluate_session
+from runtime.coco_dataset import CocoFolder
+from runtime.coco_evaluation import check_measurable, evaluate_session
+from runtime.coco_file import Id
 from runtime.errors import one_line
 from runtime.files import write_bytes
 from runtime.metadata import ModelMetadata
@@ -104,18 +106,18 @@ def quantize_int8(
     model: str | os.PathLike[str],
     output: str | os.PathLike[str],
     calibration_images: Sequence[Path],
-    annotations: Path | None = None,
-    images_folder: Path | None = None,
+    dataset: CocoFolder | None = None,
     max_ap_drop: float | None = None,
     progress: ProgressCallback | None = None,
     evaluation_images: int | None = None,
+    classes: Sequence[str] = (),
 ) -> QuantizationReport:
     """Write `model` (an export in float32) to `output` with the convolutions of backbone and neck in int8.
 
-    calibration_images: image files that the activations' steps are measured on; annotations and images_folder: a
-    dataset in COCO's format, of the model's classes, to measure AP on with ONNX Runtime's CPU backend, on its first
-    `evaluation_images` images (None: all); max_ap_drop: AP (0..1) that int8 may cost there, for which layers go back
-    to float16. `progress` is called with the phase's name and the fraction done (0..1). The file appears whole or not
+    calibration_images: image files that the activations' steps are measured on; dataset: of the model's classes, to
+    measure AP on with ONNX Runtime's CPU backend, on its first `evaluation_images` images (None: all), of `classes`
+    (names) only where there are any; max_ap_drop: AP (0..1) that int8 may cost there, for which layers go back to
+    float16. `progress` is called with the phase's name and the fraction done (0..1). The file appears whole or not
     at all.
 
     Raises FileNotFoundError or ValueError for an input that is missing, damaged or no float32 export of this project,
@@ -125,26 +127,22 @@ def quantize_int8(
     report = progress or (lambda phase, fraction: None)
     if not calibration_images:
         raise ValueError("no calibration images were given; name some like those that the model will see")
-    if (annotations is None) != (images_folder is None):
-        raise ValueError("a dataset is its annotations and its folder of images; give both")
-    if max_ap_drop is not None and annotations is None:
+    if max_ap_drop is not None and dataset is None:
         raise ValueError("a budget of AP needs a dataset to measure it on")
     proto, metadata = _read_float32_export(path)
-    dataset = None
-    if annotations is not None and images_folder is not None:
-        dataset = CocoFolder(images_folder, annotations)
-        dataset.check_categories(metadata)
+    image_ids = () if dataset is None else dataset.image_ids[:evaluation_images]
+    if dataset is not None:
+        check_measurable(dataset.for_model(metadata, classes), image_ids)
     magnitudes = largest_magnitudes(
         proto, metadata, calibration_images, lambda fraction: report("calibrating", fraction)
     )
     layers = tuple(quantizable_layers(proto.graph, metadata))
     with tempfile.TemporaryDirectory() as folder:
-        trial = _Trial(proto, magnitudes, path, Path(folder, "model.onnx"), metadata, report)
+        trial = _Trial(proto, magnitudes, path, Path(folder, "model.onnx"), metadata, report, tuple(classes))
         kept = layers
         costs: dict[str, float] = {}
         accuracy = None
         if dataset is not None:
-            image_ids = dataset.image_ids[:evaluation_images]
             kept, costs, accuracy = _within_budget(
                 trial, layers, dataset, image_ids, max_ap_drop, calibration_images[:RANKING_IMAGES]
             )
@@ -169,6 +167,7 @@ class _Trial:
     file: Path
     metadata: ModelMetadata
     report: ProgressCallback
+    classes: tuple[str, ...]
 
     def content(self, layers: Sequence[str]) -> bytes:
         """The file with these layers in int8."""
@@ -181,14 +180,18 @@ class _Trial:
         return quantized.SerializeToString()
 
     def average_precision(
-        self, layers: Sequence[str] | None, dataset: CocoFolder, image_ids: Sequence[int], phase: str
+        self, layers: Sequence[str] | None, dataset: CocoFolder, image_ids: Sequence[Id], phase: str
     ) -> float:
         """COCO AP with these layers in int8; None is the float32 file."""
         if layers is not None:
             self.file.write_bytes(self.content(layers))
         with open_session(self.source if layers is None else self.file) as session:
             result, _ = evaluate_session(
-                session, dataset, image_ids, progress=lambda done, number: self.report(phase, done / number)
+                session,
+                dataset,
+                image_ids,
+                progress=lambda done, number: self.report(phase, done / number),
+                classes=self.classes,
             )
         return result.ap
 
@@ -204,7 +207,7 @@ def _within_budget(
     trial: _Trial,
     layers: Sequence[str],
     dataset: CocoFolder,
-    image_ids: Sequence[int],
+    image_ids: Sequence[Id],
     max_ap_drop: float | None,
     ranking_images: Sequence[Path],
 ) -> tuple[tuple[str, ...], dict[str, float], QuantizationAccuracy]:

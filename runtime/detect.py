@@ -7,14 +7,16 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 from PIL import Image
 
+from runtime.coco_dataset import CocoFolder
 from runtime.coco_evaluation import coco_records
+from runtime.coco_file import Id
 from runtime.drawing import draw_detections
 from runtime.errors import one_line
 from runtime.files import atomic_path
@@ -35,11 +37,12 @@ class DetectionSummary:
     errors: tuple[tuple[Path, str], ...]
 
 
-def expand_paths(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
-    """Files as they are, folders as the images in them by name; ValueError for a folder without any."""
+def expand_paths(paths: Iterable[str | os.PathLike[str]], leave_out: Path | None = None) -> list[Path]:
+    """Files as they are, folders as the images in them and below by name, but for those in the folder `leave_out`;
+    ValueError for a folder without any."""
     expanded: list[Path] = []
     for path in map(Path, paths):
-        expanded.extend(images_in(path) if path.is_dir() else [path])
+        expanded.extend(images_in(path, leave_out) if path.is_dir() else [path])
     return expanded
 
 
@@ -52,12 +55,15 @@ def detect_files(
     progress: Callable[[int, int], None] | None = None,
     batch_size: int = 1,
     stages: bool = False,
+    annotations: CocoFolder | None = None,
 ) -> DetectionSummary:
-    """Detect on images, folders of them and videos; write ``detections.json`` and a picture each to ``output_dir``.
+    """Detect on images, folders of them and videos; write two JSON files and a picture each to ``output_dir``.
 
-    The JSON holds ``model``, ``images`` (``id``, ``file_name``, ``width``, ``height``, ``picture``, ``overflow``, and
-    ``frame`` from 0 for a video), ``detections`` (COCO results with ``category_name``; boxes x, y, width, height in
-    pixels) and ``errors``. A file that cannot be read is reported there and in the summary, and does not stop the rest.
+    ``detections.json`` is a list in COCO's results format with ``category_name`` (boxes x, y, width, height in pixels);
+    ``images.json`` holds ``model``, ``images`` (``id``, ``file_name``, ``width``, ``height``, ``picture``,
+    ``overflow``, and ``frame`` from 0 for a video), ``errors``, and whether the run was ``interrupted``: what was done
+    until then is written. Image ids are those of `annotations`, found by file name, or count from 1. A file that cannot
+    be read or is not in `annotations` is reported and does not stop the rest.
     Pixels of the batches that run and the next one are held and results go to disk, so memory does not grow with the
     number of images but for their names. ``progress`` gets (images done, all as far as known). With ``stages`` each
     picture is the method's stages side by side instead of the detections alone; ValueError where the session does not
@@ -65,25 +71,34 @@ def detect_files(
     """
     if stages:
         session.check_stages()
-    files = expand_paths(paths)
+    output = Path(output_dir)
+    files = expand_paths(paths, leave_out=output)
     if not files:
         raise ValueError("no images were named")
-    output = Path(output_dir)
+    ids = None if annotations is None else _ids_by_name(annotations.for_model(session.metadata))
     if output.exists() and not output.is_dir():
         raise ValueError(f"cannot write to {output}: it is a file; name a folder")
     total = sum((video_length(path) or 1) if is_video(path) and path.is_file() else 1 for path in files)
     done = 0
-    with _Writer(session, output, score_threshold, files) as writer:
+    with _Writer(session, output, score_threshold, files, ids) as writer:
         found = _with_stages(session, files) if stages else _plain(session, files, batch_size, score_threshold)
-        for source, detections, drawn in found:
-            if detections is None or drawn is None:
-                writer.add_error(source)
-            else:
-                writer.add(source, detections, drawn, "-stages" if stages else "")
-            done += 1
-            if progress is not None:
-                progress(done, max(done, total))
+        try:
+            for source, detections, drawn in found:
+                if detections is None or drawn is None:
+                    writer.add_error(source)
+                else:
+                    writer.add(source, detections, drawn, "-stages" if stages else "")
+                done += 1
+                if progress is not None:
+                    progress(done, max(done, total))
+        except KeyboardInterrupt:
+            writer.finish(interrupted=True)
+            raise
         return writer.finish()
+
+
+def _ids_by_name(annotations: CocoFolder) -> dict[str, Id]:
+    return {image.file_name: image_id for image_id, image in annotations.images.items()}
 
 
 Found = tuple[SourceImage, Detections | None, Callable[[float], Image.Image] | None]
@@ -109,10 +124,18 @@ def _with_stages(session: Session, files: list[Path]) -> Iterator[Found]:
 
 
 class _Writer:
-    """Collects the results of one run: records in temporary files until all are there, then as one JSON file."""
+    """Collects the results of one run: records in temporary files until all are there, then as JSON files."""
 
-    def __init__(self, session: Session, output: Path, score_threshold: float, inputs: Iterable[Path]) -> None:
+    def __init__(
+        self,
+        session: Session,
+        output: Path,
+        score_threshold: float,
+        inputs: Iterable[Path],
+        ids: Mapping[str, Id] | None = None,
+    ) -> None:
         self._session = session
+        self._ids = ids
         self._output = output
         self._score_threshold = score_threshold
         self._images = _Records()
@@ -134,18 +157,28 @@ class _Writer:
         assert source.error is not None
         self._errors.append((source.path, one_line(source.error)))
 
+    def _image_id(self, path: Path) -> Id | None:
+        """The data set's id of a file, whose name may stand there with some of its folders; a number without one."""
+        if self._ids is None:
+            return self._images.count + 1
+        names = ("/".join(path.parts[start:]) for start in range(len(path.parts)))
+        return next((self._ids[name] for name in names if name in self._ids), None)
+
     def add(
         self, source: SourceImage, detections: Detections, draw: Callable[[float], Image.Image], ending: str
     ) -> None:
         assert source.path is not None
         assert source.image is not None
+        image_id = self._image_id(source.path)
+        if image_id is None:
+            self._errors.append((source.path, "no image of the annotations has this name"))
+            return
         frame = "" if source.frame is None else f"-{source.frame:06d}"
         picture = self._picture_path(source.path, frame + ending)
         with atomic_path(picture) as temporary:
             draw(self._score_threshold).save(temporary, "JPEG", quality=90)
-        number = self._images.count + 1
         record = {
-            "id": number,
+            "id": image_id,
             "file_name": str(source.path),
             "width": source.image.width,
             "height": source.image.height,
@@ -153,7 +186,7 @@ class _Writer:
             "overflow": detections.overflow,
         }
         self._images.add(record if source.frame is None else record | {"frame": source.frame})
-        for found in coco_records(number, detections.above(self._score_threshold)):
+        for found in coco_records(image_id, detections.above(self._score_threshold)):
             name = self._session.metadata.category_name(found["category_id"])
             self._detections.add({**found, "category_name": name})
 
@@ -168,17 +201,20 @@ class _Writer:
         self._pictures.append(picture)
         return picture
 
-    def finish(self) -> DetectionSummary:
+    def finish(self, interrupted: bool = False) -> DetectionSummary:
         session = self._session
         model = {"name": session.name, "backend": session.backend, "precision": session.precision}
         errors = [{"file_name": str(path), "reason": reason} for path, reason in self._errors]
         json_path = self._output / "detections.json"
-        with atomic_path(json_path) as temporary, temporary.open("w", encoding="utf-8") as file:
-            file.write(f'{{\n"model": {_json(model)},\n"score_threshold": {_json(self._score_threshold)},\n"images": [')
+        with atomic_path(self._output / "images.json") as temporary, temporary.open("w", encoding="utf-8") as file:
+            file.write(f'{{\n"model": {_json(model)},\n"score_threshold": {_json(self._score_threshold)},\n')
+            file.write(f'"interrupted": {_json(interrupted)},\n"images": [')
             self._images.copy_to(file)
-            file.write('],\n"detections": [')
-            self._detections.copy_to(file)
             file.write(f'],\n"errors": {_json(errors)}\n}}\n')
+        with atomic_path(json_path) as temporary, temporary.open("w", encoding="utf-8") as file:
+            file.write("[")
+            self._detections.copy_to(file)
+            file.write("]\n")
         return DetectionSummary(
             json_path, tuple(self._pictures), self._images.count, self._detections.count, tuple(self._errors)
         )

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import colorsys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from runtime.captions import Font, caption
 from runtime.metadata import ModelMetadata
 from runtime.postprocessing import Detections
 
 Colour = tuple[int, int, int]
+Rectangle = tuple[float, float, float, float]
+
+PADDING = 2
+"""Pixels around the text of a label."""
 
 
 def class_colour(index: int) -> Colour:
@@ -27,51 +35,80 @@ def draw_detections(
     """A copy of the image with boxes, class names and scores of detections scoring at least ``score_threshold``.
 
     The image may be smaller or larger than the original that the detections refer to; boxes are scaled to it and
-    clipped to its edges. The most confident detections are drawn on top.
+    clipped to its edges. The most confident detections are drawn on top, and choose first where their captions stand.
     """
     canvas = image.convert("RGB")
     draw = ImageDraw.Draw(canvas)
     height, width = detections.image_size
-    scale_x, scale_y = canvas.width / width, canvas.height / height
+    scale = np.array([canvas.width / width, canvas.height / height] * 2)
+    last = np.array([canvas.width - 1, canvas.height - 1] * 2)
     line_width = max(2, round(min(canvas.size) / 200))
-    font = caption_font(max(11, round(min(canvas.size) / 30)))
     shown = detections.above(score_threshold)
-    for box, score, label in reversed(list(zip(shown.boxes, shown.scores, shown.labels, strict=True))):
-        left, right = (min(max(float(value) * scale_x, 0), canvas.width - 1) for value in box[[0, 2]])
-        top, bottom = (min(max(float(value) * scale_y, 0), canvas.height - 1) for value in box[[1, 3]])
+    marks: list[tuple[Rectangle, Colour, _Label]] = []
+    for box, score, label in zip(shown.boxes, shown.scores, shown.labels, strict=True):
+        left, top, right, bottom = (float(value) for value in np.clip(box * scale, 0, last))
         if right < left or bottom < top:
             continue
         known = int(label) in metadata.category_ids
         colour = class_colour(metadata.category_ids.index(int(label)) if known else int(label))
-        draw.rectangle((left, top, right, bottom), outline=colour, width=line_width)
-        text = f"{metadata.category_name(int(label))} {score:.2f}"
-        _draw_label(draw, (left, top), text, colour=colour, font=font, canvas_size=canvas.size)
+        text, font = caption(f"{metadata.category_name(int(label))} {score:.2f}", max(11, round(min(canvas.size) / 30)))
+        corners = (left, top, right, bottom)
+        placed = _Label.place(draw, text, font, corners, canvas.size, [label.area for _, _, label in marks])
+        marks.append((corners, colour, placed))
+    for corners, colour, _ in reversed(marks):
+        draw.rectangle(corners, outline=colour, width=line_width)
+    for _, colour, placed in reversed(marks):
+        placed.draw(draw, colour)
     return canvas
 
 
-def _draw_label(
-    draw: ImageDraw.ImageDraw,
-    corner: tuple[float, float],
-    text: str,
-    *,
-    colour: Colour,
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
-    canvas_size: tuple[int, int],
-) -> None:
-    """Text on a filled background above the box's top-left corner, moved inside the image where it would leave it."""
-    left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
-    padding = 2
-    width, height = right - left + 2 * padding, bottom - top + 2 * padding
-    x = max(0, min(corner[0], canvas_size[0] - width))
-    y = corner[1] - height if corner[1] >= height else min(corner[1], canvas_size[1] - height)
-    draw.rectangle((x, y, x + width, y + height), fill=colour)
-    red, green, blue = colour
-    # Rec. 601 luma decides between dark and light text.
-    text_colour = "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "white"
-    draw.text((x + padding - left, y + padding - top), text, fill=text_colour, font=font)
+@dataclass(frozen=True)
+class _Label:
+    """Text on a filled background."""
+
+    text: str
+    font: Font
+    area: Rectangle
+    origin: tuple[float, float]
+    """Where the text begins."""
+
+    @classmethod
+    def place(
+        cls,
+        draw: ImageDraw.ImageDraw,
+        text: str,
+        font: Font,
+        box: Rectangle,
+        canvas_size: tuple[int, int],
+        taken: Sequence[Rectangle],
+    ) -> _Label:
+        """A label above its box, below it or inside, where it covers none of `taken`; above where all places do."""
+        left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
+        width, height = right - left + 2 * PADDING, bottom - top + 2 * PADDING
+        areas = []
+        for x in (box[0], box[2] - width):
+            for y in (box[1] - height, box[1], box[3], box[3] - height):
+                held_x = max(0.0, min(x, canvas_size[0] - width))
+                held_y = max(0.0, min(y, canvas_size[1] - height))
+                areas.append((held_x, held_y, held_x + width, held_y + height))
+        free = (area for area in areas if not any(_overlap(area, other) for other in taken))
+        area = next(free, areas[0])
+        return cls(text, font, area, (area[0] + PADDING - left, area[1] + PADDING - top))
+
+    def draw(self, draw: ImageDraw.ImageDraw, colour: Colour) -> None:
+        """Draw it in the colour of its class."""
+        draw.rectangle(self.area, fill=colour)
+        red, green, blue = colour
+        # Rec. 601 luma decides between dark and light text.
+        text_colour = "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "white"
+        draw.text(self.origin, self.text, fill=text_colour, font=self.font)
+
+
+def _overlap(first: Rectangle, second: Rectangle) -> bool:
+    return first[0] < second[2] and second[0] < first[2] and first[1] < second[3] and second[1] < first[3]
 
 
 @lru_cache
-def caption_font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def caption_font(size: int) -> Font:
     """Pillow's own font at a size in pixels."""
     return ImageFont.load_default(size)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import logging
 import os
 from collections.abc import Iterable, Iterator, Sized
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +17,11 @@ from PIL import Image
 from runtime.errors import BackendUnavailableError, one_line
 from runtime.preprocessing import ImageLike, as_image
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+logger = logging.getLogger(__name__)
+
+_NAMED_ONLY = frozenset({".bufr", ".grib", ".h5", ".hdf", ".wmf", ".emf"})
+"""Pillow knows these formats by name and cannot read their pixels."""
+_HEIF_SUFFIXES = (".heic", ".heif", ".hif")
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mpeg")
 
 Images = Iterable[ImageLike] | str | os.PathLike[str]
@@ -47,11 +54,46 @@ def is_video(path: Path) -> bool:
     return path.suffix.lower() in VIDEO_SUFFIXES
 
 
-def images_in(folder: Path) -> list[Path]:
-    """The image files of a folder by name; ValueError where there are none."""
-    found = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+@cache
+def image_suffixes() -> frozenset[str]:
+    """The suffixes of image files that Pillow reads here, those of HEIC with the package pillow-heif."""
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    return frozenset(readable - _NAMED_ONLY - set(VIDEO_SUFFIXES))
+
+
+def is_image(path: Path) -> bool:
+    """Whether the suffix is that of an image file that can be read here."""
+    return path.suffix.lower() in image_suffixes()
+
+
+def images_in(folder: Path, leave_out: Path | None = None) -> list[Path]:
+    """The image files of a folder and the folders below it, by name; not those in `leave_out`, a folder below.
+
+    Other files are skipped, which a warning tells; hidden ones silently. Raises ValueError where there are no images.
+    """
+    root, below = folder.resolve(), None if leave_out is None else leave_out.resolve()
+    if below is not None and root not in below.parents:
+        below = None
+    files = [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+        and (below is None or below not in file.resolve().parents)
+    ]
+    found = [file for file in files if is_image(file)]
+    skipped = [file for file in files if not is_image(file)]
+    told = ", ".join(str(file.relative_to(folder)) for file in skipped[:5]) + (", ..." if len(skipped) > 5 else "")
+    if any(file.suffix.lower() in _HEIF_SUFFIXES for file in skipped):
+        told += "; for HEIC: pip install pillow-heif"
     if not found:
-        raise ValueError(f"no images in the folder {folder}: looked for {', '.join(IMAGE_SUFFIXES)}")
+        raise ValueError(f"no images in the folder {folder}" + (f", only {told}" if skipped else ""))
+    if skipped:
+        logger.warning("%s: skipped %d files that are no images: %s", folder, len(skipped), told)
     return found
 
 

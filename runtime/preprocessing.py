@@ -6,22 +6,29 @@ Training uses the same functions, so that a detector sees the same pixels in eve
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from runtime.errors import one_line
 from runtime.metadata import ModelMetadata
 
+_TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
+
 ImageLike = str | os.PathLike[str] | NDArray[np.uint8] | Image.Image
 
 
-def load_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Read an image file as 8-bit RGB, turned upright as its EXIF orientation says.
+PIXEL_LIMIT = "ASAG_MAX_IMAGE_PIXELS"
+"""Environment variable: pictures of more than twice so many pixels are refused; Pillow's own is 89,478,485."""
+
+
+def load_image(path: str | os.PathLike[str], stored_pixels: bool = False) -> Image.Image:
+    """Read an image file as 8-bit RGB, turned upright as its EXIF orientation says, or with its pixels as stored.
 
     Grey, palette, CMYK and 16-bit images are converted; transparency is dropped. Raises FileNotFoundError when there
     is no such file, and ValueError when it cannot be read whole as an image.
@@ -29,7 +36,7 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name an image file")
-    return _decode(path, str(path))
+    return _decode(path, str(path), stored_pixels)
 
 
 def decode_image(content: bytes, name: str) -> Image.Image:
@@ -37,15 +44,36 @@ def decode_image(content: bytes, name: str) -> Image.Image:
     return _decode(BytesIO(content), name)
 
 
-def _decode(file: Path | BytesIO, name: str) -> Image.Image:
+def picture_size(path: Path, stored_pixels: bool = False) -> tuple[int, int]:
+    """(width, height) of what :func:`load_image` would give; only the file's header is read. Raises what it raises."""
+    with _opened(path, str(path)) as image:
+        turned = not stored_pixels and image.getexif().get(ExifTags.Base.Orientation, 1) in _TURNED
+        return (image.height, image.width) if turned else image.size
+
+
+def _decode(file: Path | BytesIO, name: str, stored_pixels: bool = False) -> Image.Image:
+    with _opened(file, name) as image:
+        image.load()
+        return to_rgb(image if stored_pixels else ImageOps.exif_transpose(image))
+
+
+@contextmanager
+def _opened(file: Path | BytesIO, name: str) -> Iterator[Image.Image]:
+    """An open picture; whatever a decoder raises, then or later, becomes one line."""
+    limit = os.environ.get(PIXEL_LIMIT)
+    if limit is not None:
+        if not limit.isdecimal():
+            raise ValueError(f"{PIXEL_LIMIT} must be a number of pixels, it is {limit!r}")
+        Image.MAX_IMAGE_PIXELS = int(limit)
     try:
         with Image.open(file) as image:
-            image.load()
-            return to_rgb(ImageOps.exif_transpose(image))
+            yield image
     except FileNotFoundError:
         raise FileNotFoundError(f"image not found: {name}") from None
     except Image.UnidentifiedImageError:
         raise ValueError(f"{name} is not an image in a known format") from None
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name}: {one_line(error)} Set {PIXEL_LIMIT} to read larger ones") from None
     except MemoryError:
         raise
     except Exception as error:  # decoders of damaged files raise anything: SyntaxError, struct.error, IndexError, ...

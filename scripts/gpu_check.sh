@@ -145,7 +145,7 @@ print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")'
 echo "GPU: ${gpu:-none}"
 summarize
 
-runs="click rich msgspec numpy PIL torch torchvision safetensors"
+runs="anyascii click rich msgspec numpy PIL torch torchvision safetensors"
 writes="$runs onnx onnxscript ml_dtypes"
 kernels="numpy torch torchvision cuda.bindings"
 tests="gpu pytest hypothesis $writes $kernels onnxruntime"
@@ -153,7 +153,7 @@ tests="gpu pytest hypothesis $writes $kernels onnxruntime"
 step tests-kernels 400 "$tests" "$python" -m pytest -m gpu -q -k "not sanitizer" \
     --junitxml "$output/tests-kernels.xml" tests/trt_plugins/test_gpu.py tests/benchmarks \
     tests/asag/test_ops_cuda.py
-for op in AdaptiveProbing PyramidRoIAlign SamplingMixing GatherAnchors; do
+for op in AdaptiveProbing PyramidRoIAlign SamplingMixing MultiScaleDeformableAttention GatherAnchors SelectTokens; do
     step "kernels-$op" 300 "gpu $runs cuda.bindings" "$python" -m benchmarks.kernels --op "$op" \
         --output "$output/kernels-$op.md" --json "$output/kernels-$op.json"
 done

@@ -27,6 +27,9 @@ SCHEDULES = ("step", "cosine")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
 # Fields that say where and how long a run works, not what it computes: they may differ when a run is resumed.
+LATER_FIELDS = {"stored_pixels"}
+"""States of runs from before these fields say nothing of them; where they are off, they change nothing."""
+
 OPERATIONAL_FIELDS = frozenset(
     {
         "data",
@@ -79,6 +82,8 @@ class TrainConfig:
     """Folder of their images; None takes the folder of the annotations."""
     skip_missing_images: bool = False
     """Leave out images whose file is not there; else one of them stops the run before it begins."""
+    stored_pixels: bool = False
+    """Read pictures as they are stored, whatever their EXIF orientation says, as some annotations were made."""
 
     epochs: Positive = 12
     """Passes over the training images."""
@@ -214,7 +219,8 @@ class TrainConfig:
 
     def computation(self) -> dict[str, Any]:
         """The fields that decide the sequence of weights, for JSON; a resumed run must agree on them."""
-        return {name: value for name, value in self.to_dict().items() if name not in OPERATIONAL_FIELDS}
+        fields = {name: value for name, value in self.to_dict().items() if name not in OPERATIONAL_FIELDS}
+        return {name: value for name, value in fields.items() if value or name not in LATER_FIELDS}
 
 
 def option_names() -> set[str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from runtime.errors import one_line
 from runtime.files import write_json
-from train.dataset import upright_size
+from runtime.preprocessing import picture_size
 
 PERSON = 1
 SPLITS = {"train": "train2017", "val": "val2017", "test": "test2017"}
@@ -107,10 +107,7 @@ def _convert(file: Path, lines: Sequence[str], folder: Path, advance: Callable[[
         if line.strip():
             name, boxes = _parse(line, f"{file}, line {number}")
             path = _image_file(folder, name, file)
-            try:
-                width, height = upright_size(path)
-            except (OSError, SyntaxError, ValueError) as error:
-                raise ValueError(f"cannot read image {path}: {one_line(error)}") from None
+            width, height = picture_size(path)
             images.append({"id": len(images) + 1, "file_name": path.name, "width": width, "height": height})
             for box, ignored in boxes:
                 annotations.append(

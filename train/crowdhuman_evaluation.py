@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.coco_evaluation import CocoFolder
+from runtime.coco_dataset import CocoFolder, clipped_boxes
+from runtime.coco_file import Id
 from runtime.postprocessing import Detections, box_iou
 from runtime.records import to_json
 
@@ -50,22 +50,18 @@ class ImageCase:
     scores: NDArray[np.float64]
 
 
-def evaluate_crowdhuman(dataset: CocoFolder, detections: Mapping[int, Detections]) -> CrowdHumanResult:
+def evaluate_crowdhuman(dataset: CocoFolder, detections: Mapping[Id, Detections]) -> CrowdHumanResult:
     """The measures on the images of `detections` (keys are image ids); all classes count as one.
 
     Annotations with ``iscrowd`` or ``ignore`` are regions to ignore. Boxes of both sides are clipped to the image.
     """
     cases = []
     for image_id, found in detections.items():
-        record = dataset.images[image_id]
-        extent = (record["width"], record["height"])
-        annotations = dataset.coco.imgToAnns.get(image_id, [])
-        ignored = [annotation for annotation in annotations if _is_ignored(annotation)]
-        objects = [annotation for annotation in annotations if not _is_ignored(annotation)]
-        boxes = _clip(found.boxes.astype(np.float64), extent)
-        cases.append(
-            ImageCase(_boxes(objects, extent), _boxes(ignored, extent), boxes, found.scores.astype(np.float64))
-        )
+        image, held = dataset.images[image_id], dataset.objects(image_id)
+        annotated = clipped_boxes(dataset.annotations.boxes[held], image.height, image.width)
+        ignored = dataset.annotations.crowd[held]
+        boxes = np.clip(found.boxes.astype(np.float64), 0, [image.width, image.height] * 2)
+        cases.append(ImageCase(annotated[~ignored], annotated[ignored], boxes, found.scores.astype(np.float64)))
     return measure(cases)
 
 
@@ -133,21 +129,6 @@ def log_average_miss_rate(recall: NDArray, false_positives_per_image: NDArray) -
     reached = last >= 0
     missed[reached] = 1 - recall[last[reached]]
     return float(np.exp(np.log(np.maximum(missed, _LOWEST_MISS_RATE)).mean()))
-
-
-def _is_ignored(annotation: Mapping[str, Any]) -> bool:
-    return bool(annotation.get("iscrowd") or annotation.get("ignore"))
-
-
-def _boxes(annotations: Sequence[Mapping[str, Any]], extent: tuple[int, int]) -> NDArray[np.float64]:
-    boxes = np.asarray([annotation["bbox"] for annotation in annotations], np.float64).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
-    return _clip(boxes, extent)
-
-
-def _clip(boxes: NDArray[np.float64], extent: tuple[int, int]) -> NDArray[np.float64]:
-    width, height = extent
-    return np.clip(boxes, 0, [width, height, width, height])
 
 
 def _share_inside(boxes: NDArray, regions: NDArray) -> NDArray:

@@ -16,6 +16,7 @@ from asag.checkpoint import CheckpointInfo, load_detector
 from asag.detector import Detector, build_detector
 from asag.families import find_preset
 from asag.foreign_files import read_foreign
+from runtime.coco_file import name_key
 from train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -65,20 +66,51 @@ def untrained_detector(config: TrainConfig, num_classes: int | None = None) -> D
 def load_initial_weights(detector: Detector, info: CheckpointInfo, path: Path) -> None:
     """Take the weights of a checkpoint of this toolkit, in place.
 
-    A checkpoint of another number of classes leaves the class layers, whose shape differs, at their random start; all
-    else must fit. Raises ValueError when it is of another preset.
+    Class layers are taken over class by class, by name; what the checkpoint has no class for keeps its random start.
+    All else must fit. Raises ValueError when it is of another preset.
     """
     loaded, loaded_info = load_detector(path)
-    theirs, ours = loaded.state_dict(), _shapes(detector)
     with torch.device("meta"):
         alike = build_detector(dataclasses.replace(detector.config, num_classes=loaded.config.classes))
     if _shapes(loaded) != _shapes(alike):
         raise ValueError(f"{path} is of preset {loaded_info.preset} and does not fit {info.preset}: train that preset")
-    fitting = {name: value for name, value in theirs.items() if ours[name] == value.shape}
-    detector.load_state_dict(fitting, strict=False)
-    if loaded_info.category_ids != info.category_ids:
-        anew = len(theirs) - len(fitting)
-        logger.warning("%s knows other classes: %d tensors of the class layers start anew", path, anew)
+    theirs = {name_key(name): row for row, name in enumerate(loaded_info.category_names)}
+    rows = [theirs.get(name_key(name)) for name in info.category_names]
+    state, axes = loaded.state_dict(), _class_axes(loaded)
+    for name, axis in axes.items():
+        state[name] = _rows_by_class(detector.state_dict()[name], state[name], axis, rows, loaded.config.classes)
+    detector.load_state_dict(state)
+    known = sum(row is not None for row in rows)
+    if known < len(rows) or len(rows) < len(theirs):
+        logger.warning(
+            "%s has %d of the %d classes; in %d tensors of the class layers the others start anew",
+            path,
+            known,
+            len(rows),
+            len(axes),
+        )
+
+
+def _class_axes(detector: Detector) -> dict[str, int]:
+    """The tensors that a class more would make longer, and along which axis."""
+    with torch.device("meta"):
+        longer = _shapes(build_detector(dataclasses.replace(detector.config, num_classes=detector.config.classes + 1)))
+    return {
+        name: next(axis for axis, (ours, theirs) in enumerate(zip(shape, longer[name], strict=True)) if ours != theirs)
+        for name, shape in _shapes(detector).items()
+        if shape != longer[name]
+    }
+
+
+def _rows_by_class(start: Tensor, trained: Tensor, axis: int, rows: Sequence[int | None], classes: int) -> Tensor:
+    """`start` with the trained row of every class that has one, and those behind the `classes` trained ones."""
+    result = start.clone()
+    for row, trained_row in enumerate(rows):
+        if trained_row is not None:
+            result.select(axis, row).copy_(trained.select(axis, trained_row))
+    for behind in range(trained.shape[axis] - classes):
+        result.select(axis, len(rows) + behind).copy_(trained.select(axis, classes + behind))
+    return result
 
 
 def _shapes(detector: Detector) -> dict[str, torch.Size]:

@@ -17,7 +17,8 @@ from torch.amp import GradScaler
 from asag.checkpoint import CheckpointInfo, save_detector
 from asag.families import family_of
 from asag.training.protocol import Training
-from runtime.coco_evaluation import CocoFolder, CocoResult
+from runtime.coco_dataset import CocoFolder, open_coco
+from runtime.coco_evaluation import CocoResult, check_measurable
 from runtime.errors import one_line
 from runtime.files import write_json
 from train.averaging import average_of
@@ -26,14 +27,14 @@ from train.config import TrainConfig
 from train.crowdhuman_evaluation import CrowdHumanResult
 from train.dataset import DetectionDataset, open_training_split
 from train.devices import check_gpus, resolve_device
-from train.evaluation import Evaluation, check_categories, check_images, detect, evaluate_detector, open_validation
+from train.evaluation import Evaluation, detect, evaluate_detector
 from train.initialization import starting_detector
 from train.loading import StepSampler, make_loader, steps_per_epoch
 from train.pictures import pictured_images, write_curves, write_grid
 from train.processes import Processes, joined_processes
 from train.record import git_revision, versions
 from train.reporting import EVALUATIONS_FILE, LOSSES_FILE, TrainingReport
-from train.schedule import build_optimizer, build_schedule, evaluation_interval
+from train.schedule import build_optimizer, build_schedule, evaluation_interval, warmup_steps
 from train.step import Piece, StepMaker, feature_precision, prepare_detector
 from train.transforms import RandomCrop, TrainingTransform
 
@@ -177,24 +178,25 @@ def _check_same_step(processes: Processes, step: int) -> None:
 def _training_data(config: TrainConfig) -> DetectionDataset:
     if config.train_annotations is not None:
         folder = config.train_images or config.train_annotations.parent
-        return DetectionDataset(folder, config.train_annotations, config.skip_missing_images)
+        return DetectionDataset(folder, config.train_annotations, config.skip_missing_images, config.stored_pixels)
     assert config.data is not None
-    return open_training_split(config.data, config.train_split, config.skip_missing_images)
+    return open_training_split(config.data, config.train_split, config.skip_missing_images, config.stored_pixels)
 
 
 def _validation_data(config: TrainConfig, dataset: DetectionDataset) -> CocoFolder | None:
     """The images to evaluate on; None where there are none, or none are wanted."""
     if config.evaluation_interval == 0:
         return None
-    categories = dict(zip(dataset.category_ids, dataset.category_names, strict=True))
     if config.val_annotations is not None:
-        folder = CocoFolder(config.val_images or config.val_annotations.parent, config.val_annotations)
-        check_categories(folder, categories)
+        images = config.val_images or config.val_annotations.parent
+        folder = CocoFolder(images, config.val_annotations, config.stored_pixels).report()
     elif config.data is not None:
-        folder = open_validation(config.data, config.val_split, categories)
+        folder = open_coco(config.data, config.val_split, config.stored_pixels)
     else:
         return None
-    return check_images(folder, config.evaluation_images)
+    folder.with_classes(dataset.category_ids, dataset.category_names, "the classes of the training images")
+    check_measurable(folder, folder.image_ids[: config.evaluation_images])
+    return folder
 
 
 def _announce(run: _Run, report: TrainingReport) -> None:
@@ -213,6 +215,12 @@ def _announce(run: _Run, report: TrainingReport) -> None:
     if run.state.step:
         report.say(f"resumed after step {run.state.step}")
     report.say(f"{run.total_steps} steps of {min(config.batch_size, len(run.dataset))} images{cut} on {run.device}")
+    warmup = warmup_steps(config, run.total_steps)
+    if warmup < config.warmup_steps:
+        report.say(
+            f"a short run: the warm-up takes {warmup} steps, not {config.warmup_steps}, and few detectors learn in so"
+            " little; --steps or --epochs ask for more"
+        )
 
 
 def _say_what_is_kept(run: _Run, report: TrainingReport) -> None:
@@ -245,10 +253,12 @@ def _make_steps(run: _Run, report: TrainingReport, began: float) -> Evaluation |
             seconds = maker.timer.take() if maker.timer.enabled else {"step": worked}
             report.line(step, run.epoch(step - 1), learning_rate, {"data": waited, **seconds})
             waited = worked = 0.0
-        if stopping or step % config.checkpoint_interval == 0:
+        evaluate_now = run.validation is not None and _due(step, run.total_steps, evaluating)
+        # Before an evaluation too: whatever fails there, the steps are kept.
+        if stopping or evaluate_now or step % config.checkpoint_interval == 0:
             _save(run, report, required=stopping)
             saved = True
-        if run.validation is not None and _due(step, run.total_steps, evaluating):
+        if evaluate_now and run.validation is not None:
             evaluation, evaluated = _evaluate(run, run.validation, report), True
         if run.validation is not None and _due(step, run.total_steps, config.picture_interval):
             _picture(run, run.validation, report)

@@ -10,7 +10,8 @@ from pathlib import Path
 from PIL import Image
 
 from asag.training.protocol import Training
-from runtime.coco_evaluation import CocoFolder
+from runtime.coco_dataset import CocoFolder
+from runtime.coco_file import Id
 from runtime.drawing import draw_detections
 from runtime.files import atomic_path
 from runtime.metadata import ModelMetadata
@@ -24,7 +25,7 @@ _GAP = 4
 _SCORE = 0.3
 
 
-def pictured_images(validation: CocoFolder) -> tuple[int, ...]:
+def pictured_images(validation: CocoFolder) -> tuple[Id, ...]:
     """Ids of a few images spread evenly over the validation images; always the same ones."""
     ids = validation.image_ids
     step = max(1, len(ids) // PICTURES)
@@ -32,7 +33,7 @@ def pictured_images(validation: CocoFolder) -> tuple[int, ...]:
 
 
 def write_grid(
-    path: Path, validation: CocoFolder, detections: Mapping[int, Detections], metadata: ModelMetadata
+    path: Path, validation: CocoFolder, detections: Mapping[Id, Detections], metadata: ModelMetadata
 ) -> None:
     """Write a grid of the images with their detections drawn (score 0.3 and more), as a JPEG."""
     columns = math.ceil(math.sqrt(len(detections)))

@@ -26,13 +26,24 @@ def build_optimizer(groups: Sequence[ParameterGroup], config: TrainConfig) -> Ad
     return AdamW(parts, lr=config.learning_rate, weight_decay=config.weight_decay)
 
 
+LONGEST_WARMUP = 1 / 5
+"""Share of a run that the warm-up may take; a short run has a shorter one."""
+
+
+def warmup_steps(config: TrainConfig, total_steps: int) -> int:
+    """Steps of the linear warm-up: the configuration's, where the run is long enough for them."""
+    return min(config.warmup_steps, int(total_steps * LONGEST_WARMUP))
+
+
 def learning_rate_factor(config: TrainConfig, total_steps: int, steps_per_epoch: int) -> Callable[[int], float]:
     """The share of the base rate at a step (from 0): linear warm-up times the chosen decay."""
 
+    rising = warmup_steps(config, total_steps)
+
     def warmup(step: int) -> float:
-        if step >= config.warmup_steps:
+        if step >= rising:
             return 1.0
-        return config.warmup_start + (1 - config.warmup_start) * step / config.warmup_steps
+        return config.warmup_start + (1 - config.warmup_start) * step / rising
 
     def decay(step: int) -> float:
         if config.schedule == "cosine":

@@ -160,7 +160,9 @@ def plan_of(name: str, arrays: Sequence[DeviceArray], attributes: Mapping[str, A
     maps = [array for tensor, array in inputs if tensor.pyramid]
     channels_last = not all(map_.is_row_major() for map_ in maps) and all(map_.is_channels_last() for map_ in maps)
     shapes = tuple(array.shape for array in arrays)
-    return _remembered_plan(name, shapes, tuple(attributes.items()), element, channels_last, tensor_cores)
+    return _remembered_plan(
+        name, shapes, tuple(OPERATIONS[name].complete(attributes).items()), element, channels_last, tensor_cores
+    )
 
 
 @lru_cache(maxsize=1024)

@@ -29,7 +29,7 @@ _TYPE_NAMES = {
 
 # A scalar of an ONNX node arrives as an array of one element, which the bindings of TensorRT 10 hand to `int` or
 # `float`; NumPy 2.4 and later refuse that. Declared as the array that it is, it arrives in every release.
-_ATTRIBUTE_KINDS = {int: NDArray[np.int64], float: NDArray[np.float64]}
+_ATTRIBUTE_KINDS = {int: NDArray[np.int64], float: NDArray[np.float64], tuple: NDArray[np.int64]}
 
 _CHANNELS_LAST_FORMATS = {"float32": "HWC", "float16": "HWC8", "bfloat16": "HWC8"}
 _CHANNELS_OF_HWC8 = 8  # channels are padded to a multiple; the kernels know no padding
@@ -73,7 +73,10 @@ def _register(trt: Any, trtp: Any, operation: Operation, capability: int | None)
 
     def attributes_of(arguments: Sequence[Any]) -> dict[str, Any]:
         values = arguments[first_attribute : first_attribute + len(attributes)]
-        return {name: np.asarray(value).item() for name, value in zip(attributes, values, strict=True)}
+        return {
+            name: tuple(np.asarray(value).ravel().tolist()) if kind is tuple else np.asarray(value).item()
+            for (name, kind), value in zip(operation.attributes, values, strict=True)
+        }
 
     def describe(*tensors: Any, **values: Any) -> tuple[Any, ...]:
         element = _element_of(trt, operation, tensors)

@@ -20,13 +20,14 @@ OP_FUNCTIONS: tuple[OnnxFunction, ...] = tuple(
 )
 """Bodies; names of functions, parameters and attributes are those of the ONNX nodes."""
 
-HELPER_FUNCTIONS: tuple[OnnxFunction, ...] = tuple(
-    {
-        helper.name: helper
-        for function in OP_FUNCTIONS
-        for helper in function.function_ir.get_called_functions().values()
-    }.values()
-)
+
+def _called(functions: Iterable[OnnxFunction]) -> tuple[OnnxFunction, ...]:
+    """Functions that these call, each once."""
+    found = (called for function in functions for called in function.function_ir.get_called_functions().values())
+    return tuple({called.name: called for called in found}.values())
+
+
+HELPER_FUNCTIONS: tuple[OnnxFunction, ...] = _called(OP_FUNCTIONS)
 """Functions that the bodies call."""
 
 _SPECIALIZE = {"SamplingMixing": sampling_mixing.specialize}
@@ -42,13 +43,14 @@ def bodies_of(nodes: Iterable[NodeProto]) -> list[FunctionProto]:
     for node in nodes:
         if node.domain == DOMAIN and node.op_type in OPERATIONS:
             attributes[node.op_type].append({each.name: helper.get_attribute_value(each) for each in node.attribute})
+    used = [function for function in OP_FUNCTIONS if attributes[function.name]]
     functions = []
-    for function in OP_FUNCTIONS:
+    for function in used:
         made = [_body(function, found) for found in attributes[function.name]]
         if any(body != made[0] for body in made):
             raise ValueError(f"nodes of {function.name} with attributes that need different bodies do not fit one file")
         functions += made[:1]
-    return functions + [function.to_function_proto() for function in HELPER_FUNCTIONS]
+    return functions + [function.to_function_proto() for function in _called(used)]
 
 
 def _body(function: OnnxFunction, attributes: dict[str, Any]) -> FunctionProto:

@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.coco_file import Id
 from runtime.postprocessing import Detections, box_iou
 
 SCORE_TOLERANCE = 1e-4
@@ -27,7 +28,7 @@ class ImageAgreement:
     ``score_differences`` and ``ious`` are those of each matched pair.
     """
 
-    image_id: int
+    image_id: Id
     matched: int
     unmatched_reference: int
     unmatched_candidate: int
@@ -49,7 +50,7 @@ class ImageAgreement:
 
 
 def compare_detections(
-    image_id: int,
+    image_id: Id,
     reference: Detections,
     candidate: Detections,
     max_detections: int,

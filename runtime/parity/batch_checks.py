@@ -154,7 +154,9 @@ def _judge(
         kind=kind,
         batch=batch,
         compared=len(compared),
-        differing=tuple(sorted({pair.image_id for pair in compared if not pair.within(*tolerances)})),
+        differing=tuple(
+            sorted({number for (number, *_), pair in zip(pairs, compared, strict=True) if not pair.within(*tolerances)})
+        ),
         score_difference=max((pair.score_difference for pair in compared), default=0.0),
         box_difference=max((pair.box_difference for pair in compared), default=0.0),
         unmatched=sum(pair.unmatched_reference + pair.unmatched_candidate for pair in compared),

@@ -34,8 +34,7 @@ class Budgets:
 def over_budget(report: ParityReport, budgets: Budgets) -> list[str]:
     """A line for every limit that a candidate breaks, naming both numbers; empty when all hold.
 
-    A candidate that did not run breaks every limit. An AP that is not a number breaks the limit of the drop, unless the
-    reference's is none either.
+    A candidate that did not run breaks every limit, and an AP that is not a number the limit of the drop.
     """
     if not budgets.any:
         return []
@@ -59,12 +58,11 @@ def _measured(reference: ParityRow, row: ParityRow, budgets: Budgets) -> list[tu
     assert row.agreement is not None
     assert row.ap_difference is not None
     assert reference.result is not None
-    no_objects = math.isnan(reference.result.ap)
     ratio = math.nan
     if row.latency_p50_ms and reference.latency_p50_ms:
         ratio = row.latency_p50_ms / reference.latency_p50_ms
     found: list[tuple[str, float, float | None]] = [
-        ("AP drop", 0.0 if no_objects else -row.ap_difference, budgets.ap_drop),
+        ("AP drop", -row.ap_difference, budgets.ap_drop),
         ("largest score difference", row.agreement.score_difference, budgets.score_difference),
         ("largest box difference in pixels", row.agreement.box_difference, budgets.box_difference),
         ("unmatched detections", row.agreement.unmatched, budgets.unmatched),

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from runtime.coco_evaluation import CocoFolder, CocoResult, evaluate_with_matches
+from runtime.coco_dataset import CocoFolder
+from runtime.coco_evaluation import CocoResult, check_measurable, evaluate_with_matches
+from runtime.coco_file import Id
 from runtime.errors import BackendUnavailableError, one_line
 from runtime.machine import describe_machine
 from runtime.opening import open_session
@@ -73,6 +75,7 @@ def compare(
     images: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     batch_sizes: Sequence[int] = BATCH_SIZES,
+    classes: Sequence[str] = (),
 ) -> ParityReport:
     """Run every backend on the dataset's first ``images`` images (None: all), one at a time, in turn.
 
@@ -83,14 +86,13 @@ def compare(
     """
     if images is not None and images < 1:
         raise ValueError(f"the number of images must be at least 1, it is {images}")
+    dataset = dataset.for_model(reference.metadata, classes)
     image_ids = dataset.image_ids[:images]
-    if not image_ids:
-        raise ValueError(f"{dataset.annotations_path} holds no images")
+    check_measurable(dataset, image_ids)
     sessions = [reference, *(candidate for candidate in candidates if isinstance(candidate, Session))]
     for session in sessions:
-        dataset.check_categories(session.metadata)
         _check_same_task(reference, session)
-    detections: list[dict[int, Detections]] = [{} for _ in sessions]
+    detections: list[dict[Id, Detections]] = [{} for _ in sessions]
     seconds: list[list[float]] = [[] for _ in sessions]
     for number, image_id in enumerate(image_ids):
         image = dataset.load(image_id)
@@ -119,7 +121,7 @@ def compare(
 
 
 def _check_batches(
-    sessions: Sequence[Session], dataset: CocoFolder, image_ids: Sequence[int], batch_sizes: Sequence[int]
+    sessions: Sequence[Session], dataset: CocoFolder, image_ids: Sequence[Id], batch_sizes: Sequence[int]
 ) -> tuple[BatchCheck, ...]:
     if not batch_sizes:
         return ()
@@ -166,7 +168,7 @@ def _timed(session: Session, image: Image.Image) -> tuple[Detections, float]:
 def _rows(
     sessions: Sequence[Session],
     dataset: CocoFolder,
-    detections: Sequence[Mapping[int, Detections]],
+    detections: Sequence[Mapping[Id, Detections]],
     seconds: Sequence[Sequence[float]],
 ) -> list[ParityRow]:
     reference_result, matches = evaluate_with_matches(dataset, detections[0])
@@ -202,7 +204,7 @@ def _differences(result: CocoResult, reference: CocoResult) -> dict[str, float]:
     return {name: getattr(result, name) - getattr(reference, name) for name in AP_NAMES}
 
 
-def _agreement(session: Session, reference: Mapping[int, Detections], candidate: Mapping[int, Detections]) -> Agreement:
+def _agreement(session: Session, reference: Mapping[Id, Detections], candidate: Mapping[Id, Detections]) -> Agreement:
     limit, suppressed = session.metadata.max_detections, session.metadata.nms_iou is not None
     images = [
         compare_detections(image_id, reference[image_id], candidate[image_id], limit, suppressed=suppressed)
@@ -237,11 +239,11 @@ def _badness(image: ImageAgreement) -> tuple[int, float]:
 def _with_unavailable(
     candidates: Sequence[Session | Unavailable],
     measured: Sequence[ParityRow],
-    detections: Sequence[Mapping[int, Detections]],
-) -> tuple[tuple[ParityRow, ...], tuple[Mapping[int, Detections] | None, ...]]:
+    detections: Sequence[Mapping[Id, Detections]],
+) -> tuple[tuple[ParityRow, ...], tuple[Mapping[Id, Detections] | None, ...]]:
     """Put rows of what could not run between the measured ones, in the order given; the reference comes first."""
     rows = [measured[0]]
-    found: list[Mapping[int, Detections] | None] = [detections[0]]
+    found: list[Mapping[Id, Detections] | None] = [detections[0]]
     remaining = iter(zip(measured[1:], detections[1:], strict=True))
     for candidate in candidates:
         if isinstance(candidate, Unavailable):
@@ -255,8 +257,8 @@ def _with_unavailable(
 
 
 _TASK_FIELDS = (
-    *("choices", "input_height", "input_width"),
-    *("shorter_side", "longer_side", "category_ids", "nms_iou"),
+    *("category_ids", "category_names", "choices"),
+    *("input_height", "input_width", "shorter_side", "longer_side", "nms_iou"),
 )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 from runtime.coco_evaluation import CocoResult
+from runtime.coco_file import Id
 from runtime.machine import Machine
 from runtime.metadata import ModelMetadata
 from runtime.parity.batch_checks import BatchCheck
@@ -50,7 +51,7 @@ class Agreement:
     swaps: int
     score_difference: float
     box_difference: float
-    worst_images: tuple[int, ...]
+    worst_images: tuple[Id, ...]
     share_iou_99: float = 1.0
     share_iou_90: float = 1.0
     score_quantiles: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)
@@ -97,9 +98,9 @@ class ParityReport:
     """
 
     dataset: str
-    image_ids: tuple[int, ...]
+    image_ids: tuple[Id, ...]
     rows: Annotated[tuple[ParityRow, ...], NULL_IS_NAN]
-    detections: tuple[Mapping[int, Detections] | None, ...]
+    detections: tuple[Mapping[Id, Detections] | None, ...]
     metadata: ModelMetadata
     machine: Machine
     score_tolerance: float

@@ -13,7 +13,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from runtime.coco_evaluation import CocoFolder
+from runtime.coco_dataset import CocoFolder
+from runtime.coco_file import Id
 from runtime.metadata import ModelMetadata
 from runtime.parity.agreement import compare_detections
 from runtime.postprocessing import postprocess
@@ -40,7 +41,7 @@ class StageDifference:
     mean: float
     unmatched: int
     tolerance: float
-    images_over: tuple[int, ...]
+    images_over: tuple[Id, ...]
 
     @property
     def over(self) -> bool:
@@ -56,7 +57,7 @@ class StageReport:
     backend: str
     precision: str
     stages: tuple[StageDifference, ...]
-    images: tuple[int, ...]
+    images: tuple[Id, ...]
 
     @property
     def first(self) -> StageDifference | None:
@@ -99,7 +100,7 @@ def compare_stages(
     reference: Session,
     candidate: Session,
     dataset: CocoFolder,
-    image_ids: Sequence[int],
+    image_ids: Sequence[Id],
     progress: Callable[[int, int], None] | None = None,
 ) -> StageReport:
     """Compare every stage on the images, one at a time; an exported file runs on the CPU, whatever it ran on.
@@ -121,7 +122,7 @@ def compare_stages(
         found.append(differences)
         if progress is not None:
             progress(number, len(image_ids))
-    first: dict[str, list[int]] = {}
+    first: dict[str, list[Id]] = {}
     for image_id, differences in zip(image_ids, found, strict=True):
         over = [stage for stage, value in differences.items() if _is_over(value, tolerances[stage])]
         if over:

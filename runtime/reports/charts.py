@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 COLOURS = ("#1f5fa8", "#c0501a", "#2f7d4f", "#8a3f8f", "#8a6d1f", "#4a5560", "#4aa3b5", "#d98aa5")
@@ -32,8 +32,16 @@ class Level:
     ap: float
 
 
-def accuracy_latency(points: Sequence[Point], levels: Sequence[Level] = ()) -> str:
-    """AP over latency, one dot for each model with its 95 % interval; published APs as dashed lines. Empty for none."""
+def colours_of(names: Iterable[str]) -> dict[str, str]:
+    """A colour for each of the names, in the order of their first appearance."""
+    return {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(dict.fromkeys(names))}
+
+
+def accuracy_latency(points: Sequence[Point], colours: Mapping[str, str], levels: Sequence[Level] = ()) -> str:
+    """AP over latency, one dot for each model with its 95 % interval; published APs as dashed lines. Empty for none.
+
+    colours: of every name.
+    """
     if not points:
         return ""
     slowest = max(point.latency_ms for point in points) * 1.12
@@ -47,8 +55,8 @@ def accuracy_latency(points: Sequence[Point], levels: Sequence[Level] = ()) -> s
         parts.append(f'<line x1="{_LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" class="published"/>')
         parts.append(f'<text x="{right}" y="{y - 3:.1f}" class="small end">{escape(level.name)}</text>')
     legend = []
-    for index, point in enumerate(points):
-        colour = COLOURS[index % len(COLOURS)]
+    for point in points:
+        colour = colours[point.name]
         x, y = _x(point.latency_ms, 0, slowest), _y(point.ap, low, high)
         ends = _y(point.ap_low, low, high), _y(point.ap_high, low, high)
         parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{ends[0]:.1f}" y2="{ends[1]:.1f}" stroke="{colour}"/>')
@@ -59,8 +67,13 @@ def accuracy_latency(points: Sequence[Point], levels: Sequence[Level] = ()) -> s
     return _svg("AP over latency of the models", parts, legend)
 
 
-def score_histogram(bins: Sequence[float], series: Sequence[tuple[str, Sequence[int]]]) -> str:
-    """Shares of matched detections by score difference, a group of bars for each bin and a bar for each model."""
+def score_histogram(
+    bins: Sequence[float], series: Sequence[tuple[str, Sequence[int]]], colours: Mapping[str, str]
+) -> str:
+    """Shares of matched detections by score difference, a group of bars for each bin and a bar for each model.
+
+    colours: of every name.
+    """
     series = [(name, counts) for name, counts in series if sum(counts)]
     if not series:
         return ""
@@ -78,9 +91,9 @@ def score_histogram(bins: Sequence[float], series: Sequence[tuple[str, Sequence[
             title = f"{name}: {counts[place]} of {sum(counts)}"
             parts.append(
                 f'<rect x="{left:.1f}" y="{top:.1f}" width="{bar:.1f}" height="{floor - top:.1f}"'
-                f' fill="{COLOURS[index % len(COLOURS)]}"><title>{escape(title)}</title></rect>'
+                f' fill="{colours[name]}"><title>{escape(title)}</title></rect>'
             )
-    legend = [(name, COLOURS[index % len(COLOURS)]) for index, (name, _) in enumerate(series)]
+    legend = [(name, colours[name]) for name, _ in series]
     return _svg("Score differences", parts, legend)
 
 
@@ -89,7 +102,7 @@ def stage_bars(rows: Sequence[tuple[str, dict[str, float]]]) -> str:
     rows = [(name, stages) for name, stages in rows if stages]
     if not rows:
         return ""
-    names = list(dict.fromkeys(stage for _, stages in rows for stage in stages))
+    colours = colours_of(stage for _, stages in rows for stage in stages)
     slowest = max(sum(stages.values()) for _, stages in rows) or 1.0
     height = 26 * len(rows)
     parts = []
@@ -98,16 +111,14 @@ def stage_bars(rows: Sequence[tuple[str, dict[str, float]]]) -> str:
         parts.append(f'<text x="192" y="{top + 15}" class="small end">{escape(name)}</text>')
         for stage, value in stages.items():
             width = value / slowest * (_WIDTH - 200 - 64)
-            colour = COLOURS[names.index(stage) % len(COLOURS)]
             title = f"{stage}: {value:.2f} ms"
             parts.append(
-                f'<rect x="{left:.1f}" y="{top + 3}" width="{width:.1f}" height="18" fill="{colour}">'
+                f'<rect x="{left:.1f}" y="{top + 3}" width="{width:.1f}" height="18" fill="{colours[stage]}">'
                 f"<title>{escape(title)}</title></rect>"
             )
             left += width
         parts.append(f'<text x="{left + 5:.1f}" y="{top + 16}" class="small">{sum(stages.values()):.1f} ms</text>')
-    legend = [(name, COLOURS[index % len(COLOURS)]) for index, name in enumerate(names)]
-    return _svg("Latency by stage", parts, legend, height)
+    return _svg("Latency by stage", parts, list(colours.items()), height)
 
 
 def _svg(title: str, parts: Sequence[str], legend: Sequence[tuple[str, str]], height: int = _HEIGHT) -> str:

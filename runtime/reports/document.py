@@ -12,7 +12,8 @@ from typing import Any
 
 from PIL import Image
 
-from runtime.coco_evaluation import CocoFolder
+from runtime.coco_dataset import CocoFolder
+from runtime.coco_file import Id
 from runtime.drawing import draw_detections
 from runtime.errors import one_line
 from runtime.parity.results import ParityReport, Unavailable
@@ -118,9 +119,9 @@ def read_document(path: Path, content: Mapping[str, Any]) -> ReportDocument:
         raise ValueError(f"{path} holds no parity report that can be read: {one_line(error)}; {_REMEDY}") from None
 
 
-def _chosen_images(report: ParityReport, count: int) -> list[int]:
+def _chosen_images(report: ParityReport, count: int) -> list[Id]:
     """The worst disagreements (at most half), then images spread over the set that show detections."""
-    disagreeing: list[int] = []
+    disagreeing: list[Id] = []
     for stages in report.stages:
         if stages.first is not None:
             disagreeing += [image for image in stages.first.images_over[:1] if image not in disagreeing]
@@ -134,7 +135,7 @@ def _chosen_images(report: ParityReport, count: int) -> list[int]:
     return chosen + [others[index * len(others) // wanted] for index in range(wanted)]
 
 
-def _picture_group(report: ParityReport, dataset: CocoFolder, image_id: int, score_threshold: float) -> PictureGroup:
+def _picture_group(report: ParityReport, dataset: CocoFolder, image_id: Id, score_threshold: float) -> PictureGroup:
     image = dataset.load(image_id)
     image.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE))
     pictures = []
@@ -149,7 +150,7 @@ def _picture_group(report: ParityReport, dataset: CocoFolder, image_id: int, sco
     return PictureGroup(dataset.path(image_id).name, tuple(pictures))
 
 
-def _stage_group(reference: Session, dataset: CocoFolder, image_id: int, score_threshold: float) -> PictureGroup:
+def _stage_group(reference: Session, dataset: CocoFolder, image_id: Id, score_threshold: float) -> PictureGroup:
     image = dataset.load(image_id)
     panels = stage_panels(image, reference.stages(image), score_threshold)
     return PictureGroup(dataset.path(image_id).name, tuple(_picture(panel) for panel in panels))

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.errors import one_line
 from runtime.files import write_text
-from runtime.parity.results import SCORE_BINS, ParityReport
+from runtime.parity.results import SCORE_BINS, ParityReport, ParityRow
 from runtime.parity.table import ACCURACY_HEADINGS, HEADINGS, accuracy_cells, row_cells
 from runtime.records import convert, read_json
-from runtime.reports.charts import Level, Point, accuracy_latency, score_histogram, stage_bars
+from runtime.reports.charts import Level, Point, accuracy_latency, colours_of, score_histogram, stage_bars
 from runtime.reports.document import KIND, ReportDocument, read_document
 from runtime.speed.benchmark import BenchmarkReport, Latency
 from runtime.speed.stage_times import StageTimes
@@ -76,13 +76,14 @@ def write_page(
     with.
     """
     comparable = any(len(document.report.metadata.category_ids) == _COCO_CLASSES for document in documents)
+    colours = colours_of(_model_name(row) for document in documents for row in document.report.rows)
     page = _template().render(
         title=title,
         headings=HEADINGS,
         accuracy_headings=ACCURACY_HEADINGS,
-        plot=accuracy_latency(_points(documents), published if comparable else ()),
+        plot=accuracy_latency(_points(documents), colours, published if comparable else ()),
         published=bool(published) and comparable,
-        sections=[_section(document) for document in documents],
+        sections=[_section(document, colours) for document in documents],
         benchmarks=[_benchmark_section(benchmark) for benchmark in benchmarks],
     )
     write_text(path, page)
@@ -102,27 +103,24 @@ def _template() -> jinja2.Template:
     return environment.get_template("report.html.jinja")
 
 
-def _section(document: ReportDocument) -> dict[str, Any]:
+def _model_name(row: ParityRow) -> str:
+    """What a model is called on the page."""
+    return f"{row.name}, {row.backend} {row.precision}"
+
+
+def _section(document: ReportDocument, colours: Mapping[str, str]) -> dict[str, Any]:
     report = document.report
-    series = [
-        (f"{row.name}, {row.backend} {row.precision}", row.agreement.score_histogram)
-        for row in report.rows
-        if row.agreement is not None
-    ]
+    series = [(_model_name(row), row.agreement.score_histogram) for row in report.rows if row.agreement is not None]
     return {
         "dataset": Path(report.dataset).name,
         "image_count": len(report.image_ids),
         "metadata": report.metadata,
         "rows": [(row_cells(row), row.reason) for row in report.rows],
-        "accuracy": [
-            [f"{row.name}, {row.backend} {row.precision}", *accuracy_cells(row)[1:]]
-            for row in report.rows
-            if row.result is not None
-        ],
+        "accuracy": [[_model_name(row), *accuracy_cells(row)[1:]] for row in report.rows if row.result is not None],
         "verdicts": _verdicts(report),
         "batches": [check.sentence() for check in report.batch_checks if check.reason or not check.agrees],
         "batches_agree": bool(report.batch_checks) and report.batches_agree,
-        "histogram": score_histogram(SCORE_BINS, series),
+        "histogram": score_histogram(SCORE_BINS, series, colours),
         "stages": report.stages,
         "groups": document.pictures,
         "stage_groups": document.stage_pictures,
@@ -158,8 +156,7 @@ def _points(documents: Sequence[ReportDocument]) -> list[Point]:
             if row.result is None or row.latency_p50_ms is None or math.isnan(row.result.ap):
                 continue
             ends = (row.ap_interval.low, row.ap_interval.high) if row.ap_interval else (row.result.ap,) * 2
-            name = f"{row.name}, {row.backend} {row.precision}"
-            points.append(Point(name, row.latency_p50_ms, row.result.ap, *ends))
+            points.append(Point(_model_name(row), row.latency_p50_ms, row.result.ap, *ends))
     return points
 
 

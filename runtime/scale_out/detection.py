@@ -14,7 +14,7 @@ from typing import Any
 
 from runtime.errors import BackendUnavailableError, one_line
 from runtime.files import atomic_folder, write_json
-from runtime.image_source import IMAGE_SUFFIXES, is_video
+from runtime.image_source import is_image, is_video
 from runtime.scale_out.worker import FILE_COLUMN, DetectionWorker, WorkerOptions
 
 IMAGES_PER_TASK = 128
@@ -113,7 +113,7 @@ def find_sources(sources: Iterable[str | os.PathLike[str]]) -> tuple[list[str], 
             for folder, folders, names in os.walk(path):
                 folders.sort()
                 files = [Path(folder, name) for name in sorted(names)]
-                images += [str(file) for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+                images += [str(file) for file in files if is_image(file)]
                 tables += [str(file) for file in files if file.suffix.lower() == ".parquet"]
         elif is_video(path):
             raise ValueError(f"{source} is a video: its frames follow one another, detect without Ray")
@@ -126,7 +126,7 @@ def find_sources(sources: Iterable[str | os.PathLike[str]]) -> tuple[list[str], 
     if images and tables:
         raise ValueError(f"name either images or Parquet files: here are both, {images[0]} and {tables[0]}")
     if not images and not tables:
-        raise ValueError(f"no images found: looked for {', '.join(IMAGE_SUFFIXES)} and .parquet")
+        raise ValueError("no images and no .parquet files found")
     return images, tables
 
 

@@ -159,7 +159,7 @@ def _read(node: Any) -> list[str]:
 def _maps_sampled(node: Any) -> int:
     """How many of its first inputs a node reads in places only."""
     operation = _custom_op(node)
-    return 0 if operation is None else operation.maps
+    return 0 if operation is None else operation.sampled
 
 
 def _sampled_bytes(node: Any, values: GraphValues) -> float:

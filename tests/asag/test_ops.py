@@ -12,9 +12,11 @@ from torch import Tensor
 from asag.ops import (
     adaptive_probing,
     adaptive_probing_definition,
+    deformable_attention_definition,
     gather_anchors_definition,
     pyramid_roi_align_definition,
     sampling_mixing_definition,
+    select_tokens_definition,
 )
 
 
@@ -32,6 +34,13 @@ def arguments(name: str, batch: int) -> tuple[Any, ...]:
     sizes = torch.full((batch, 2), 256.0)
     return {
         "adaptive_probing": (anchors(batch, 12), everything, torch.randn(batch, 8, 20, 16), sizes, 16, 3),
+        "deformable_attention": (
+            torch.randn(batch, 14, 2, 4),
+            torch.rand(batch, 5, 2, 5, 2),
+            torch.rand(batch, 5, 2, 5),
+            [3, 4, 1, 2],
+            [3, 2],
+        ),
         "gather_anchors": (anchors(batch, 12), everything, 7, 0.1, 2, 6),
         "pyramid_roi_align": (*features(batch), anchors(batch, 5)[..., :4]),
         "sampling_mixing": (
@@ -42,14 +51,17 @@ def arguments(name: str, batch: int) -> tuple[Any, ...]:
             1,
             1,
         ),
+        "select_tokens": (torch.randn(batch, 12), torch.arange(batch) + 2, 5),
     }[name]
 
 
 DEFINITIONS: dict[str, Callable[..., Any]] = {
     "adaptive_probing": adaptive_probing_definition,
+    "deformable_attention": deformable_attention_definition,
     "gather_anchors": gather_anchors_definition,
     "pyramid_roi_align": pyramid_roi_align_definition,
     "sampling_mixing": sampling_mixing_definition,
+    "select_tokens": select_tokens_definition,
 }
 
 

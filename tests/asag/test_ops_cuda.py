@@ -12,9 +12,16 @@ from torch import Tensor
 
 import asag.ops.cuda
 from asag.deploy import DeployedDetector
-from asag.ops import definitions_only, gather_anchors_definition, sampling_mixing_definition
+from asag.ops import (
+    definitions_only,
+    deformable_attention_definition,
+    gather_anchors_definition,
+    sampling_mixing_definition,
+)
 from asag.ops.cuda import KernelOp
 from tests.builders import random_detector, random_picture, small_info, uint8_batch
+from tests.ptx_machine.launch import launch_ptx
+from tests.trt_plugins.kernel_cases import LEVELS, attention_inputs, tensors
 from trt_plugins.launch import DeviceArray, prepare_call
 from trt_plugins.operations import OPERATIONS
 from trt_plugins.plan import Plan, make_plan
@@ -128,6 +135,25 @@ def test_sizes_without_a_kernel_run_as_the_definition_in_the_type_of_the_maps() 
     wide = sampling_mixing_definition(*(map_.float() for map_ in maps), points, parameters.float(), 8)
     assert isinstance(found, Tensor)
     assert torch.equal(found, wide.half())
+
+
+def test_lists_of_attributes_and_places_beside_16_bit_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As PyTorch's dispatcher gives them: the levels are lists, and the locations are not of the value's type."""
+
+    def launch(name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], attributes: Mapping[str, Any]) -> None:
+        arrays = [[DeviceArray.of_tensor(each) for each in given] for given in (inputs, outputs)]
+        launch_ptx(name, *arrays, attributes)
+
+    monkeypatch.setattr(asag.ops.cuda, "_launch", launch)
+    value, locations, weights = tensors(*attention_inputs())
+    op = KernelOp(OPERATIONS["MultiScaleDeformableAttention"], deformable_attention_definition)
+    levels = [list(values) for values in LEVELS.values()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expected, found = (op(value.half(), locations, weights.half(), *levels) for _ in range(2))
+    assert isinstance(found, Tensor)
+    assert (found.dtype, list(op._serves.values())) == (torch.float16, [True])
+    torch.testing.assert_close(found, expected)
 
 
 def test_definitions_only_leaves_the_kernels_aside_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,12 +61,13 @@ def test_detect(asag: Command, workspace: Workspace, tmp_path: Path, kind: str) 
         "--batch-size", "2", "--score-threshold", "0", "--threads", "1",
     )  # fmt: skip
     assert (done.code, done.error) == (0, "")
-    content = json.loads((output / "detections.json").read_text())
-    assert len(content["images"]) == 3
-    assert len(content["detections"]) > 30
-    assert f"{len(content['detections'])} detections in 3 images" in " ".join(done.output.split())
-    assert {record["image_id"] for record in content["detections"]} == {1, 2, 3}
-    for record in content["images"]:
+    detections = json.loads((output / "detections.json").read_text())
+    images = json.loads((output / "images.json").read_text())["images"]
+    assert len(images) == 3
+    assert len(detections) > 30
+    assert f"{len(detections)} detections in 3 images" in " ".join(done.output.split())
+    assert {record["image_id"] for record in detections} == {1, 2, 3}
+    for record in images:
         with Image.open(output / record["picture"]) as picture:
             assert picture.size == (record["width"], record["height"])
 
@@ -78,7 +79,7 @@ def test_threshold_of_detect(asag: Command, workspace: Workspace, tmp_path: Path
         assert asag("detect", workspace.images[0], *options).code == 0
     counts = []
     for threshold in ("0.05", "0.15", "1"):
-        records = json.loads((tmp_path / threshold / "detections.json").read_text())["detections"]
+        records = json.loads((tmp_path / threshold / "detections.json").read_text())
         assert all(record["score"] >= float(threshold) for record in records)
         counts.append(len(records))
     assert counts[0] > counts[1] > counts[2] == 0
@@ -95,7 +96,7 @@ def test_bad_images_do_not_stop_the_rest(asag: Command, workspace: Workspace, tm
     assert "missing.jpg" in missing
     assert damaged.startswith("asag: ")
     assert "text.jpg" in damaged
-    content = json.loads((tmp_path / "out" / "detections.json").read_text())
+    content = json.loads((tmp_path / "out" / "images.json").read_text())
     assert [Path(record["file_name"]).name for record in content["images"]] == [workspace.images[0].name]
     assert len(content["errors"]) == 2
 

@@ -116,8 +116,9 @@ def test_the_whole_benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert torch.__version__.startswith(found["machine"]["versions"]["torch"])
     assert found["rates"]["device"] == "a GPU"
 
-    # AdaptiveProbing on two levels and the maps' ops in three types, SamplingMixing at three numbers of queries.
-    assert len(found["results"]) == 2 * 3 + 1 + 3 + 3 * 3
+    # AdaptiveProbing on two levels and the maps' ops in three types, SamplingMixing at three numbers of queries,
+    # deformable attention in three parts.
+    assert len(found["results"]) == 2 * 3 + 1 + 3 + 3 * 3 + 3 * 3 + 1
     assert {entry["queries"] for entry in found["results"] if entry["op"] == "SamplingMixing"} == {6, 9, 12}
     for entry in found["results"]:
         timings = {(timing["what"], timing["how"]) for timing in entry["timings"]}
@@ -141,7 +142,7 @@ def test_the_whole_benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert result.stderr.count("waits for aten") == 2 * 3 + 3 * 2
 
     aims = {aim["text"]: aim for aim in found["aims"]}
-    assert len(aims) == 5
+    assert len(aims) == 7
     assert len(aims["SamplingMixing is 5 times faster than its steps"]["findings"]) == 3 * 3
     assert all(aim["met"] is not None for aim in aims.values())
 
@@ -265,7 +266,7 @@ def test_mixing_is_timed_at_three_numbers_of_queries() -> None:
     )
     assert all(case.shapes[4][1] == case.sizes.queries for case in mixing)
     for group in groups:
-        assert len({(case.name, case.level, case.element, str(case.shapes)) for case in group}) == 1
+        assert len({(case.name, case.part, case.element, str(case.shapes)) for case in group}) == 1
 
 
 @pytest.mark.gpu

@@ -10,7 +10,7 @@ import pytest
 from asag.checkpoint import load_detector
 from asag.deploy import DeployedDetector
 from export.model import export_onnx
-from runtime.coco_evaluation import CocoFolder, open_coco
+from runtime.coco_dataset import CocoFolder, open_coco
 from runtime.opening import open_session
 from runtime.parity.comparison import ParityReport, compare
 from runtime.preprocessing import prepare

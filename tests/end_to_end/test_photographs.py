@@ -74,10 +74,11 @@ def test_detect(models: tuple[Path, Path], coco_tiny: Path, tmp_path: Path) -> N
     photographs = sorted((coco_tiny / "val2017").glob("*.jpg"))[:IMAGES]
     options = ("-o", tmp_path, "--score-threshold", "0", "--batch-size", str(IMAGES))
     assert run("detect", *photographs, "--model", models[1], *options) == 0
-    content = json.loads((tmp_path / "detections.json").read_text())
+    content = json.loads((tmp_path / "images.json").read_text())
+    detections = json.loads((tmp_path / "detections.json").read_text())
     assert [Path(image["file_name"]).name for image in content["images"]] == [path.name for path in photographs]
-    assert len(content["detections"]) == 100 * IMAGES
-    assert {record["category_id"] for record in content["detections"]} <= set(COCO_CATEGORIES)
+    assert len(detections) == 100 * IMAGES
+    assert {record["category_id"] for record in detections} <= set(COCO_CATEGORIES)
     assert all((tmp_path / image["picture"]).is_file() for image in content["images"])
 
 

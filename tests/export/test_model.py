@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import tempfile
 from collections import Counter
@@ -40,7 +41,7 @@ from trt_plugins.operations import DOMAIN
 
 HEIGHT, WIDTH = 192, 256
 
-MOST_NODES = 579 + (20 if TorchVersion(torch.__version__) < "2.14" else 0)
+MOST_NODES = 582 + (20 if TorchVersion(torch.__version__) < "2.14" else 0)
 """What was measured; the exporter of an older PyTorch leaves some that a newer one simplifies away."""
 
 
@@ -296,3 +297,19 @@ def test_writing_replaces_the_file_in_one_step(
     export_onnx(deployed, path)
     assert old.read_bytes() == b"the old one"
     assert onnx.load(path) == proto
+
+
+@pytest.mark.parametrize("bad", [0.0, -5.0, math.nan, math.inf, 1e9, 0.3])
+def test_sizes_that_cannot_be_reach_no_neighbour(
+    session: onnxruntime.InferenceSession, deployed: DeployedDetector, bad: float
+) -> None:
+    images, sizes = uint8_batch([random_picture(22, HEIGHT, WIDTH), random_picture(23, 150, 190)], HEIGHT, WIDTH)
+    alone = session.run(list(OUTPUT_NAMES), {"images": images[:1].numpy(), "sizes": sizes[:1].numpy()})
+    sizes[1] = bad
+    outputs = session.run(list(OUTPUT_NAMES), {"images": images.numpy(), "sizes": sizes.numpy()})
+    for name, found, expected in zip(OUTPUT_NAMES, outputs, alone, strict=True):
+        assert np.isfinite(found).all(), name
+        np.testing.assert_allclose(found[:1], expected, atol=1e-5, err_msg=name)
+    with torch.no_grad():
+        scores = deployed(images, sizes)[1]
+    np.testing.assert_allclose(outputs[1], scores.numpy(), atol=1e-4)

@@ -19,28 +19,39 @@ from torch import Tensor
 
 from asag.ops import (
     adaptive_probing_definition,
+    deformable_attention_definition,
     gather_anchors_definition,
     pyramid_roi_align_definition,
     sampling_mixing_definition,
+    select_tokens_definition,
 )
 from export.op_bodies import HELPER_FUNCTIONS, OP_FUNCTIONS
 from export.op_bodies.domain import DOMAIN_VERSION, OPSET_VERSION
+from tests.trt_plugins.kernel_cases import attention_inputs, scores_with_ties
 from trt_plugins.operations import DOMAIN
 
 FUNCTIONS = {function.name: function.to_function_proto() for function in (*OP_FUNCTIONS, *HELPER_FUNCTIONS)}
-ELEMENT_TYPES = {torch.float32: TensorProto.FLOAT, torch.bool: TensorProto.BOOL}
+ELEMENT_TYPES = {
+    torch.float32: TensorProto.FLOAT,
+    torch.bool: TensorProto.BOOL,
+    torch.int64: TensorProto.INT64,
+}
 PYRAMID = ("p2", "p3", "p4", "p5")
 INPUTS = {
     "AdaptiveProbing": ("anchors", "valid", "feature", "sizes"),
     "GatherAnchors": ("anchors", "selectable"),
     "PyramidRoIAlign": (*PYRAMID, "boxes"),
     "SamplingMixing": (*PYRAMID, "points", "parameters"),
+    "MultiScaleDeformableAttention": ("value", "locations", "weights"),
+    "SelectTokens": ("scores", "counts"),
 }
 DEFINITIONS = {
     "AdaptiveProbing": adaptive_probing_definition,
     "GatherAnchors": gather_anchors_definition,
     "PyramidRoIAlign": pyramid_roi_align_definition,
     "SamplingMixing": sampling_mixing_definition,
+    "MultiScaleDeformableAttention": deformable_attention_definition,
+    "SelectTokens": select_tokens_definition,
 }
 # A session takes milliseconds to make, one per set of attributes.
 EXAMPLES = settings(max_examples=60, deadline=None)
@@ -250,6 +261,44 @@ def test_sampling_mixing_of_the_published_size() -> None:
     points = torch.rand(1, 3, 4, 32, 3) * torch.tensor((24.0, 16.0, 3.0))
     parameters = torch.randn(1, 3, 4 * (64 * 64 + 128 * 32)) * 0.1
     check("SamplingMixing", (*maps, points, parameters), tolerance=1e-4, mixed_points=128)
+
+
+@EXAMPLES
+@given(
+    batch=st.integers(1, 3),
+    queries=st.integers(1, 9),
+    heads=st.integers(1, 3),
+    levels=st.sampled_from([((6, 8), (3,)), ((1, 1, 5, 1, 1, 7), (1, 2, 3)), ((2, 3, 4, 5), (4, 4))]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_deformable_attention(
+    batch: int, queries: int, heads: int, levels: tuple[tuple[int, ...], tuple[int, ...]], seed: int
+) -> None:
+    """Places inside, on the border, outside and no numbers, on maps down to one cell."""
+    given = attention_inputs(seed, batch, queries, heads, 4, *levels)
+    attributes = dict(zip(("level_shapes", "level_points"), levels, strict=True))
+    check("MultiScaleDeformableAttention", [torch.from_numpy(array) for array in given], 1e-5, **attributes)
+
+
+@EXAMPLES
+@given(
+    batch=st.integers(1, 3),
+    tokens=st.integers(7, 60),
+    capacity=st.sampled_from([1, 3, 7]),
+    most=st.sampled_from([0, 4, 10]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_select_tokens(batch: int, tokens: int, capacity: int, most: int, seed: int) -> None:
+    """Exactly equal: equal scores, zeros of both signs, the smallest numbers, infinities and what is no number."""
+    scores = torch.from_numpy(scores_with_ties(seed, batch, tokens))
+    counts = torch.from_numpy(np.random.default_rng(seed).integers(0, most, batch, endpoint=True))
+    check("SelectTokens", (scores, counts), capacity=capacity)
+
+
+def test_select_tokens_of_the_published_size() -> None:
+    """More places than TensorRT's TopK has; nearly as many different scores as tokens."""
+    scores = torch.randn(2, 22323, generator=torch.Generator().manual_seed(0))
+    check("SelectTokens", (scores, torch.tensor([6697, 4000])), capacity=6697)
 
 
 @pytest.mark.parametrize("name", [function.name for function in OP_FUNCTIONS])

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.ptx_machine.work import Values, Work
+from tests.ptx_machine.work import WARP, Values, Work
 
 Lanes = NDArray[np.intp]
 
 BASE = 0x7F12_0000_0000
 GUARD = 256
 NOBODY, SEVERAL, ATOMICALLY = -1, -2, -3
-"""In place of a thread's number."""
+"""In place of a thread's number, or a warp's."""
 
 GRANULE = 2
 """Bytes that are told apart when looking for races."""
@@ -103,10 +103,12 @@ class SharedMemory:
             inside[address : address + length] = True
         self.inside = np.tile(inside, blocks)
         granules = len(self.bytes) // GRANULE
-        # By granule: the thread that wrote last, the threads that read since, and how many barriers each had passed.
-        self.write = np.full((2, granules), NOBODY, np.int64)
-        self.read = np.full((2, granules), NOBODY, np.int64)
+        # By granule: the thread that wrote last, the threads that read since, their warp, and how many barriers of the
+        # block and of the warp they had passed.
+        self.write = np.full((4, granules), NOBODY, np.int64)
+        self.read = np.full((4, granules), NOBODY, np.int64)
         self.barriers = np.zeros(blocks, np.int64)
+        self.meetings = np.zeros(blocks * threads // WARP, np.int64)
 
     def places(self, addresses: Values, size: int, lanes: Lanes, what: str) -> Values:
         """Indices of the first bytes, checked."""
@@ -159,10 +161,17 @@ class SharedMemory:
         steps = -(-size // GRANULE)
         granules = (places[:, None] // GRANULE + np.arange(steps)).reshape(-1)
         threads = np.repeat(lanes, steps)
-        now = np.stack((threads, self.barriers[threads // self.threads]))
+        warps = threads // WARP
+        now = np.stack((threads, warps, self.barriers[threads // self.threads], self.meetings[warps]))
+
+        def is_over(log: Values) -> Values:
+            """Where a barrier lies between."""
+            thread, warp, barrier, meeting = log
+            return (thread == NOBODY) | (barrier != now[2]) | ((warp == warps) & (meeting != now[3]))
+
         for log in [self.write, self.read] if writes else [self.write]:
-            thread, barrier = log[:, granules]
-            ordered = (thread == NOBODY) | (barrier != now[1]) | (thread == threads)
+            thread = log[0, granules]
+            ordered = is_over(log[:, granules]) | (thread == threads)
             if atomic:
                 ordered |= thread == ATOMICALLY
             if not ordered.all():
@@ -177,6 +186,7 @@ class SharedMemory:
             elif (self.write[0, granules] != threads).any():
                 raise KernelFaultError("a race: two threads write the same shared memory at once")
             return
-        thread, barrier = known = self.read[:, granules]
-        self.read[:, granules] = np.where((thread == NOBODY) | (barrier != now[1]), now, known)
-        self.read[0, granules[self.read[0, granules] != threads]] = SEVERAL
+        known = self.read[:, granules]
+        self.read[:, granules] = np.where(is_over(known), now, known)
+        for row in range(2):
+            self.read[row, granules[self.read[row, granules] != now[row]]] = SEVERAL

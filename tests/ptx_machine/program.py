@@ -74,6 +74,8 @@ def parse(text: str) -> Program:
         elif (found := _INSTRUCTION.fullmatch(statement)) and not statement.startswith("."):
             guard = (found[2], found[1] != "!") if found[2] else None
             parts, operands = tuple(found[3].split(".")), tuple(_OPERAND.findall(found[4]))
+            if parts[:2] == ("bar", "warp"):  # an instruction of the warp, not a barrier of the block
+                parts = ("barwarp", *parts[2:])
             instructions.append(Instruction(parts, operands, guard, statement))
         else:
             raise ValueError(f"unknown PTX statement: {statement}")

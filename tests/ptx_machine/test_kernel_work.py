@@ -34,6 +34,14 @@ def test_channels_last_maps_are_read_without_waste(case: Case) -> None:
     assert checked(case).extra_sectors <= MOST_SECTORS
 
 
+@pytest.mark.parametrize("case", counted("MultiScaleDeformableAttention"), ids=lambda case: case.kind)
+def test_attention_reads_whole_sectors_of_cells(case: Case) -> None:
+    """Each round of points reads a part of the sectors that hold a query's weights: in 16 bits a quarter."""
+    found = checked(case)
+    assert found.extra_sectors <= (1.06 if case.element == "float32" else 1.13)
+    assert found.extra_passes <= MOST_PASSES
+
+
 @pytest.mark.parametrize("case", counted("SamplingMixing"), ids=lambda case: case.kind)
 def test_the_products_meet_no_bank_conflicts(case: Case) -> None:
     assert checked(case).extra_passes <= MOST_PASSES

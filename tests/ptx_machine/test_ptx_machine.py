@@ -14,11 +14,28 @@ from tests.ptx_machine.arithmetic import COMPARISONS, convert, function_of
 from tests.ptx_machine.launch import run_ptx
 from tests.ptx_machine.memory import KernelFaultError
 from tests.ptx_machine.work import Work
-from tests.trt_plugins.kernel_cases import Array, mixing_inputs, probing_inputs, pyramid, roi_boxes, to_element
+from tests.trt_plugins.kernel_cases import (
+    LEVELS,
+    Array,
+    attention_inputs,
+    mixing_inputs,
+    probing_inputs,
+    pyramid,
+    roi_boxes,
+    scores_with_ties,
+    to_element,
+)
 from trt_plugins.compile import kernel_source
 
-BARRIER = "__syncthreads();"
-KERNELS = ("adaptive_probing", "gather_anchors", "pyramid_roi_align", "sampling_mixing")
+BARRIER = re.compile(r"__sync(threads|warp)\(\);")
+KERNELS = (
+    "adaptive_probing",
+    "deformable_attention",
+    "gather_anchors",
+    "pyramid_roi_align",
+    "sampling_mixing",
+    "select_tokens",
+)
 
 
 def mixing(tensor_cores: bool, work: Work | None = None) -> list[Array]:
@@ -44,6 +61,12 @@ def runs_of(kernel: str) -> Iterator[Callable[[], list[Array]]]:
         inputs = [*pyramid(random, 1, 64, (20, 28)), roi_boxes(random, 1, 7, 112)]
         for channels_last in (False, True):
             yield lambda last=channels_last: run_ptx("PyramidRoIAlign", inputs, None, "float32", last)
+    elif kernel == "deformable_attention":
+        inputs = attention_inputs(channels=32)
+        yield lambda: run_ptx("MultiScaleDeformableAttention", inputs, LEVELS)
+    elif kernel == "select_tokens":
+        inputs = [scores_with_ties(0, 2, 300), np.array([40, 7])]
+        yield lambda: run_ptx("SelectTokens", inputs, {"capacity": 50})
     else:
         yield from (lambda cores=cores: mixing(cores) for cores in (False, True))
 
@@ -83,13 +106,26 @@ def test_the_kernels_have_no_fault(kernel: str) -> None:
 
 @pytest.mark.parametrize(
     ("kernel", "number"),
-    [(kernel, number) for kernel in KERNELS for number in range(kernel_source(f"{kernel}.cu").count(BARRIER))],
+    [(kernel, at) for kernel in KERNELS for at in range(len(BARRIER.findall(kernel_source(f"{kernel}.cu"))))],
 )
 def test_every_barrier_is_needed(kernel: str, number: int, plant: Callable[[str, str], None]) -> None:
     text = kernel_source(f"{kernel}.cu")
-    place = [match.start() for match in re.finditer(re.escape(BARRIER), text)][number]
-    plant(f"{kernel}.cu", text[:place] + text[place + len(BARRIER) :])
-    assert any(fault.startswith("a race") for fault in faults(kernel))
+    start, end = [match.span() for match in BARRIER.finditer(text)][number]
+    plant(f"{kernel}.cu", text[:start] + text[end:])
+    assert any(fault.startswith(("a race", "shared memory is read before")) for fault in faults(kernel))
+
+
+@pytest.mark.parametrize("kernel", ["gather_anchors", "select_tokens"])
+def test_sums_over_the_block_need_their_barrier(kernel: str, plant: Callable[[str, str], None]) -> None:
+    there = "/ WARP_SIZE] = of_warp;\n        __syncthreads();"
+    plant("device.cuh", replaced("device.cuh", there, there.removesuffix("__syncthreads();")))
+    assert faults(kernel)
+
+
+def test_a_barrier_of_the_warp_orders_no_other_warp(plant: Callable[[str, str], None]) -> None:
+    there = "/ WARP_SIZE] = of_warp;\n        __syncthreads();"
+    plant("device.cuh", replaced("device.cuh", there, there.replace("threads()", "warp()")))
+    assert any(fault.startswith(("a race", "shared memory is read before")) for fault in faults("select_tokens"))
 
 
 def test_reading_what_an_asynchronous_copy_has_not_brought_yet_is_found(plant: Callable[[str, str], None]) -> None:

@@ -59,6 +59,18 @@ def _reduce(registers: Registers, shared: SharedMemory, parts: Parts, operands: 
     return reduce
 
 
+def _meet(registers: Registers, shared: SharedMemory, parts: Parts, operands: Parts) -> Step:
+    """`bar.warp`, which orders the warp's accesses to shared memory."""
+    assert parts[1:] == ("sync",), parts
+    whole = _whole_warp(registers, operands[0])
+
+    def meet(lanes: Lanes) -> None:
+        whole(lanes)
+        shared.meetings[lanes[::WARP] // WARP] += 1
+
+    return meet
+
+
 def _whole_warp(registers: Registers, mask: str) -> Step:
     """Check that a mask names every lane, which is all that this machine knows."""
     read = registers.reader(mask, "u32")
@@ -121,6 +133,7 @@ def _multiply_tiles(registers: Registers, shared: SharedMemory, parts: Parts, op
 
 
 WARP_WIDE: dict[str, Callable[[Registers, SharedMemory, Parts, Parts], Step]] = {
+    "barwarp": _meet,
     "shfl": _shuffle,
     "vote": _vote,
     "redux": _reduce,

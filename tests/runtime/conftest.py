@@ -11,7 +11,7 @@ import pytest
 
 from runtime import open_session
 from runtime.backends.engine_session import EngineSession
-from runtime.coco_evaluation import CocoFolder
+from runtime.coco_dataset import CocoFolder
 from runtime.metadata import ModelMetadata
 from tests.runtime import cuda_stand_in, engine_stand_in
 from tests.runtime.cuda_stand_in import StandInCuda

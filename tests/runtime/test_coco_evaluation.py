@@ -6,27 +6,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from runtime.coco_evaluation import CocoFolder, coco_records, evaluate, evaluate_session, open_coco
+from runtime.coco_dataset import CocoFolder, open_coco
+from runtime.coco_evaluation import coco_records, evaluate, evaluate_session
 from runtime.postprocessing import Detections
-from tests.runtime.toy_detector import ToySession, toy_metadata
+from tests.runtime.toy_detector import ToySession
 
 
 def perfect(dataset: CocoFolder, image_id: int, shift: float = 0.0) -> Detections:
     """The annotated objects as detections, moved right by ``shift`` pixels."""
-    annotations = [
-        annotation
-        for annotation in dataset.coco.loadAnns(dataset.coco.getAnnIds(imgIds=[image_id]))
-        if not annotation["iscrowd"]
-    ]
-    boxes = np.array([annotation["bbox"] for annotation in annotations], np.float32).reshape(-1, 4)
+    annotations, held = dataset.annotations, dataset.objects(image_id)
+    counts = ~annotations.crowd[held]
+    boxes = annotations.boxes[held][counts].astype(np.float32)
     boxes[:, 2:] += boxes[:, :2]
     boxes[:, [0, 2]] += shift
-    labels = np.array([annotation["category_id"] for annotation in annotations], np.int64)
-    record = dataset.images[image_id]
-    scores = np.ones(len(boxes), np.float32)
-    return Detections(boxes, scores, labels, 0, (record["height"], record["width"]))
+    labels = np.array(dataset.category_ids)[annotations.labels[held][counts]]
+    image = dataset.images[image_id]
+    return Detections(boxes, np.ones(len(boxes), np.float32), labels, 0, (image.height, image.width))
 
 
 def test_perfect_detections_have_ap_1(toy_dataset: CocoFolder, capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,64 +75,24 @@ def test_coco_records_give_width_and_height() -> None:
     assert coco_records(7, found) == [expected]
 
 
-def test_model_of_other_classes_is_refused(toy_dataset: CocoFolder) -> None:
-    session = ToySession(toy_metadata(category_ids=(1, 2, 3)))
-    with pytest.raises(ValueError, match=r"3: 1 circle, 2 square, 3 ring.*3: 1 circle, 3 square, 7 ring"):
-        evaluate_session(session, toy_dataset)
-
-
-def test_image_of_another_size_is_refused(toy_dataset: CocoFolder) -> None:
-    path = toy_dataset.path(1)
-    Image.new("RGB", (10, 10)).save(path)
-    with pytest.raises(ValueError, match=r"is 10x10, but .* says 96x64"):
-        toy_dataset.load(1)
-
-
-def test_wrong_folders_name_what_was_looked_for(toy_dataset: CocoFolder, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="dataset not found"):
-        open_coco(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match=r"looked for .*instances_val2017\.json"):
-        open_coco(tmp_path)
-    root = toy_dataset.images_dir.parent
-    with pytest.raises(FileNotFoundError, match=r"no COCO split test2017"):
-        open_coco(root, "test2017")
-    with pytest.raises(FileNotFoundError, match="no annotations: looked for"):
-        CocoFolder(root, root / "none.json")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ("not json", "cannot read .* as JSON"),
-        ([], "not a COCO detection file"),
-        ({"images": 3}, "looked for the lists images, categories, annotations"),
-        ({"categories": []}, "names no categories"),
-        ({"categories": [{"id": 1}]}, r"categories\[0\] has no proper name"),
-        ({"images": [{"id": 1, "file_name": "a", "height": 3, "width": "4"}]}, r"images\[0\] has no proper width"),
-        ({"annotations": [{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3]}]}, "no bbox of four numbers"),
-        ({"annotations": [7]}, r"annotations\[0\] has no proper image_id"),
-        ({"categories": [{"id": 1, "name": "a"}] * 2}, "the id 1 appears twice in categories"),
-    ],
-)
-def test_damaged_annotations(change: object, message: str, toy_dataset: CocoFolder) -> None:
+def test_without_objects_there_is_nothing_to_measure(toy_dataset: CocoFolder) -> None:
     path = toy_dataset.annotations_path
-    content = json.loads(path.read_text())
-    path.write_text(change if isinstance(change, str) else json.dumps(content | change if change else change))
-    with pytest.raises(ValueError, match=message) as caught:
-        open_coco(path.parents[1])
-    assert "\n" not in str(caught.value)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "annotations": []}))
+    with pytest.raises(ValueError, match="no objects in the 4 images to evaluate"):
+        evaluate_session(ToySession(), open_coco(path.parents[1]))
 
 
-def test_optional_fields_may_be_missing(toy_dataset: CocoFolder) -> None:
-    path = toy_dataset.annotations_path
-    content = json.loads(path.read_text())
-    for annotation in content["annotations"]:
-        del annotation["id"], annotation["area"], annotation["iscrowd"]
-    path.write_text(json.dumps(content))
-    dataset = open_coco(path.parents[1])
-    assert evaluate(dataset, {image_id: perfect(dataset, image_id) for image_id in dataset.image_ids}).ap == (
-        pytest.approx(1)
-    )
+def test_the_last_missing_image_is_found_before_the_first_runs(toy_dataset: CocoFolder) -> None:
+    toy_dataset.path(4).unlink()
+    with pytest.raises(FileNotFoundError, match=r"1 of 4 images .* the first is 4\.png"):
+        evaluate_session(ToySession(), toy_dataset, progress=lambda done, count: pytest.fail("an image was run"))
+
+
+def test_detections_that_are_not_numbers_have_no_ap(toy_dataset: CocoFolder) -> None:
+    found = {image_id: perfect(toy_dataset, image_id) for image_id in toy_dataset.image_ids}
+    found[2].boxes[0, 0] = np.nan
+    with pytest.raises(ValueError, match="detections of image 2 are not numbers"):
+        evaluate(toy_dataset, found)
 
 
 def test_annotations_of_photographs_evaluate_to_1(coco_tiny: Path) -> None:
@@ -145,3 +101,20 @@ def test_annotations_of_photographs_evaluate_to_1(coco_tiny: Path) -> None:
     result = evaluate(dataset, {image_id: perfect(dataset, image_id) for image_id in dataset.image_ids})
     assert (result.ap, result.aps, result.apm, result.apl) == pytest.approx((1, 1, 1, 1))
     assert dataset.load(dataset.image_ids[0]).mode == "RGB"
+
+
+def test_classes_and_their_recall(toy_dataset: CocoFolder) -> None:
+    found = {image_id: perfect(toy_dataset, image_id) for image_id in toy_dataset.image_ids}
+    first = toy_dataset.category_ids[0]
+    without = {image_id: one.select(one.labels != first) for image_id, one in found.items()}
+    result = evaluate(toy_dataset, without)
+    counts = np.bincount(toy_dataset.annotations.labels, minlength=3)
+    assert [(one.name, one.ap, one.ar) for one in result.classes if one.objects] == [
+        (name, pytest.approx(float(place > 0)), pytest.approx(float(place > 0)))
+        for place, name in enumerate(toy_dataset.category_names)
+        if counts[place]
+    ]
+    assert [one.objects for one in result.classes] == counts.tolist()
+    assert result.ar == pytest.approx(np.mean(np.arange(3)[counts > 0] > 0))
+    assert result.to_json()["classes"][0]["name"] == toy_dataset.category_names[0]
+    assert evaluate(toy_dataset, found, max_detections=1).ar < evaluate(toy_dataset, found).ar == pytest.approx(1)

@@ -75,7 +75,7 @@ def test_frames_are_written_with_their_numbers(video: Path, folder: Path, tmp_pa
         batch_size=4,
         progress=lambda done, count: seen.append((done, count)),
     )
-    content = json.loads(summary.json_path.read_text())
+    content = json.loads((tmp_path / "out" / "images.json").read_text())
     assert [image.get("frame") for image in content["images"]] == [None, *range(FRAMES)]
     assert {image["file_name"] for image in content["images"]} == {str(folder / "2.png"), str(video)}
     assert summary.pictures[1].name == "clip-000000.jpg"
@@ -93,7 +93,7 @@ def test_a_damaged_video_does_not_stop_the_rest(video: Path, folder: Path, tmp_p
     assert summary.images >= 1
     assert {path.name for path, _ in summary.errors} >= {"none.mp4", "text.mp4"}
     assert all("\n" not in reason for _, reason in summary.errors)
-    assert json.loads(summary.json_path.read_text())["images"][-1]["file_name"].endswith("0.png")
+    assert json.loads((tmp_path / "out" / "images.json").read_text())["images"][-1]["file_name"].endswith("0.png")
 
 
 def test_without_the_library_a_video_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from runtime.coco_evaluation import CocoFolder, open_coco
+from runtime.coco_dataset import CocoFolder, open_coco
 from runtime.metadata import ModelMetadata
 from runtime.session import Session
 

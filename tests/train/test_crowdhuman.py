@@ -6,7 +6,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from asag_cli.data import data
-from runtime.coco_evaluation import open_coco
+from runtime.coco_dataset import open_coco
 from runtime.postprocessing import Detections
 from train.crowdhuman import convert_crowdhuman
 from train.crowdhuman_evaluation import (

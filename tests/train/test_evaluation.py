@@ -12,7 +12,7 @@ import pytest
 from asag.checkpoint import CheckpointInfo
 from asag.detector import build_detector
 from asag.families import find_preset
-from runtime.coco_evaluation import open_coco
+from runtime.coco_dataset import open_coco
 from train.evaluation import Evaluation, evaluate_detector
 from train.processes import Processes
 

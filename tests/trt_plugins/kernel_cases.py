@@ -89,6 +89,39 @@ def roi_boxes(random: np.random.Generator, batch: int, queries: int, extent: flo
     return boxes.astype(np.float32)
 
 
+LEVELS = {"level_shapes": (9, 13, 5, 7, 1, 4, 1, 1), "level_points": (4, 2, 1, 3)}
+"""Attributes of MultiScaleDeformableAttention: levels down to one cell, with different numbers of points."""
+
+
+def attention_inputs(
+    seed: int = 0,
+    batch: int = 2,
+    queries: int = 7,
+    heads: int = 3,
+    channels: int = 16,
+    level_shapes: tuple[int, ...] = LEVELS["level_shapes"],
+    level_points: tuple[int, ...] = LEVELS["level_points"],
+) -> list[Array]:
+    """value, locations and weights of MultiScaleDeformableAttention; places inside, on the border and outside."""
+    random = np.random.default_rng(seed)
+    cells = sum(height * width for height, width in zip(level_shapes[::2], level_shapes[1::2], strict=True))
+    shape = (batch, queries, heads, sum(level_points))
+    locations = random.uniform(-0.3, 1.3, (*shape, 2))
+    odd = [0, 1, -1, 2, 0.5, 1e7, -1e30, 3e38, np.inf, -np.inf, np.nan]
+    locations = np.where(random.random(locations.shape) < 0.2, random.choice(odd, locations.shape), locations)
+    weights = random.random(shape)
+    arrays = random.normal(size=(batch, cells, heads, channels)), locations, weights / weights.sum(-1, keepdims=True)
+    return [array.astype(np.float32) for array in arrays]
+
+
+def scores_with_ties(seed: int, batch: int, tokens: int) -> Array:
+    """[B, T]: few different scores, of both signs and sizes, and what is no number."""
+    random = np.random.default_rng(seed)
+    odd = [0.0, -0.0, 1e-40, -1e-40, 1.2e-38, -1.2e-38, 3e38, -3e38, np.inf, -np.inf, np.nan]
+    coarse = np.round(random.normal(size=(batch, tokens)) * 2) / 2
+    return np.where(random.random(coarse.shape) < 0.3, random.choice(odd, coarse.shape), coarse).astype(np.float32)
+
+
 RELU_IN_PIXELS = {"activation": 1, "point_unit": 1}
 """Attributes of SamplingMixing that differ from the defaults."""
 

@@ -145,7 +145,9 @@ def create(trt: ModuleType, name: str, attributes: Mapping[str, Any], ahead_of_t
     assert creator is not None
     fields = []
     for key, value in attributes.items():
-        if isinstance(value, int):
+        if isinstance(value, tuple):
+            fields.append(trt.PluginField(key, np.array(value, np.int32), trt.PluginFieldType.INT32))
+        elif isinstance(value, int):
             fields.append(trt.PluginField(key, np.array([value], np.int32), trt.PluginFieldType.INT32))
         else:
             fields.append(trt.PluginField(key, np.array([value], np.float32), trt.PluginFieldType.FLOAT32))

@@ -18,9 +18,11 @@ import torch
 from asag.deploy import DeployedDetector
 from asag.ops import (
     adaptive_probing_definition,
+    deformable_attention_definition,
     gather_anchors_definition,
     pyramid_roi_align_definition,
     sampling_mixing_definition,
+    select_tokens_definition,
 )
 from benchmarks import kernel_cases
 from benchmarks.kernel_cases import op_model, signature
@@ -31,15 +33,18 @@ from runtime.engines.build import BuildOptions, build_engine
 from tests.builders import random_detector, small_info
 from tests.trt_plugins.kernel_cases import (
     DEMO,
+    LEVELS,
     PUBLISHED,
     RELU_IN_PIXELS,
     TOLERANCE,
     TORCH_TYPES,
     Array,
+    attention_inputs,
     mixing_inputs,
     probing_inputs,
     pyramid,
     roi_boxes,
+    scores_with_ties,
     tensors,
     to_element,
     to_float,
@@ -148,6 +153,27 @@ def test_mixing(
     assert_close(mixed, sampling_mixing_definition(*tensors(*inputs), **attributes), TOLERANCE[element])
 
 
+@pytest.mark.parametrize("element", TOLERANCE)
+@pytest.mark.parametrize("channels", [32, 12, 3])
+@pytest.mark.parametrize("queries", [7, 3000])
+def test_attention(queries: int, channels: int, element: str) -> None:
+    value, locations, weights = attention_inputs(1, 2, queries, 8, channels)
+    rounded = [to_float(to_element(array, element), element) for array in (value, weights)]
+    inputs = [rounded[0], locations, rounded[1]]
+    (attended,) = run("MultiScaleDeformableAttention", inputs, LEVELS, element)
+    assert_close(attended, deformable_attention_definition(*tensors(*inputs), **LEVELS), TOLERANCE[element])
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize(("tokens", "capacity"), [(60, 60), (22_323, 6_697), (60_000, 100)])
+def test_selection(tokens: int, capacity: int, ties: bool) -> None:
+    scores = np.random.default_rng(0).normal(size=(3, tokens)).astype(np.float32)
+    inputs = [scores_with_ties(0, 3, tokens) if ties else scores, np.array([capacity, capacity // 3, 0])]
+    expected = select_tokens_definition(*tensors(*inputs), capacity)
+    for actual, wanted in zip(run("SelectTokens", inputs, {"capacity": capacity}), expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+
 def test_a_cuda_graph_holds_a_launch() -> None:
     anchors, valid, _, _ = probing_inputs(count=160)
     attributes = {"first": 60, "keep_threshold": 0.1, "fewest": 5, "most": 50}
@@ -187,7 +213,7 @@ def test_compute_sanitizer_finds_nothing() -> None:
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         pytest.skip("compute-sanitizer is not installed")
-    chosen = "test_probing or test_gather or test_align or test_mixing"
+    chosen = "test_probing or test_gather or test_align or test_mixing or test_attention or test_selection"
     tests = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", f"({chosen}) and not 3000 and not sanitizer"]
     for check in ("memcheck", "racecheck", "synccheck"):
         command = [tool, "--tool", check, "--error-exitcode", "9", "--target-processes", "all", *tests]
@@ -250,7 +276,8 @@ def test_an_engine_detects_what_the_exported_file_detects(op_lowering: str, tmp_
     timings = tmp_path / "timings"
     options = BuildOptions(TENSORRT, (1, 4), op_lowering=op_lowering, timing_cache=timings)
     manifest = build_engine(model, engine, options).manifest
-    assert set(manifest.plugins) == (set(OPERATIONS) if op_lowering == "plugins" else set())
+    used = {"AdaptiveProbing", "GatherAnchors", "PyramidRoIAlign", "SamplingMixing"}
+    assert set(manifest.plugins) == (used if op_lowering == "plugins" else set())
     assert timings.stat().st_size > 0
     height, width = small_info().input.size
     images = [np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8) for seed in range(5)]

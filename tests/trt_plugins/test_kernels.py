@@ -12,21 +12,26 @@ from hypothesis import strategies as st
 
 from asag.ops import (
     adaptive_probing_definition,
+    deformable_attention_definition,
     gather_anchors_definition,
     pyramid_roi_align_definition,
     sampling_mixing_definition,
+    select_tokens_definition,
 )
 from tests.ptx_machine.launch import run_ptx
 from tests.trt_plugins.kernel_cases import (
     DEMO,
+    LEVELS,
     PUBLISHED,
     RELU_IN_PIXELS,
     TOLERANCE,
     Array,
+    attention_inputs,
     mixing_inputs,
     probing_inputs,
     pyramid,
     roi_boxes,
+    scores_with_ties,
     tensors,
     to_element,
     to_float,
@@ -234,6 +239,17 @@ def test_mixing_with_another_activation_and_unit(run: Run, element: str, cores: 
     check_mixing(run, 3, DEMO, (16, 24), element, True, cores, **RELU_IN_PIXELS)
 
 
+@pytest.mark.parametrize("element", HALF_TYPES)
+def test_mixing_keeps_values_far_from_the_rest(element: str) -> None:
+    """Where one point alone finds something, what it finds is many standard deviations from the mean."""
+    *maps, points, parameters = mixing_inputs(0, 1, 1, PUBLISHED, (16, 24))
+    points[..., 5:, :2] = 1e7
+    inputs = [*(to_element(map_, element) for map_ in maps), points, to_element(parameters, element)]
+    (mixed,) = run_ptx("SamplingMixing", inputs, {"mixed_points": PUBLISHED[3]}, element, True, True)
+    expected = mixing_definition(inputs, PUBLISHED[3], element)
+    assert_close(to_float(mixed, element), expected, TOLERANCE[element])
+
+
 @pytest.mark.parametrize("attributes", [{"activation": 1}, {"point_unit": 1}, {"point_unit": 8}, {"point_unit": 3}])
 def test_mixing_takes_each_attribute_by_itself(attributes: dict[str, int]) -> None:
     check_mixing(run_ptx, 4, DEMO, (16, 24), "float32", False, False, **attributes)
@@ -290,6 +306,107 @@ def test_mixing_reads_no_cell_outside() -> None:
     maps[1:] = [np.zeros_like(map_) for map_ in maps[1:]]
     (mixed,) = run_ptx("SamplingMixing", [*maps, points, parameters], {"mixed_points": DEMO[3]})
     assert np.isfinite(mixed).all()
+
+
+def check_attention(run: Run, inputs: list[Array], element: str = "float32", **levels: tuple[int, ...]) -> Array:
+    value, locations, weights = inputs
+    levels = levels or LEVELS
+    given = [to_element(value, element), locations, to_element(weights, element)]
+    (attended,) = run("MultiScaleDeformableAttention", given, levels, element)
+    exact = to_float(given[0], element), locations, to_float(given[2], element)
+    expected = deformable_attention_definition(*tensors(*exact), **levels).numpy()
+    # Sums are float32: what differs is the rounding of the result.
+    assert_close(to_float(attended, element), expected, {"float32": 1e-5, "float16": 6e-4, "bfloat16": 5e-3}[element])
+    return attended
+
+
+@on_every_machine
+@pytest.mark.parametrize("element", TOLERANCE)
+def test_attention_equals_definition(run: Run, element: str) -> None:
+    check_attention(run, attention_inputs(heads=8, channels=32), element)
+
+
+@pytest.mark.parametrize("element", TOLERANCE)
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 8, 12, 24, 48, 64, 128])
+def test_attention_of_other_numbers_of_channels(channels: int, element: str) -> None:
+    """One to sixteen threads a head, some of them idle, and loads of all sizes."""
+    check_attention(run_ptx, attention_inputs(channels=channels, queries=3), element)
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    seed=st.integers(0, 2**31),
+    queries=st.integers(1, 40),
+    levels=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 5)), min_size=1, max_size=5),
+)
+def test_attention_of_any_levels(seed: int, queries: int, levels: list[tuple[int, int, int]]) -> None:
+    shapes = tuple(side for height, width, _ in levels for side in (height, width))
+    points = tuple(count for _, _, count in levels)
+    inputs = attention_inputs(seed, 1, queries, 2, 8, shapes, points)
+    check_attention(run_ptx, inputs, level_shapes=shapes, level_points=points)
+
+
+def test_attention_of_large_blocks() -> None:
+    """Many queries run in larger blocks than few do."""
+    levels = {"level_shapes": (2, 3), "level_points": (1,)}
+    check_attention(run_ptx, attention_inputs(0, 1, 260, 8, 256, *levels.values()), **levels)
+
+
+@pytest.mark.parametrize("element", TOLERANCE)
+def test_the_order_of_threads_does_not_show_in_attention(element: str) -> None:
+    runs = [check_attention(partial(run_ptx, backwards=way), attention_inputs(), element) for way in (False, True)]
+    assert runs[0].tobytes() == runs[1].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"level_points": (4, 2, 1, 2)}, "not those of its levels"),
+        ({"level_shapes": LEVELS["level_shapes"][:6], "level_points": (4, 2, 4)}, "not those of its levels"),
+    ],
+)
+def test_attention_of_levels_that_do_not_fit_is_refused(change: dict[str, tuple[int, ...]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run_ptx("MultiScaleDeformableAttention", attention_inputs(), {**LEVELS, **change})
+
+
+def test_attention_of_too_many_channels_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match="no kernel for 157 cells with 3 heads of 129 channels; use the op's ONNX body"
+    ):
+        run_ptx("MultiScaleDeformableAttention", attention_inputs(channels=129), LEVELS)
+
+
+def check_selection(run: Run, scores: Array, counts: tuple[int, ...], capacity: int) -> None:
+    inputs = [scores, np.array(counts)]
+    expected = select_tokens_definition(*tensors(*inputs), capacity)
+    for actual, wanted in zip(run("SelectTokens", inputs, {"capacity": capacity}), expected, strict=True):
+        np.testing.assert_array_equal(actual, wanted.numpy())
+
+
+@on_every_machine
+@pytest.mark.parametrize("ties", [False, True])
+def test_selection_equals_definition(run: Run, ties: bool) -> None:
+    scores = np.random.default_rng(0).normal(size=(2, 700)).astype(np.float32)
+    check_selection(run, scores_with_ties(0, 2, 700) if ties else scores, (200, 77), 200)
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 2**31), tokens=st.integers(1, 300), data=st.data())
+def test_selection_of_any_number(seed: int, tokens: int, data: st.DataObject) -> None:
+    """Equal scores, infinities and what is no number; no token, all, and more than there are places."""
+    capacity = data.draw(st.integers(1, tokens))
+    counts = data.draw(st.tuples(*[st.integers(-1, tokens + 2)] * 2))
+    check_selection(run_ptx, scores_with_ties(seed, 2, tokens), counts, capacity)
+
+
+def test_selection_of_more_tokens_than_registers_hold() -> None:
+    scores = np.random.default_rng(0).normal(size=(1, 34_000)).astype(np.float32)
+    check_selection(run_ptx, np.round(scores, 2), (5000,), 6000)
+
+
+def test_the_order_of_threads_does_not_show_in_a_selection() -> None:
+    check_selection(partial(run_ptx, backwards=True), scores_with_ties(0, 2, 300), (50, 7), 60)
 
 
 @pytest.mark.parametrize("cores", [False, True])

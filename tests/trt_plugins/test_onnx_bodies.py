@@ -6,38 +6,58 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.inliner
 import onnxruntime
 import pytest
 from onnx import helper
 
 from asag.ops import (
     adaptive_probing_definition,
+    deformable_attention_definition,
     gather_anchors_definition,
     pyramid_roi_align_definition,
     sampling_mixing_definition,
+    select_tokens_definition,
 )
-from benchmarks.kernel_cases import op_model
+from benchmarks.kernel_cases import DEMO, op_model, signature
 from export.op_bodies import HELPER_FUNCTIONS, bodies_of
+from export.op_bodies.domain import OPSET_VERSION
+from runtime.engines.backend import TENSORRT_RTX
+from runtime.errors import BackendUnavailableError
 from tests.trt_plugins.kernel_cases import (
+    LEVELS,
     RELU_IN_PIXELS,
     Array,
+    attention_inputs,
     mixing_inputs,
     probing_inputs,
     pyramid,
     roi_boxes,
+    scores_with_ties,
     tensors,
 )
 from trt_plugins.operations import DOMAIN, OPERATIONS
 
 
 def run_body(
-    name: str, inputs: list[Array], attributes: dict[str, Any] | None = None, element: str = "float32"
+    name: str,
+    inputs: list[Array],
+    attributes: dict[str, Any] | None = None,
+    element: str = "float32",
+    operator_set: int = OPSET_VERSION,
 ) -> list[Array]:
     """The op as the only node of a model; what is of the maps' type is rounded to `element` first."""
     kinds = [tensor.resolve(element) for tensor in OPERATIONS[name].inputs]
     inputs = [array.astype(kind) for array, kind in zip(inputs, kinds, strict=True)]
-    model = op_model(name, [array.shape for array in inputs], attributes or {}, element)
-    onnx.checker.check_model(onnx.ModelProto.FromString(model))
+    proto = onnx.ModelProto.FromString(op_model(name, [array.shape for array in inputs], attributes or {}, element))
+    for owner in (proto, *proto.functions):
+        (standard,) = (entry for entry in owner.opset_import if entry.domain == "")
+        standard.version = operator_set
+    onnx.checker.check_model(proto)
+    if operator_set != OPSET_VERSION:
+        proto = onnx.inliner.inline_local_functions(proto)
+        onnx.checker.check_model(proto, full_check=True)
+    model = proto.SerializeToString()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
@@ -94,12 +114,57 @@ def test_sampling_mixing_with_another_activation_and_unit(attributes: dict[str, 
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("heads", [1, 3])
+def test_deformable_attention(heads: int) -> None:
+    inputs = attention_inputs(2, heads=heads)
+    expected = deformable_attention_definition(*tensors(*inputs), **LEVELS).numpy()
+    actual = run_body("MultiScaleDeformableAttention", inputs, LEVELS)[0]
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("counts", [(0, 9), (40, 1)])
+def test_select_tokens(counts: tuple[int, int]) -> None:
+    inputs = [scores_with_ties(2, 2, 100), np.array(counts)]
+    expected = select_tokens_definition(*tensors(*inputs), 30)
+    for one, other in zip(run_body("SelectTokens", inputs, {"capacity": 30}), expected, strict=True):
+        np.testing.assert_array_equal(one, other.numpy())
+
+
+@pytest.mark.parametrize("operator_set", range(16, 24))
+def test_bodies_that_other_tools_files_may_get(operator_set: int) -> None:
+    """The files' operator sets are not the exporter's; a body that is inlined must mean the same in them."""
+    cases: list[tuple[str, list[Array], dict[str, Any]]] = [
+        ("MultiScaleDeformableAttention", attention_inputs(), LEVELS),
+        ("SelectTokens", [scores_with_ties(0, 2, 60), np.array([7, 3])], {"capacity": 7}),
+    ]
+    for name, inputs, attributes in cases:
+        found, expected = (run_body(name, inputs, attributes, "float32", number) for number in (operator_set, 20))
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("name", ["MultiScaleDeformableAttention", "SelectTokens"])
+def test_bodies_build_in_tensorrt_rtx(name: str) -> None:
+    """Its builder needs no GPU and says which operators it lacks."""
+    try:
+        trt = TENSORRT_RTX.load()
+    except BackendUnavailableError as error:
+        pytest.skip(str(error))
+    model = onnx.inliner.inline_local_functions(onnx.ModelProto.FromString(op_model(name, *signature(name, DEMO))))
+    builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, builder.logger)
+    assert parser.parse(model.SerializeToString()), parser.get_error(0).desc()
+    assert builder.build_serialized_network(network, builder.create_builder_config()) is not None
+
+
 def test_one_file_has_one_body_of_an_op() -> None:
     nodes = [
         helper.make_node("SamplingMixing", [], [], domain=DOMAIN, mixed_points=8, **attributes)
         for attributes in ({}, {"point_unit": 1}, {"activation": 1})
     ]
     names = [function.name for function in HELPER_FUNCTIONS]
+    assert bodies_of([]) == []
     assert [function.name for function in bodies_of(nodes[:2])] == ["SamplingMixing", *names]
     with pytest.raises(ValueError, match="nodes of SamplingMixing with attributes that need different bodies"):
         bodies_of(nodes)
@@ -119,6 +184,7 @@ def test_maps_of_half_precision() -> None:
     for name, inputs, attributes, definition in (
         ("PyramidRoIAlign", aligning, {}, pyramid_roi_align_definition),
         ("SamplingMixing", mixing, {"mixed_points": 32}, sampling_mixing_definition),
+        ("MultiScaleDeformableAttention", attention_inputs(), LEVELS, deformable_attention_definition),
     ):
         actual = run_body(name, inputs, attributes, "float16")[0]
         kinds = [tensor.resolve("float16") for tensor in OPERATIONS[name].inputs]

@@ -45,7 +45,10 @@ def test_definition_and_body_have_the_names_of_the_description(operation: Operat
 def test_its_first_inputs_are_the_maps(operation: Operation) -> None:
     assert [tensor.pyramid for tensor in operation.inputs[: operation.maps]] == [True] * operation.maps
     assert {operation.inputs[position].type for position in operation.half_inputs} <= {"element"}
-    assert set(range(operation.maps)) <= set(operation.half_inputs)
+    read_in_places = [tensor.pyramid or tensor.sampled for tensor in operation.inputs[: operation.sampled]]
+    assert all(read_in_places)
+    assert operation.maps in (0, operation.sampled)
+    assert set(range(operation.sampled)) <= set(operation.half_inputs)
 
 
 def test_nothing_is_without_a_description() -> None:
@@ -71,6 +74,9 @@ def test_attributes_are_completed_or_asked_for() -> None:
     ]
     with pytest.raises(ValueError, match="SamplingMixing needs the attributes mixed_points"):
         operation.complete({})
+    lists = {"level_points": [4, 4], "level_shapes": [1, 2, 3, 4]}  # as a node of a file has them
+    completed = OPERATIONS["MultiScaleDeformableAttention"].complete(lists)
+    assert completed == {"level_shapes": (1, 2, 3, 4), "level_points": (4, 4)}
 
 
 MAPS = [(2, 16, 24, 40), (2, 16, 12, 20), (2, 16, 6, 10), (2, 16, 3, 5)]
@@ -79,6 +85,11 @@ EXAMPLES = {
     "GatherAnchors": ([(2, 30, 5), (2, 30)], {"first": 10, "keep_threshold": 0.1, "fewest": 2, "most": 20}),
     "PyramidRoIAlign": ([*MAPS, (2, 5, 4)], {}),
     "SamplingMixing": ([*MAPS, (2, 5, 2, 8, 3), (2, 5, 2 * (8 * 8 + 16 * 8))], {"mixed_points": 16}),
+    "MultiScaleDeformableAttention": (
+        [(2, 14, 2, 4), (2, 5, 2, 5, 2), (2, 5, 2, 5)],
+        {"level_shapes": (3, 4, 1, 2), "level_points": (3, 2)},
+    ),
+    "SelectTokens": ([(2, 30), (2,)], {"capacity": 8}),
 }
 
 
@@ -105,3 +116,7 @@ def test_no_more_of_the_maps_is_read_than_there_is(extent: int, whole: bool) -> 
     taps = 2 * extent * 16 * 8 * 4
     assert mixed.map_values == sum(min(int(np.prod(shape)), taps) for shape in MAPS)
     assert (mixed.map_values == maps) == whole
+    attended = OPERATIONS["MultiScaleDeformableAttention"].work([(2, 650, 4, 16), (2, extent, 4, 8, 2)], {})
+    taps = 2 * extent * 4 * 8 * 16 * 4
+    assert attended.map_values == (2 * 650 * 4 * 16 if whole else taps)
+    assert attended.operations == 2 * taps

@@ -217,6 +217,47 @@ struct Bundle<Element, 1, false> {
     __device__ float operator[](int) const { return to_float(element); }
 };
 
+struct Pair {
+    int first, second;
+};
+
+// Sums over the block with one barrier each: two buffers take turns, so that nobody overwrites what others still read.
+struct Totals {
+    static constexpr int WARPS = THREADS / WARP_SIZE;
+    static_assert(THREADS % WARP_SIZE == 0 && WARPS <= WARP_SIZE, "sums over warps are one warp wide");
+    using Buffers = int[2][WARPS];
+
+    Buffers& buffers;
+    int turn = 0;
+
+    // Of each lane the total of the warp with its number.
+    __device__ int exchange(int of_warp) {
+        turn ^= 1;
+        const int lane = threadIdx.x % WARP_SIZE;
+        if (lane == 0) buffers[turn][threadIdx.x / WARP_SIZE] = of_warp;
+        __syncthreads();
+        return lane < WARPS ? buffers[turn][lane] : 0;
+    }
+    __device__ int sum(int value) { return warp_count(exchange(warp_count(value))); }
+    // How many threads before this one have the flag; `total` becomes the number in the block.
+    __device__ int rank(bool flag, int& total) {
+        const int lane = threadIdx.x % WARP_SIZE, warp = threadIdx.x / WARP_SIZE;
+        const unsigned flags = warp_ballot(flag);
+        const int of_lane = exchange(__popc(flags));
+        total = warp_count(of_lane);
+        return warp_count(lane < warp ? of_lane : 0) + __popc(flags & ((1u << lane) - 1));
+    }
+    // The same of two flags; a block's threads are few enough for both counts in one word.
+    __device__ Pair rank(bool first, bool second, Pair& total) {
+        const int lane = threadIdx.x % WARP_SIZE, warp = threadIdx.x / WARP_SIZE;
+        const unsigned firsts = warp_ballot(first), seconds = warp_ballot(second), before = (1u << lane) - 1;
+        const int of_lane = exchange(__popc(firsts) | __popc(seconds) << 16);
+        const int all = warp_count(of_lane), earlier = warp_count(lane < warp ? of_lane : 0);
+        total = Pair{all & 0xffff, all >> 16};
+        return Pair{(earlier & 0xffff) + __popc(firsts & before), (earlier >> 16) + __popc(seconds & before)};
+    }
+};
+
 // Something to sort: by `high`, then by `low`.
 struct Keyed {
     unsigned high, low;

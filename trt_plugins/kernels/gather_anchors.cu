@@ -5,36 +5,10 @@
 // Compile-time constants: ANCHORS, FIRST, KEEP_THRESHOLD, FEWEST, MOST, THREADS.
 #include "device.cuh"
 
-constexpr int WARPS = THREADS / WARP_SIZE;
 constexpr int ITEMS = (ANCHORS + THREADS - 1) / THREADS;
 constexpr int TAKEN_FIRST = FEWEST < FIRST ? FEWEST : FIRST;
 
-static_assert(THREADS % WARP_SIZE == 0 && WARPS <= WARP_SIZE, "sums over warps are one warp wide");
 static_assert(FIRST <= ANCHORS, "the first level is part of the anchors");
-
-// Sums over the block with one barrier each: two buffers take turns, so that nobody overwrites what others still read.
-struct Totals {
-    int (*buffers)[WARPS];
-    int turn = 0;
-
-    // Of each lane the total of the warp with its number.
-    __device__ int exchange(int of_warp) {
-        turn ^= 1;
-        const int lane = threadIdx.x % WARP_SIZE;
-        if (lane == 0) buffers[turn][threadIdx.x / WARP_SIZE] = of_warp;
-        __syncthreads();
-        return lane < WARPS ? buffers[turn][lane] : 0;
-    }
-    __device__ int sum(int value) { return warp_count(exchange(warp_count(value))); }
-    // How many threads before this one have the flag; `total` becomes the number in the block.
-    __device__ int rank(bool flag, int& total) {
-        const int lane = threadIdx.x % WARP_SIZE, warp = threadIdx.x / WARP_SIZE;
-        const unsigned flags = warp_ballot(flag);
-        const int of_lane = exchange(__popc(flags));
-        total = warp_count(of_lane);
-        return warp_count(lane < warp ? of_lane : 0) + __popc(flags & ((1u << lane) - 1));
-    }
-};
 
 // A key that orders as the confidence does, over 1. Adding 0 turns -0 into 0.
 __device__ unsigned key_of(float confidence) { return __float_as_uint(confidence + 0.0f) + 2u; }
@@ -45,7 +19,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                    float* __restrict__ boxes, unsigned char* __restrict__ valid) {
     __shared__ Keyed list[FIRST > MOST ? FIRST : MOST];
     __shared__ int first_order[TAKEN_FIRST > 0 ? TAKEN_FIRST : 1];
-    __shared__ int buffers[2][WARPS];
+    __shared__ Totals::Buffers buffers;
     __shared__ int listed_first, listed;
 
     const int thread = threadIdx.x;

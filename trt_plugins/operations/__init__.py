@@ -5,14 +5,24 @@ module here with its :class:`Operation`, which is listed below.
 """
 
 from trt_plugins.operations.adaptive_probing import ADAPTIVE_PROBING
+from trt_plugins.operations.deformable_attention import DEFORMABLE_ATTENTION
 from trt_plugins.operations.description import DOMAIN, ELEMENT_TYPES, STATIC_SHARED_LIMIT, Operation, Tensor, Work
 from trt_plugins.operations.gather_anchors import GATHER_ANCHORS
 from trt_plugins.operations.pyramid_roi_align import PYRAMID_ROI_ALIGN
 from trt_plugins.operations.sampling_mixing import SAMPLING_MIXING
+from trt_plugins.operations.select_tokens import SELECT_TOKENS
 
 __all__ = ["DOMAIN", "ELEMENT_TYPES", "OPERATIONS", "STATIC_SHARED_LIMIT", "Operation", "Tensor", "Work"]
 
 OPERATIONS: dict[str, Operation] = {
-    operation.name: operation for operation in (ADAPTIVE_PROBING, GATHER_ANCHORS, PYRAMID_ROI_ALIGN, SAMPLING_MIXING)
+    operation.name: operation
+    for operation in (
+        ADAPTIVE_PROBING,
+        GATHER_ANCHORS,
+        PYRAMID_ROI_ALIGN,
+        SAMPLING_MIXING,
+        DEFORMABLE_ATTENTION,
+        SELECT_TOKENS,
+    )
 }
 """By the names of their ONNX nodes."""

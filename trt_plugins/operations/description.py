@@ -39,7 +39,9 @@ class Tensor:
     type: str
     """A type's name, or "element" for the type of the feature maps."""
     pyramid: bool = False
-    """A feature map [B, C, H, W] that may lie channels-last and is read in places only."""
+    """A feature map [B, C, H, W] that may lie channels-last; it is sampled, too."""
+    sampled: bool = False
+    """Whether it is read in places only."""
 
     def resolve(self, element: str) -> str:
         """The type's name where feature maps have type `element`."""
@@ -59,8 +61,8 @@ class Layout:
 
 @dataclass(frozen=True)
 class Work:
-    """What an op has to do: floating-point operations, two for each multiply-add, and values of the maps of
-    :attr:`Operation.maps` that it reads at most.
+    """What an op has to do: floating-point operations, two for each multiply-add, and values that it reads at most of
+    the inputs of :attr:`Operation.sampled`.
     """
 
     operations: float = 0.0
@@ -79,6 +81,7 @@ class Operation:
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     attributes: tuple[tuple[str, type], ...]
+    """Names and types: int, float, or tuple for whole numbers of any count."""
     output_shapes: Callable[[Sequence[Shape], Attributes], list[list[Dimension]]]
     layout: Callable[[Sequence[Shape], Attributes, str, bool], Layout]
     """Of shapes, attributes, the maps' type and whether there are tensor cores; ValueError for what has no kernel."""
@@ -91,8 +94,12 @@ class Operation:
     """What attributes are that a node does not have: files from before there were these attributes mean this."""
 
     def complete(self, attributes: Attributes) -> dict[str, Any]:
-        """The op's attributes in order, those that are not given with their defaults. ValueError where one has none."""
-        known = {**self.defaults, **attributes}
+        """The op's attributes in order, those that are not given with their defaults, lists as tuples.
+
+        Raises ValueError where one has no default.
+        """
+        known = {name: tuple(value) if isinstance(value, list) else value for name, value in attributes.items()}
+        known = {**self.defaults, **known}
         missing = [name for name, _ in self.attributes if name not in known]
         if missing:
             raise ValueError(f"{self.name} needs the attributes {', '.join(missing)}")
@@ -106,8 +113,13 @@ class Operation:
 
     @property
     def maps(self) -> int:
-        """How many of the first inputs are feature maps that may lie channels-last and are read in places only."""
+        """How many of the first inputs are feature maps that may lie channels-last."""
         return sum(tensor.pyramid for tensor in self.inputs)
+
+    @property
+    def sampled(self) -> int:
+        """How many of the first inputs are read in places only."""
+        return sum(tensor.pyramid or tensor.sampled for tensor in self.inputs)
 
     def types(self, element: str) -> list[str]:
         """Types of the inputs where feature maps have type `element`."""

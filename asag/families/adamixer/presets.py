@@ -44,10 +44,10 @@ _LONG = {
 _RECOLLECTED = {"recollection": "batched"}
 _TINY_RECIPE = {
     # Starts from random weights on few small images, so the backbone learns as fast as the rest.
-    "epochs": 24,
+    "epochs": 12,
     "batch_size": 8,
-    "learning_rate": 4e-4,
-    "backbone_learning_rate": 4e-4,
+    "learning_rate": 1e-3,
+    "backbone_learning_rate": 1e-3,
     "weight_decay": 0.05,
     "gradient_clip": 1.0,
     "warmup_steps": 200,

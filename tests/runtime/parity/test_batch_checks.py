@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from runtime import open_session
-from runtime.coco_evaluation import CocoFolder
+from runtime.coco_dataset import CocoFolder
 from runtime.parity.batch_checks import check_batches
 from runtime.parity.comparison import compare
 from tests.runtime.toy_detector import ToySession, build_toy_model, toy_metadata

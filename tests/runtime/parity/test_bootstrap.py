@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from runtime.coco_evaluation import CocoFolder, evaluate, evaluate_with_matches
+from runtime.coco_dataset import CocoFolder
+from runtime.coco_evaluation import evaluate, evaluate_with_matches
 from runtime.files import write_json
 from runtime.parity.bootstrap import average_precision, draw_weights, interval
 from runtime.postprocessing import Detections
@@ -55,14 +57,15 @@ def test_an_image_drawn_twice_is_as_if_it_were_there_twice(
 ) -> None:
     _, matches = evaluate_with_matches(dataset, detections)
     weights = draw_weights(12, 3, seed=7)
-    content = dataset._content
+    content = json.loads(dataset.annotations_path.read_text())
+    images = {image["id"]: image for image in content["images"]}
     for row in weights.astype(int):
         repeated = {"categories": copy.deepcopy(content["categories"]), "images": [], "annotations": []}
         found = {}
         for image_id, times in zip(sorted(detections), row, strict=True):
             for copy_number in range(times):
                 new_id = image_id * 100 + copy_number
-                repeated["images"].append({**dataset.images[image_id], "id": new_id})
+                repeated["images"].append({**images[image_id], "id": new_id, "file_name": f"{new_id}.png"})
                 for annotation in content["annotations"]:
                     if annotation["image_id"] == image_id:
                         number = len(repeated["annotations"]) + 1

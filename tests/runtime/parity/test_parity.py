@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from runtime import open_session
-from runtime.coco_evaluation import CocoFolder
+from runtime.coco_dataset import CocoFolder
 from runtime.parity.comparison import ParityReport, Unavailable, compare, open_candidate, parity_table
 from tests.runtime.toy_detector import ToySession, toy_metadata
 

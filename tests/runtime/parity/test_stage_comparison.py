@@ -16,7 +16,7 @@ from rich.console import Console
 
 from runtime.backends.onnxruntime_session import OnnxRuntimeSession
 from runtime.backends.pytorch_session import PyTorchSession
-from runtime.coco_evaluation import CocoFolder, open_coco
+from runtime.coco_dataset import CocoFolder, open_coco
 from runtime.parity.stage_comparison import StageReport, can_compare, compare_stages, stage_table
 from runtime.stages.graph import DETECTIONS
 from runtime.stages.onnx import OnnxStages

@@ -23,7 +23,7 @@ from runtime.files import write_json
 from runtime.parity.comparison import Unavailable, compare
 from runtime.parity.stage_comparison import StageDifference, StageReport
 from runtime.records import read_json
-from runtime.reports.charts import Level, Point, accuracy_latency, score_histogram, stage_bars
+from runtime.reports.charts import Level, Point, accuracy_latency, colours_of, score_histogram, stage_bars
 from runtime.reports.document import make_document, read_document
 from runtime.reports.page import find_reports, write_page
 from runtime.speed.benchmark import measure
@@ -276,10 +276,10 @@ def test_the_command(run: Path) -> None:
 
 
 def test_ticks_and_ranges_of_a_chart() -> None:
-    one = accuracy_latency([Point("model", 3.0, 1.0, 1.0, 1.0)])
+    one = accuracy_latency([Point("model", 3.0, 1.0, 1.0, 1.0)], {"model": "#123456"})
     assert one.count("<circle") == 1
-    assert accuracy_latency([]) == ""
-    assert score_histogram((1e-4, 1e-2), [("nothing matched", (0, 0, 0))]) == ""
+    assert accuracy_latency([], {}) == ""
+    assert score_histogram((1e-4, 1e-2), [("nothing matched", (0, 0, 0))], {}) == ""
     assert "12.0 ms" in stage_bars([("a & b", {"prepare": 2.0, "run": 10.0})])
 
 
@@ -311,3 +311,15 @@ def test_a_browser_opens_the_page(run: Path) -> None:
         found = json.loads(html.unescape(title[1]))
         assert found == {"images": 4, "loaded": 4, "wide": False, "requests": 0, "problems": []}
         assert ":CONSOLE" not in done.stderr
+
+
+def test_a_model_has_one_colour_on_a_page() -> None:
+    colours = colours_of(["reference", "first", "second", "first"])
+    assert len(set(colours.values())) == len(colours) == 3
+    points = [Point(name, 3.0, 0.5, 0.4, 0.6) for name in colours]
+    plot = accuracy_latency(points, colours)
+    bars = score_histogram((1e-4, 1e-2), [("first", (1, 2, 3)), ("second", (1, 2, 3))], colours)
+    for name in ("first", "second"):
+        marked = f'fill="{colours[name]}"><title>{name}'
+        assert marked in plot
+        assert marked in bars
