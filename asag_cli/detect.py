@@ -67,7 +67,8 @@ def detect(
     it has done.
 
     With --stages a picture shows how they came about, side by side (NAME-stages.jpg): what the model looked at more
-    closely in red, boxes without a class in white, what has a class in its colour.
+    closely in red, boxes without a class in white, what has a class in its colour, and where the best detections
+    look as dots, a colour each.
 
     With --ray IMAGES are files, folders with all that is below them, or Parquet files with encoded images; the output
     is a folder of Parquet files with a row for each image, and no pictures. Each worker has one session, with one

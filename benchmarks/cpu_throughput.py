@@ -125,7 +125,7 @@ def main(source: Path, checkpoint: Path | None, rounds: int, images_per_round: i
     paths = images_in(source)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        weights = checkpoint or random_checkpoint(folder / "random.safetensors")
+        weights = checkpoint or random_checkpoint(folder)
         found = compare_on_folder(weights, folder, paths, rounds=rounds, images=images_per_round, threads=threads)
     console.print(throughput_table(found))
     console.print(f"{rounds} rounds of {images_per_round} images; {describe_machine().summary()}", highlight=False)

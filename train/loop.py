@@ -206,6 +206,8 @@ def _announce(run: _Run, report: TrainingReport) -> None:
     report.say(f"training images: {told}")
     names = run.dataset.category_names
     report.say(f"{len(names)} classes: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}")
+    for remark in run.training.remarks:
+        report.say(remark)
     if run.validation is None:
         report.say("no evaluation: no validation images were named, or none was asked for")
     cut = f" in {count} processes" if count > 1 else ""

@@ -81,8 +81,10 @@ def _difference(
     if value.kind == "scores":
         return _relative(_sigmoid(ours), _sigmoid(theirs), 1.0)
     side = input_side if value.frame == "input" else 1.0
-    # A fifth number of a box is a confidence.
-    return _relative(ours, theirs, np.array([side] * min(4, ours.shape[-1]) + [1.0] * (ours.shape[-1] - 4)))
+    # What follows a box's corners or a point's place is a confidence or a logarithm, compared as it is.
+    placed = 4 if value.kind == "boxes" else 2
+    divisor = np.array([side / value.unit] * placed + [1.0] * (ours.shape[-1] - placed))
+    return _relative(ours, theirs, divisor)
 
 
 def _relative(reference: NDArray, candidate: NDArray, divisor: NDArray | float | None) -> Difference:

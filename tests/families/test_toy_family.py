@@ -90,6 +90,7 @@ class PublishedGrid:
 
 class GridTraining:
     parts: ClassVar[Mapping[str, str]] = {"loss_class": "classes", "loss_box": "boxes"}
+    remarks = ("cells learn the objects nearest to them",)
 
     def __init__(self, detector: GridDetector, settings: GridSettings) -> None:
         self.detector, self.weights = detector, {"loss_class": 1.0, "loss_box": settings.box_weight}

@@ -117,5 +117,5 @@ def first_stage(layer: Any, features: list[Tensor], queries: Tensor, xyzr: Tenso
         "stage0_attention": attended,
         "stage0_points": points,
         "stage0_sampled": sample_pyramid(tuple(features), points, layer.sample_and_mix.point_unit),
-        "stage0_mixed": layer.sample_and_mix(features, attended, boxes, scale),
+        "stage0_mixed": layer.sample_and_mix(features, attended, points),
     }
