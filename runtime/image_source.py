@@ -74,7 +74,7 @@ def is_image(path: Path) -> bool:
 
 
 def images_in(folder: Path) -> list[Path]:
-    """The image files of a folder and the folders below it, by name; not those that an earlier run wrote its results to.
+    """The image files of a folder and the folders below it, by name; not those of folders that an earlier run wrote.
 
     Other files are skipped, which a warning tells; hidden ones silently. Raises ValueError where there are no images.
     """

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from runtime import image_source
 from runtime.coco_dataset import CocoFolder
 from runtime.detect import DetectionSummary, detect_files, expand_paths
 from tests.runtime.toy_detector import ToySession
@@ -95,8 +96,10 @@ def test_wrong_arguments(folder: Path, tmp_path: Path) -> None:
 
 
 def test_folders_are_read_to_the_bottom_and_what_is_skipped_is_named(
-    folder: Path, caplog: pytest.LogCaptureFixture
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    without_heic = image_source.image_suffixes() - {".heic"}
+    monkeypatch.setattr(image_source, "image_suffixes", lambda: without_heic)
     (folder / "below" / "deep").mkdir(parents=True)
     for name in ("below/deep/d.ppm", "below/e.jfif", "f.jp2", ".hidden.png"):
         Image.new("RGB", (9, 9)).save(folder / name, {"e.jfif": "JPEG"}.get(Path(name).name))
