@@ -103,6 +103,8 @@ class ValueType(click.ParamType):
 
 EXISTING_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 FOLDER = click.Path(path_type=Path, file_okay=False)
+DATASET = click.Path(path_type=Path)
+"""A data set's folder, or the file that names its folders; the reader says what it looked for."""
 OUTPUT_FILE = click.Path(path_type=Path, dir_okay=False)
 
 

@@ -17,11 +17,11 @@ from runtime.coco_dataset import (
     CocoFolder,
     check_size,
     clipped_boxes,
-    find_split,
     missing_files,
     spread,
 )
-from runtime.coco_file import LeftOut, left_out_sentence
+from runtime.coco_file import CocoAnnotations, LeftOut, left_out_sentence
+from runtime.layouts.find import find_split
 from runtime.preprocessing import load_image, picture_size
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class DetectionDataset(Dataset[tuple[Image.Image, Target]]):
     def __init__(
         self,
         images_dir: str | Path,
-        annotation_file: str | Path,
+        annotation_file: str | Path | CocoAnnotations,
         skip_missing: bool = False,
         stored_pixels: bool = False,
     ) -> None:
@@ -160,6 +160,6 @@ class DetectionDataset(Dataset[tuple[Image.Image, Target]]):
 def open_training_split(
     data: str | Path, split: str = "train2017", skip_missing: bool = False, stored_pixels: bool = False
 ) -> DetectionDataset:
-    """The split of a dataset folder; see :func:`runtime.coco_dataset.find_split`."""
-    images, annotations = find_split(data, split)
-    return DetectionDataset(images, annotations, skip_missing, stored_pixels)
+    """The split of a data set in any known layout; see :func:`runtime.layouts.find.find_split`."""
+    found = find_split(data, split)
+    return DetectionDataset(found.images, found.read(stored_pixels), skip_missing, stored_pixels)
