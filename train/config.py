@@ -64,7 +64,7 @@ class TrainConfig:
     preset: str
     """Name of the detector preset."""
     data: Path | None
-    """Folder of a dataset in COCO's layout; None where `train_annotations` names a file."""
+    """A dataset in any layout of :mod:`runtime.layouts`; None where `train_annotations` names a file."""
     output: Path
     """Folder of the run: weights, state, losses and configuration."""
     train_split: str = "train2017"

@@ -1,4 +1,4 @@
-"""Images and boxes of a dataset in COCO's layout, for training."""
+"""Images and boxes of a dataset, for training."""
 
 from __future__ import annotations
 

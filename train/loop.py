@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -37,6 +38,8 @@ from train.reporting import EVALUATIONS_FILE, LOSSES_FILE, TrainingReport
 from train.schedule import build_optimizer, build_schedule, evaluation_interval, warmup_steps
 from train.step import Piece, StepMaker, feature_precision, prepare_detector
 from train.transforms import RandomCrop, TrainingTransform
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "weights.safetensors"
 BEST_FILE = "best.safetensors"
@@ -194,6 +197,10 @@ def _validation_data(config: TrainConfig, dataset: DetectionDataset) -> CocoFold
         folder = open_coco(config.data, config.val_split, config.stored_pixels)
     else:
         return None
+    if folder.annotations_path == dataset.annotation_file:
+        logger.warning(
+            "%s has one split, which is trained and evaluated on: AP says nothing about other images", config.data
+        )
     folder.with_classes(dataset.category_ids, dataset.category_names, "the classes of the training images")
     check_measurable(folder, folder.image_ids[: config.evaluation_images])
     return folder

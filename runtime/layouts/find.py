@@ -7,8 +7,10 @@ from pathlib import Path
 
 from runtime.layouts.coco import BESIDE, COCO
 from runtime.layouts.split import Split
+from runtime.layouts.voc import VOC, VOC_BESIDE
+from runtime.layouts.yolo import YOLO
 
-LAYOUTS = (COCO, BESIDE)
+LAYOUTS = (COCO, BESIDE, YOLO, VOC, VOC_BESIDE)
 
 OTHER_NAMES = {"train2017": ("train",), "val2017": ("valid", "val")}
 """What labelling tools call the splits that commands ask for by default."""

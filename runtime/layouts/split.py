@@ -52,14 +52,14 @@ class Layout:
     """Takes the folder (or the file that names the folders); the splits found there, by name."""
 
 
-def readable_size(path: Path, stored_pixels: bool, unreadable: list[str] | None) -> tuple[int, int] | None:
-    """(width, height) of a picture; None for one that was added to `unreadable`. See :meth:`Split.read`."""
+def readable_size(path: Path, stored_pixels: bool, name: str, unreadable: list[str] | None) -> tuple[int, int] | None:
+    """(width, height) of a picture; None for one whose `name` was added to `unreadable`. See :meth:`Split.read`."""
     try:
         return picture_size(path, stored_pixels)
     except (FileNotFoundError, ValueError):
         if unreadable is None:
             raise
-        unreadable.append(str(path))
+        unreadable.append(name)
         return None
 
 

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torchvision.ops import box_convert
 from asag.normalization import IMAGE_MEAN, IMAGE_STD, ImageNormalization
 from runtime.metadata import ModelMetadata
 from runtime.preprocessing import prepare, resize, resized_size
+from tests.runtime import layouts
 from train.dataset import DetectionDataset, open_training_split
 from train.loading import StepSampler, make_loader, steps_per_epoch
 from train.transforms import RandomCrop, Sample, TrainingTransform, collate
@@ -70,6 +72,20 @@ def test_classes_and_boxes_follow_from_the_file(tmp_path):
     assert image.size == (60, 40)
     assert target["labels"].tolist() == [1, 0]
     assert target["boxes"].tolist() == [[50, 30, 60, 35], [1, 2, 4, 6]]
+
+
+@pytest.mark.parametrize("write", layouts.LAYOUTS)
+def test_training_opens_every_layout(tmp_path, write):
+    write(tmp_path)
+    dataset = open_training_split(tmp_path)
+    assert dataset.counts.images_without_objects == 1
+    found = {}
+    for index in range(len(dataset)):
+        _, target = dataset[index]
+        names = [dataset.category_names[label] for label in target["labels"]]
+        boxes = map(tuple, target["boxes"].round(decimals=3).tolist())
+        found[Path(dataset.file_name(index)).stem] = list(zip(names, boxes, strict=True))
+    assert found == {name: objects for name, objects in layouts.OBJECTS["train"].items() if objects}
 
 
 def test_what_is_left_out_is_counted(tmp_path, caplog):
