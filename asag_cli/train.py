@@ -85,7 +85,11 @@ def train(
     result = run(config, progress=not quiet and main)
     if not main:
         return
-    console.print(f"weights: {result.weights}", soft_wrap=True)
+    measured = result.crowdhuman or result.evaluation
+    ap = f" (AP {measured.ap:.3f})" if measured is not None else ""
+    console.print(f"weights: {result.weights}{ap}", soft_wrap=True)
+    if result.best is not None:
+        console.print(f"best:    {result.best} (AP {result.best_score:.3f})", soft_wrap=True)
     if result.finished:
         console.print(f"next: asag export {result.weights} -o {result.output / 'model.onnx'}", soft_wrap=True)
 

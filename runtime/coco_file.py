@@ -106,6 +106,8 @@ class CocoAnnotations:
     areas: NDArray[np.float64]
     crowd: NDArray[np.bool_]
     left_out: LeftOut
+    doubtful: frozenset[int] = frozenset()
+    """Places of the images of bad boxes: something is there, and nobody knows where."""
 
     def of_image(self, place: int) -> slice:
         """The objects of the image at that place in ``images``."""
@@ -250,6 +252,7 @@ class _Objects:
         self.path, self.images, self.categories, self.merged = path, images, categories, merged
         self.rows: list[tuple[int, int, tuple[float, ...], float, bool]] = []
         self.counts: Counter[str] = Counter()
+        self.doubtful: set[int] = set()
         self.seen: set[tuple[Any, ...]] = set()
 
     def read(
@@ -290,6 +293,7 @@ class _Objects:
                 annotations_without_image=self.counts["annotations_without_image"],
                 root_categories=tuple(category.name for category in self.categories if category not in kept),
             ),
+            doubtful=frozenset(self.doubtful),
         )
 
     def _check_units(self) -> None:
@@ -323,6 +327,7 @@ class _Objects:
         box = _box(entry.get("bbox"), image)
         if box is None:
             self.counts["bad_boxes"] += 1
+            self.doubtful.add(place)
             return
         # The same id alone proves nothing: tools start anew with every image. Of a picture under two ids, each may list
         # every object.

@@ -48,6 +48,7 @@ OPERATIONAL_FIELDS = frozenset(
         "evaluation_images",
         "stop_after",
         "time_limit",
+        "patience",
     }
 )
 
@@ -79,6 +80,8 @@ class TrainConfig:
     """Folder of their images; None takes the folder of the annotations."""
     skip_missing_images: bool = False
     """Leave out images whose file is not there; else one of them stops the run before it begins."""
+    background_images: bool = False
+    """Train on images without any annotation too: nothing that is detected there is right."""
     stored_pixels: bool = False
     """Read pictures as they are stored, whatever their EXIF orientation says, as some annotations were made."""
 
@@ -135,6 +138,9 @@ class TrainConfig:
     """Train the whole backbone and let its norms learn their statistics, as a start from random weights needs; None
     as the preset has it."""
 
+    freeze: tuple[str, ...] = ()
+    """Parts of the detector that stay as they are, such as `backbone` or `backbone.layer2`."""
+
     resume: bool = False
     """Continue the run in `output` from its last checkpoint."""
     workers: Count = 2
@@ -150,6 +156,8 @@ class TrainConfig:
     most. The last step always gets one."""
     evaluation_images: PositiveCount | None = None
     """Evaluate on the first images only; None takes all."""
+    patience: PositiveCount | None = None
+    """End the run after so many evaluations in a row without a better score; None never does."""
     keep_checkpoints: PositiveCount = 2
     """How many of the last states are kept to resume from."""
     picture_interval: Count = 1000
@@ -240,6 +248,8 @@ def _check(config: TrainConfig) -> None:
     for name, choices in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
         if getattr(config, name) not in choices:
             raise ValueError(f"{name} is {getattr(config, name)!r}; choose one of {', '.join(choices)}")
+    if config.patience is not None and config.evaluation_interval == 0:
+        raise ValueError("patience counts evaluations, and evaluation_interval 0 makes none")
     if list(config.milestones) != sorted(config.milestones):
         raise ValueError(f"milestones must rise, they are {config.milestones}")
     _check_data(config)

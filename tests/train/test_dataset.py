@@ -116,6 +116,21 @@ def test_what_is_left_out_is_counted(tmp_path, caplog):
     assert f"{len(bad)} bad boxes" in dataset.counts.sentence()
 
 
+def test_images_without_any_annotation_are_background(tmp_path):
+    write_dataset(
+        tmp_path,
+        [(number, 40, 40) for number in range(1, 6)],
+        [annotation(1, [1, 1, 5, 5]), annotation(2, [1, 1, 9, 9], iscrowd=1), annotation(3, [1, 1, 0, 5])],
+    )
+    dataset = open_training_split(tmp_path, background_images=True)
+    assert [dataset.file_name(index) for index in range(len(dataset))] == ["1.png", "4.png", "5.png"]
+    _, target = dataset[2]
+    assert target["boxes"].shape == (0, 4)
+    assert target["labels"].shape == (0,)
+    assert (dataset.counts.background_images, dataset.counts.images_without_objects) == (2, 2)
+    assert dataset.counts.sentence().startswith("3 images with 1 objects and 2 of them without; left out: 2 images")
+
+
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="dataset not found"):
         open_training_split(tmp_path / "none")
