@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from asag_cli.console import EXISTING_FILE, FOLDER, HELP, OUTPUT_FILE, console
+from asag_cli.console import DATASET, EXISTING_FILE, FOLDER, HELP, OUTPUT_FILE, console
 
 if TYPE_CHECKING:
     from runtime.engines.manifest import EngineManifest
@@ -86,7 +86,7 @@ class TargetsType(click.ParamType):
     help="File of kernel timings, read where it exists and written after the build; tensorrt only.",
 )
 @click.option("--calibration", type=FOLDER, help="For int8: images like those the model will see.")
-@click.option("--data", type=FOLDER, help="For int8: dataset in COCO's layout to measure AP on.")
+@click.option("--data", type=DATASET, help="For int8: dataset to measure AP on.")
 @click.option(
     "--max-ap-drop",
     type=click.FloatRange(0, 1),

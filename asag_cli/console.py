@@ -103,6 +103,8 @@ class ValueType(click.ParamType):
 
 EXISTING_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 FOLDER = click.Path(path_type=Path, file_okay=False)
+DATASET = click.Path(path_type=Path)
+"""A data set's folder, or the file that names its folders; the reader says what it looked for."""
 OUTPUT_FILE = click.Path(path_type=Path, dir_okay=False)
 
 
@@ -164,9 +166,9 @@ def dataset_options(required: bool = True) -> Callable[[Callable[..., Any]], Cal
                 "--split",
                 default="val2017",
                 show_default=True,
-                help="Which images: annotations/instances_SPLIT.json and SPLIT/, or SPLIT/_annotations.coco.json.",
+                help="Which images; for val2017 also valid or val, as labelling tools call them.",
             ),
-            click.option("--data", type=FOLDER, required=required, help="Dataset in COCO's layout."),
+            click.option("--data", type=DATASET, required=required, help="Dataset in COCO's, YOLO's or VOC's layout."),
         ):
             with_dataset = option(with_dataset)
         return with_dataset

@@ -7,17 +7,17 @@ from typing import Any
 
 import click
 
-from asag_cli.console import EXISTING_FILE, FOLDER, HELP, console
+from asag_cli.console import DATASET, EXISTING_FILE, FOLDER, HELP, console
 
 DEFAULT_PRESET = "asag-a-r50-1x-100"
 
 
-@click.command(context_settings=HELP, short_help="Train a detector on a dataset in COCO's format.")
+@click.command(context_settings=HELP, short_help="Train a detector on a dataset.")
 @click.option("--preset", help=f"Which detector; `asag zoo` lists them.  [default: {DEFAULT_PRESET}]")
 @click.option(
     "--data",
-    type=FOLDER,
-    help="Folder with annotations/instances_train2017.json, train2017/, and the same for val2017.",
+    type=DATASET,
+    help="Dataset in COCO's, YOLO's or Pascal VOC's layout, with images to train and to evaluate on.",
 )
 @click.option("--train-annotations", type=EXISTING_FILE, help="COCO-format file to train on, instead of the folder's.")
 @click.option("--train-images", type=FOLDER, help="Folder of its images.  [default: the file's folder]")
@@ -85,7 +85,11 @@ def train(
     result = run(config, progress=not quiet and main)
     if not main:
         return
-    console.print(f"weights: {result.weights}", soft_wrap=True)
+    measured = result.crowdhuman or result.evaluation
+    ap = f" (AP {measured.ap:.3f})" if measured is not None else ""
+    console.print(f"weights: {result.weights}{ap}", soft_wrap=True)
+    if result.best is not None:
+        console.print(f"best:    {result.best} (AP {result.best_score:.3f})", soft_wrap=True)
     if result.finished:
         console.print(f"next: asag export {result.weights} -o {result.output / 'model.onnx'}", soft_wrap=True)
 

@@ -22,6 +22,7 @@ from asag.training.timing import PartTimer
 from asag.training.transfer import to_device
 from train.checkpointing import TrainingState
 from train.config import TrainConfig
+from train.freezing import freeze_parts
 from train.processes import ALONE, Processes
 from train.transforms import Batch as LoadedBatch
 
@@ -201,9 +202,10 @@ def _advance(state: TrainingState) -> None:
 def prepare_detector(
     detector: Detector, config: TrainConfig, device: torch.device, processes: Processes = ALONE
 ) -> None:
-    """Move a detector to the device, in the layout and with the compilation that the configuration asks for."""
+    """Move a detector to the device, frozen, laid out and compiled as the configuration asks."""
     detector.to(device).train()
     synchronize_norms(detector, device, processes)
+    freeze_parts(detector, config.freeze)
     channels_last = uses_channels_last(config, device)
     for part in (detector.backbone, detector.neck):
         if channels_last:

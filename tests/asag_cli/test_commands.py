@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -215,3 +216,19 @@ def test_synthetic_data(asag: Command, tmp_path: Path) -> None:
         assert (done.code, done.error) == (0, "")
     annotations = json.loads((tmp_path / "data" / "annotations" / "instances_val2017.json").read_text())
     assert len(annotations["images"]) == 2
+
+
+def test_data_check(asag: Command, workspace: Workspace, tmp_path: Path) -> None:
+    done = asag("data", "check", workspace.data, "--json", tmp_path / "check.json", "--sheet", tmp_path / "sheet.jpg")
+    found = json.loads((tmp_path / "check.json").read_text())
+    assert done.code == 0, done.output + done.error
+    assert "nothing is wrong" in done.output
+    assert found["problems"] == []
+    assert [split["name"] for split in found["splits"]] == ["train2017", "val2017"]
+    assert Image.open(tmp_path / "sheet.jpg").format == "JPEG"
+    copy = tmp_path / "copy"
+    shutil.copytree(workspace.data, copy)
+    next((copy / "val2017").glob("*.jpg")).unlink()
+    done = asag("data", "check", copy)
+    assert done.code == 1
+    assert "wrong: val2017: 1 pictures missing" in done.output

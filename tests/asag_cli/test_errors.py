@@ -86,6 +86,7 @@ CASES = [
     ("train --data {data} -o {out} --set batch_size", "'batch_size': write NAME=VALUE"),
     ("train --data {data} -o {out} --weights {bad}/no.safetensors", "{bad}/no.safetensors"),
     ("data synthetic {data} --image-size 96", "with other settings"),
+    ("data check {bad}/empty", "no data set in {bad}/empty: looked for annotations/instances_SPLIT.json"),
     ("data synthetic {bad}", "holds something else"),
     ("data synthetic {out} --image-size 3", "3 is not in the range"),
     ("demo -o {out} --weights {bad}/no.safetensors", "'{bad}/no.safetensors' does not exist"),

@@ -85,6 +85,16 @@ def test_an_interrupted_write_keeps_the_older_file(micro_preset, config, tmp_pat
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
+def test_a_state_without_an_option_had_it_off(micro_preset, config, tmp_path):
+    state = make_state(config, seed=1)
+    path = state_path(tmp_path, 1)
+    earlier = {name: value for name, value in config.computation().items() if name not in ("freeze", "stored_pixels")}
+    save_state(path, state, earlier)
+    load_state(path, state, config.computation())
+    with pytest.raises(ValueError, match=r"freeze None -> \['neck'\]"):
+        load_state(path, state, dataclasses.replace(config, freeze=("neck",)).computation())
+
+
 def test_damaged_or_foreign_files_are_refused_in_one_line(micro_preset, config, tmp_path):
     state = make_state(config, seed=1)
     path = state_path(tmp_path, 1)
