@@ -36,14 +36,15 @@ _RECIPE = {
     "warmup_steps": 0,
     "training_shorter_sides": tuple(range(480, 801, 32)),
     "crop_probability": 0.5,
+    "background_images": True,
 }
 _RECOLLECTED = {**_RECIPE, "batch_size": 32, "recollection": "batched"}
 _TINY_RECIPE = {
     # Starts from random weights on few small images, so the backbone learns as fast as the rest.
-    "epochs": 24,
+    "epochs": 8,
     "batch_size": 8,
-    "learning_rate": 4e-4,
-    "backbone_learning_rate": 4e-4,
+    "learning_rate": 1e-3,
+    "backbone_learning_rate": 1e-3,
     "weight_decay": 0.05,
     "gradient_clip": 1.0,
     "warmup_steps": 200,
