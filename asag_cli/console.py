@@ -101,7 +101,7 @@ class ValueType(click.ParamType):
         return numbers if len(numbers) > 1 else numbers[0]
 
 
-EXISTING_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
+EXISTING_FILE = click.Path(path_type=Path, dir_okay=False)
 FOLDER = click.Path(path_type=Path, file_okay=False)
 DATASET = click.Path(path_type=Path)
 """A data set's folder, or the file that names its folders; the reader says what it looked for."""

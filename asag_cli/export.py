@@ -56,6 +56,8 @@ def export(
     """
     if output.suffix.lower() != ".onnx":
         raise click.BadParameter(f"{output} should end in .onnx", param_hint="--output")
+    if not checkpoint.is_file():  # before PyTorch, which takes seconds to load, finds it out
+        raise FileNotFoundError(f"{checkpoint}: no such checkpoint")
     from asag.checkpoint import load_detector
     from asag.deploy import DeployedDetector
     from export.model import export_onnx

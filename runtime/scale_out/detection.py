@@ -126,7 +126,7 @@ def find_sources(sources: Iterable[str | os.PathLike[str]]) -> tuple[list[str], 
     if images and tables:
         raise ValueError(f"name either images or Parquet files: here are both, {images[0]} and {tables[0]}")
     if not images and not tables:
-        raise ValueError("no images and no .parquet files found")
+        raise ValueError("no images found, and no .parquet files")
     return images, tables
 
 

@@ -144,9 +144,9 @@ def _aligned(stage: Stage, values: Sequence[tuple[Value, NDArray, NDArray]], inp
 
 def _same_places(reference: NDArray, candidate: NDArray) -> NDArray[np.int64]:
     """Index pairs [M, 2] of equal places or cells."""
-    ours, theirs = (side.reshape(len(side), -1).tolist() for side in (reference, candidate))
-    of_place = {tuple(place): index for index, place in enumerate(theirs)}
-    pairs = [(index, of_place.get(tuple(place))) for index, place in enumerate(ours)]
+    ours, theirs = ([tuple(np.ravel(place).tolist()) for place in side] for side in (reference, candidate))
+    of_place = {place: index for index, place in enumerate(theirs)}
+    pairs = [(index, of_place.get(place)) for index, place in enumerate(ours)]
     return np.array([pair for pair in pairs if pair[1] is not None], np.int64).reshape(-1, 2)
 
 

@@ -76,7 +76,7 @@ def test_starts_ray_and_leaves_no_process(tmp_path: Path) -> None:
         (["--ray-address", "auto"], "--ray-address needs --ray"),
         (["--image-column", "image"], "--image-column needs --ray"),
         (["--id-column", "id"], "--id-column needs --ray"),
-        (["--ray", "--stages"], "--stages draws pictures, and --ray writes none"),
+        (["--ray", "--stages"], "--ray writes neither pictures for --stages nor the ids of --annotations"),
     ],
 )
 def test_options_that_do_not_go_together(tmp_path: Path, arguments: list[str], reason: str) -> None:

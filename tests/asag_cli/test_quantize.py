@@ -85,7 +85,7 @@ CASES = [
     ("{model} --calibration {bad}/nowhere -o {out}.onnx", "{bad}/nowhere is not a folder"),
     ("{model} --calibration {images} -o {out}.engine", "should end in .onnx"),
     ("{model} -o {out}.onnx", "Missing option '--calibration'"),
-    ("{bad}/no.onnx --calibration {images} -o {out}.onnx", "'{bad}/no.onnx' does not exist"),
+    ("{bad}/no.onnx --calibration {images} -o {out}.onnx", "model not found: {bad}/no.onnx"),
     ("{bad}/damaged.onnx --calibration {images} -o {out}.onnx", "cannot read {bad}/damaged.onnx as ONNX"),
     ("{model} --calibration {broken} -o {out}.onnx", "{broken}/a.jpg is not an image"),
     ("{model} --calibration {images} -o {out}.onnx --max-ap-drop 0.01", "--max-ap-drop needs --data"),

@@ -57,7 +57,8 @@ def test_nothing_is_without_a_description() -> None:
     assert sorted(path.stem for path in kernels) == names
     modules = {path.stem for path in Path(asag.ops.__file__).parent.glob("*.py")} - {"__init__", "cuda"}
     assert sorted(modules) == names
-    assert sorted(str(op) for op in translation_table()) == [f"{DOMAIN}.{name}.default" for name in names]
+    ours = [str(op) for op in translation_table() if str(op).startswith(f"{DOMAIN}.")]
+    assert sorted(ours) == [f"{DOMAIN}.{name}.default" for name in names]
 
 
 def test_activations_have_the_names_of_the_definition() -> None:
