@@ -63,7 +63,8 @@ def run(arguments: list[object]) -> tuple[int | str, str]:
 
 def complaint(code: int | str, error: str) -> str | None:
     """What is wrong with how a command ended: done, or one line and code 2."""
-    lines = error.splitlines()
+    # What a folder holds beside pictures is told apart.
+    lines = [line for line in error.splitlines() if "that are no images: " not in line]
     if code == 0:
         return None if not lines else f"code 0, but said {error[:300]!r}"
     if code != 2:
