@@ -26,7 +26,7 @@ def build_optimizer(groups: Sequence[ParameterGroup], config: TrainConfig) -> Ad
     return AdamW(parts, lr=config.learning_rate, weight_decay=config.weight_decay)
 
 
-LONGEST_WARMUP = 1 / 5
+LONGEST_WARMUP = 1 / 3
 """Share of a run that the warm-up may take; a short run has a shorter one."""
 
 
