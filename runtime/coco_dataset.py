@@ -91,10 +91,9 @@ class CocoFolder:
         return self
 
     def check_images(self, image_ids: Sequence[Id]) -> None:
-        """Know before the first image runs that the last is there, in the stated size.
+        """Know before the first image runs that the last is there, in the stated size (:meth:`check_sizes`).
 
-        Sizes are compared of all or, of many, of evenly spread ones; only headers are read. Raises FileNotFoundError or
-        ValueError.
+        Raises FileNotFoundError or ValueError.
         """
         missing = missing_files(self.images_dir, [self.images[image_id].file_name for image_id in image_ids])
         if missing:
@@ -102,6 +101,13 @@ class CocoFolder:
                 f"{len(missing)} of {len(image_ids)} images of {self.annotations_path} are missing in"
                 f" {self.images_dir}, the first is {missing[0]}: complete them, or take them out of the file"
             )
+        self.check_sizes(image_ids)
+
+    def check_sizes(self, image_ids: Sequence[Id]) -> None:
+        """ValueError unless pictures have the sizes that the annotations state.
+
+        Those of all are compared or, of many, of evenly spread ones; only headers are read.
+        """
         for image_id in spread(image_ids, MOST_CHECKED_SIZES):
             self._check_size(image_id, picture_size(self.path(image_id), self.stored_pixels))
 

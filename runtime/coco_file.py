@@ -135,7 +135,7 @@ def coco_annotations(content: Any, path: Path) -> CocoAnnotations:
     _check_sections(content, path)
     images, image_places, repeated, merged = _images(content["images"], path)
     categories = _categories(content["categories"], path)
-    return _Objects(path, images, categories, merged).read(content, image_places, repeated, len(merged))
+    return _Objects(path, images, categories, merged).read(content, image_places, repeated)
 
 
 def key_of(identifier: Id) -> str:
@@ -256,7 +256,7 @@ class _Objects:
         self.seen: set[tuple[Any, ...]] = set()
 
     def read(
-        self, content: Mapping[str, Any], image_places: Mapping[str, int], repeated_images: int, merged_images: int
+        self, content: Mapping[str, Any], image_places: Mapping[str, int], repeated_images: int
     ) -> CocoAnnotations:
         labels = {key_of(category.id): label for label, category in enumerate(self.categories)}
         for index, entry in enumerate(content["annotations"]):
@@ -288,7 +288,7 @@ class _Objects:
             left_out=LeftOut(
                 bad_boxes=self.counts["bad_boxes"],
                 repeated_images=repeated_images,
-                merged_images=merged_images,
+                merged_images=len(self.merged),
                 repeated_annotations=self.counts["repeated_annotations"],
                 annotations_without_image=self.counts["annotations_without_image"],
                 root_categories=tuple(category.name for category in self.categories if category not in kept),

@@ -5,11 +5,10 @@ from __future__ import annotations
 import colorsys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from runtime.captions import Font, caption
 from runtime.metadata import ModelMetadata
@@ -124,9 +123,3 @@ class _Label:
 
 def _overlap(first: Rectangle, second: Rectangle) -> bool:
     return first[0] < second[2] and second[0] < first[2] and first[1] < second[3] and second[1] < first[3]
-
-
-@lru_cache
-def caption_font(size: int) -> Font:
-    """Pillow's own font at a size in pixels."""
-    return ImageFont.load_default(size)

@@ -12,17 +12,10 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from asag.training.protocol import Target
-from runtime.coco_dataset import (
-    MOST_CHECKED_SIZES,
-    CocoFolder,
-    check_size,
-    clipped_boxes,
-    missing_files,
-    spread,
-)
+from runtime.coco_dataset import CocoFolder, check_size, clipped_boxes, missing_files
 from runtime.coco_file import CocoAnnotations, LeftOut, left_out_sentence
 from runtime.layouts.find import find_split
-from runtime.preprocessing import load_image, picture_size
+from runtime.preprocessing import load_image
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +119,7 @@ class DetectionDataset(Dataset[tuple[Image.Image, Target]]):
         )
         if not len(self._labels):
             raise ValueError(f"{self.annotation_file} has nothing to train on: {self.counts.sentence()}")
-        self._check_sizes()
+        folder.check_sizes([annotations.images[place].id for place in kept])
         level = logging.WARNING if self.counts.wrong else logging.INFO
         logger.log(level, "%s: %s", self.annotation_file, self.counts.sentence())
 
@@ -159,11 +152,6 @@ class DetectionDataset(Dataset[tuple[Image.Image, Target]]):
                 f" {missing[0]}; --set skip_missing_images=true trains without them"
             )
         return set(missing)
-
-    def _check_sizes(self) -> None:
-        """Compare the sizes that the file states with the pictures', of all or, of many, evenly spread ones."""
-        for index in spread(range(len(self)), MOST_CHECKED_SIZES):
-            self._check_size(index, picture_size(self.images_dir / self._files[index], self.stored_pixels))
 
     def _check_size(self, index: int, size: tuple[int, int]) -> None:
         """ValueError unless a picture's (width, height) is the annotated one."""

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from asag.family import Stage, Value
-from runtime.drawing import Colour, caption_font, class_colour, draw_detections
+from runtime.captions import plain_font
+from runtime.drawing import Colour, class_colour, draw_detections
 from runtime.metadata import ModelMetadata
 from runtime.postprocessing import Detections
 
@@ -255,7 +256,7 @@ class _Reader:
 def draw_stages(image: Image.Image, seen: SeenStages, score_threshold: float) -> Image.Image:
     """One picture of the stages side by side, in rows, captions above and the classes' colours below."""
     panels = stage_panels(image, seen, score_threshold)
-    font = caption_font(16)
+    font = plain_font(16)
     column = max(_NARROWEST_PANEL, panels[0].picture.width)
     captions = ["\n".join(_wrapped(panel.caption, font, column)) for panel in panels]
     above = 22 * max(caption.count("\n") + 1 for caption in captions) + _GAP
@@ -304,7 +305,7 @@ def _text_width(text: str, font: object) -> float:
 def _draw_legend(draw: ImageDraw.ImageDraw, seen: SeenStages, score_threshold: float, place: tuple[int, int]) -> None:
     """A swatch and the name of every class that is detected, the most frequent first, as far as the row reaches."""
     top, width = place
-    font = caption_font(16)
+    font = plain_font(16)
     found, counts = np.unique(seen.detections.above(score_threshold).labels, return_counts=True)
     left = _GAP
     for label in found[np.argsort(-counts, kind="stable")]:
