@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from asag.family import Stage, Value
-from runtime.captions import plain_font
+from runtime.captions import caption, plain_font
 from runtime.drawing import Colour, class_colour, draw_detections
 from runtime.metadata import ModelMetadata
 from runtime.postprocessing import Detections
@@ -259,7 +259,7 @@ def draw_stages(image: Image.Image, seen: SeenStages, score_threshold: float) ->
     font = plain_font(16)
     column = max(_NARROWEST_PANEL, panels[0].picture.width)
     captions = ["\n".join(_wrapped(panel.caption, font, column)) for panel in panels]
-    above = 22 * max(caption.count("\n") + 1 for caption in captions) + _GAP
+    above = 22 * max(text.count("\n") + 1 for text in captions) + _GAP
     below = 22 + 2 * _GAP
     rows = -(-len(panels) // _PANELS_IN_A_ROW)
     columns = -(-len(panels) // rows)
@@ -267,9 +267,9 @@ def draw_stages(image: Image.Image, seen: SeenStages, score_threshold: float) ->
     width = columns * (column + _GAP) + _GAP
     canvas = Image.new("RGB", (width, rows * row_height + below), _BACKGROUND)
     draw = ImageDraw.Draw(canvas)
-    for index, (panel, caption) in enumerate(zip(panels, captions, strict=True)):
+    for index, (panel, text) in enumerate(zip(panels, captions, strict=True)):
         left, top = _GAP + index % columns * (column + _GAP), index // columns * row_height
-        draw.multiline_text((left, top + _GAP // 2), caption, fill=_CAPTION_COLOUR, font=font, spacing=4)
+        draw.multiline_text((left, top + _GAP // 2), text, fill=_CAPTION_COLOUR, font=font, spacing=4)
         canvas.paste(panel.picture, (left, top + above))
     _draw_legend(draw, seen, score_threshold, (rows * row_height + _GAP, width))
     return canvas
@@ -305,11 +305,10 @@ def _text_width(text: str, font: object) -> float:
 def _draw_legend(draw: ImageDraw.ImageDraw, seen: SeenStages, score_threshold: float, place: tuple[int, int]) -> None:
     """A swatch and the name of every class that is detected, the most frequent first, as far as the row reaches."""
     top, width = place
-    font = plain_font(16)
     found, counts = np.unique(seen.detections.above(score_threshold).labels, return_counts=True)
     left = _GAP
     for label in found[np.argsort(-counts, kind="stable")]:
-        name = seen.metadata.category_name(int(label))
+        name, font = caption(seen.metadata.category_name(int(label)), 16)
         right = left + 24 + _text_width(name, font)
         if right > width - _GAP:
             draw.text((left, top), "...", fill=_CAPTION_COLOUR, font=font)
