@@ -21,11 +21,11 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 
-from runtime.preprocessing import ImageLike
-from runtime.session import Session
-from runtime.speed.benchmark import BenchmarkReport, Latency, measure, ratio_of
-from runtime.speed.stage_times import measure_stages
-from runtime.speed.table import benchmark_table
+from asag.runtime.preprocessing import ImageLike
+from asag.runtime.session import Session
+from asag.runtime.speed.benchmark import BenchmarkReport, Latency, measure, ratio_of
+from asag.runtime.speed.stage_times import measure_stages
+from asag.runtime.speed.table import benchmark_table
 
 PRESET = "asag-a-r50-1x-100"
 INPUT_SIZE = (800, 1216)
@@ -36,7 +36,7 @@ VARIANTS = 3
 # Runs the command line, then reports the largest resident memory that the kernel saw of this process.
 _MEASURED_COMMAND = """
 import sys
-from asag_cli.main import main
+from asag.cli.main import main
 try:
     main(sys.argv[1:])
 finally:
@@ -110,9 +110,9 @@ def open_variants(
 
     from asag.checkpoint import load_detector
     from asag.deploy import DeployedDetector
-    from export.model import export_onnx
-    from runtime.backends.pytorch_session import PyTorchSession
-    from runtime.opening import open_session
+    from asag.export.model import export_onnx
+    from asag.runtime.backends.pytorch_session import PyTorchSession
+    from asag.runtime.opening import open_session
 
     if threads is not None:
         torch.set_num_threads(threads)

@@ -18,13 +18,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from asag.runtime.image_source import images_in
+from asag.runtime.machine import describe_machine
+from asag.runtime.postprocessing import Detections, postprocess
+from asag.runtime.preprocessing import load_image, prepare
+from asag.runtime.session import Session
+from asag.runtime.speed.benchmark import ratio_of
 from benchmarks.cpu_speed import open_variants, random_checkpoint
-from runtime.image_source import images_in
-from runtime.machine import describe_machine
-from runtime.postprocessing import Detections, postprocess
-from runtime.preprocessing import load_image, prepare
-from runtime.session import Session
-from runtime.speed.benchmark import ratio_of
 
 CONTEXTS = 2
 """Batches at once, as `asag detect` has them on several images."""

@@ -12,8 +12,8 @@ from onnx.defs import OpSchema
 from onnxscript.values import Op
 
 import asag.ops  # noqa: F401 (registers `torch.ops.asag`)
-from export.op_bodies.domain import DOMAIN_VERSION, asag_opset, op
-from trt_plugins.operations import DOMAIN, OPERATIONS, Operation, Tensor
+from asag.export.op_bodies.domain import DOMAIN_VERSION, asag_opset, op
+from asag.trt_plugins.operations import DOMAIN, OPERATIONS, Operation, Tensor
 
 _TENSOR_TYPES = (
     "tensor(float)",

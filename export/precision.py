@@ -23,10 +23,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from export.operator_set import raise_operator_set
-from runtime.metadata import ModelMetadata
-from runtime.stages.graph import HALF_ENDING, shown_values
-from trt_plugins.operations import DOMAIN, OPERATIONS
+from asag.export.operator_set import raise_operator_set
+from asag.runtime.metadata import ModelMetadata
+from asag.runtime.stages.graph import HALF_ENDING, shown_values
+from asag.trt_plugins.operations import DOMAIN, OPERATIONS
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 """What :func:`convert_precision` makes; int8 needs images to calibrate with, see `export.quantization`."""

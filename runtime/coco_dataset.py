@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from runtime.coco_file import CocoAnnotations, CocoImage, Id, left_out_sentence, name_key, read_coco_file
-from runtime.layouts.find import find_split
-from runtime.metadata import ModelMetadata
-from runtime.preprocessing import load_image, picture_size
+from asag.runtime.coco_file import CocoAnnotations, CocoImage, Id, left_out_sentence, name_key, read_coco_file
+from asag.runtime.layouts.find import find_split
+from asag.runtime.metadata import ModelMetadata
+from asag.runtime.preprocessing import load_image, picture_size
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.errors import one_line
+from asag.runtime.errors import one_line
 
 Id = int | str
 """An id as a file states it. 7 and "7" are the same id."""

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from runtime.coco_dataset import CocoFolder, clipped_boxes
-from runtime.coco_file import Id
-from runtime.drawing import Mark, class_colour, draw_marks
-from runtime.files import atomic_path
-from runtime.preprocessing import resize, resized_size
+from asag.runtime.coco_dataset import CocoFolder, clipped_boxes
+from asag.runtime.coco_file import Id
+from asag.runtime.drawing import Mark, class_colour, draw_marks
+from asag.runtime.files import atomic_path
+from asag.runtime.preprocessing import resize, resized_size
 
 CELL = 320
 """Longest side of a picture in the grid, pixels."""

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from runtime.coco_dataset import CocoFolder, missing_files, spread
-from runtime.coco_file import Id, name_key
-from runtime.contact_sheet import annotated_cell, write_sheet
-from runtime.layouts.find import find_splits
-from runtime.preprocessing import load_image, picture_size, resized_size
+from asag.runtime.coco_dataset import CocoFolder, missing_files, spread
+from asag.runtime.coco_file import Id, name_key
+from asag.runtime.contact_sheet import annotated_cell, write_sheet
+from asag.runtime.layouts.find import find_splits
+from asag.runtime.preprocessing import load_image, picture_size, resized_size
 
 SMALL, MEDIUM = 32**2, 96**2
 """Areas in pixels under which COCO's evaluation calls an object small, or medium."""

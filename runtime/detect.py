@@ -14,16 +14,24 @@ from typing import Any, TextIO
 
 from PIL import Image
 
-from runtime.coco_dataset import CocoFolder
-from runtime.coco_evaluation import coco_records
-from runtime.coco_file import Id
-from runtime.drawing import draw_detections
-from runtime.errors import one_line
-from runtime.files import atomic_path
-from runtime.image_source import IMAGES_FILE, RESULTS_FILE, SourceImage, images_in, is_video, read_images, video_length
-from runtime.postprocessing import Detections
-from runtime.session import Session
-from runtime.stages.draw import draw_stages
+from asag.runtime.coco_dataset import CocoFolder
+from asag.runtime.coco_evaluation import coco_records
+from asag.runtime.coco_file import Id
+from asag.runtime.drawing import draw_detections
+from asag.runtime.errors import one_line
+from asag.runtime.files import atomic_path
+from asag.runtime.image_source import (
+    IMAGES_FILE,
+    RESULTS_FILE,
+    SourceImage,
+    images_in,
+    is_video,
+    read_images,
+    video_length,
+)
+from asag.runtime.postprocessing import Detections
+from asag.runtime.session import Session
+from asag.runtime.stages.draw import draw_stages
 
 
 @dataclasses.dataclass(frozen=True)

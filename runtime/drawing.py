@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from runtime.captions import Font, caption
-from runtime.metadata import ModelMetadata
-from runtime.postprocessing import Detections
+from asag.runtime.captions import Font, caption
+from asag.runtime.metadata import ModelMetadata
+from asag.runtime.postprocessing import Detections
 
 Colour = tuple[int, int, int]
 Rectangle = tuple[float, float, float, float]

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
-from runtime.errors import BackendUnavailableError, one_line
-from runtime.preprocessing import ImageLike, as_image
+from asag.runtime.errors import BackendUnavailableError, one_line
+from asag.runtime.preprocessing import ImageLike, as_image
 
 logger = logging.getLogger(__name__)
 

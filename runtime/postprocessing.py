@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.errors import BackendUnavailableError
-from runtime.metadata import ModelMetadata
+from asag.runtime.errors import BackendUnavailableError
+from asag.runtime.metadata import ModelMetadata
 
 OUTPUT_NAMES = ("boxes", "scores", "labels", "overflow")
 

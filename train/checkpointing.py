@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
 from asag.detector import Detector
-from runtime.files import atomic_path
+from asag.runtime.files import atomic_path
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from msgspec import Meta
 
 from asag import families
 from asag.families import find_preset
-from runtime.records import convert, convert_fields, to_json
+from asag.runtime.records import convert, convert_fields, to_json
 
 Positive = Annotated[float, Meta(gt=0)]
 PositiveCount = Annotated[int, Meta(ge=1)]

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from asag.runtime.coco_dataset import CocoFolder, check_size, clipped_boxes, missing_files
+from asag.runtime.coco_file import CocoAnnotations, LeftOut, left_out_sentence
+from asag.runtime.layouts.find import find_split
+from asag.runtime.preprocessing import load_image
 from asag.training.protocol import Target
-from runtime.coco_dataset import CocoFolder, check_size, clipped_boxes, missing_files
-from runtime.coco_file import CocoAnnotations, LeftOut, left_out_sentence
-from runtime.layouts.find import find_split
-from runtime.preprocessing import load_image
 
 logger = logging.getLogger(__name__)
 

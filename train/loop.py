@@ -18,27 +18,27 @@ from torch.amp import GradScaler
 
 from asag.checkpoint import CheckpointInfo, save_detector
 from asag.families import family_of
+from asag.runtime.coco_dataset import CocoFolder, open_coco
+from asag.runtime.coco_evaluation import CocoResult, check_measurable
+from asag.runtime.errors import one_line
+from asag.runtime.files import write_json
+from asag.train.averaging import average_of
+from asag.train.checkpointing import TrainingState, has_run, keep_state, kept_states, remove_leftovers, resume_state
+from asag.train.config import TrainConfig
+from asag.train.crowdhuman_evaluation import CrowdHumanResult
+from asag.train.dataset import DetectionDataset, open_training_split
+from asag.train.devices import check_gpus, resolve_device
+from asag.train.evaluation import Evaluation, detect, evaluate_detector
+from asag.train.initialization import starting_detector
+from asag.train.loading import StepSampler, make_loader, steps_per_epoch
+from asag.train.pictures import pictured_images, read_table, write_curves, write_grid
+from asag.train.processes import Processes, joined_processes
+from asag.train.record import git_revision, versions
+from asag.train.reporting import EVALUATIONS_FILE, LOSSES_FILE, TrainingReport
+from asag.train.schedule import build_optimizer, build_schedule, evaluation_interval, warmup_steps
+from asag.train.step import Piece, StepMaker, feature_precision, prepare_detector
+from asag.train.transforms import RandomCrop, TrainingTransform
 from asag.training.protocol import Training
-from runtime.coco_dataset import CocoFolder, open_coco
-from runtime.coco_evaluation import CocoResult, check_measurable
-from runtime.errors import one_line
-from runtime.files import write_json
-from train.averaging import average_of
-from train.checkpointing import TrainingState, has_run, keep_state, kept_states, remove_leftovers, resume_state
-from train.config import TrainConfig
-from train.crowdhuman_evaluation import CrowdHumanResult
-from train.dataset import DetectionDataset, open_training_split
-from train.devices import check_gpus, resolve_device
-from train.evaluation import Evaluation, detect, evaluate_detector
-from train.initialization import starting_detector
-from train.loading import StepSampler, make_loader, steps_per_epoch
-from train.pictures import pictured_images, read_table, write_curves, write_grid
-from train.processes import Processes, joined_processes
-from train.record import git_revision, versions
-from train.reporting import EVALUATIONS_FILE, LOSSES_FILE, TrainingReport
-from train.schedule import build_optimizer, build_schedule, evaluation_interval, warmup_steps
-from train.step import Piece, StepMaker, feature_precision, prepare_detector
-from train.transforms import RandomCrop, TrainingTransform
 
 logger = logging.getLogger(__name__)
 

@@ -7,15 +7,15 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from asag.runtime.coco_dataset import CocoFolder
+from asag.runtime.coco_file import Id
+from asag.runtime.contact_sheet import to_cell, write_sheet
+from asag.runtime.drawing import draw_detections
+from asag.runtime.files import atomic_path
+from asag.runtime.metadata import ModelMetadata
+from asag.runtime.postprocessing import Detections
+from asag.train.reporting import group_losses
 from asag.training.protocol import Training
-from runtime.coco_dataset import CocoFolder
-from runtime.coco_file import Id
-from runtime.contact_sheet import to_cell, write_sheet
-from runtime.drawing import draw_detections
-from runtime.files import atomic_path
-from runtime.metadata import ModelMetadata
-from runtime.postprocessing import Detections
-from train.reporting import group_losses
 
 PICTURES = 9
 _SCORE = 0.3

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from asag.train.config import TrainConfig
 from asag.training.protocol import ParameterGroup
-from train.config import TrainConfig
 
 EVALUATIONS = 12
 

@@ -16,15 +16,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from asag.detector import Detector
 from asag.normalization import ImageNormalization
+from asag.train.checkpointing import TrainingState
+from asag.train.config import TrainConfig
+from asag.train.freezing import freeze_parts
+from asag.train.processes import ALONE, Processes
+from asag.train.transforms import Batch as LoadedBatch
 from asag.training.protocol import Batch, Step, Training
 from asag.training.randomness import Place, image_generators
 from asag.training.timing import PartTimer
 from asag.training.transfer import to_device
-from train.checkpointing import TrainingState
-from train.config import TrainConfig
-from train.freezing import freeze_parts
-from train.processes import ALONE, Processes
-from train.transforms import Batch as LoadedBatch
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from runtime.layouts.split import Layout, Split, first_folder
+from asag.runtime.layouts.split import Layout, Split, first_folder
 
 
 def coco_splits(root: Path) -> dict[str, Split]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from runtime.layouts.coco import BESIDE, COCO
-from runtime.layouts.split import Split
-from runtime.layouts.voc import VOC, VOC_BESIDE
-from runtime.layouts.yolo import YOLO
+from asag.runtime.layouts.coco import BESIDE, COCO
+from asag.runtime.layouts.split import Split
+from asag.runtime.layouts.voc import VOC, VOC_BESIDE
+from asag.runtime.layouts.yolo import YOLO
 
 LAYOUTS = (COCO, BESIDE, YOLO, VOC, VOC_BESIDE)
 

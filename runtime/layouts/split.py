@@ -10,8 +10,8 @@ from typing import Any
 
 from PIL import Image
 
-from runtime.coco_file import CocoAnnotations, coco_annotations, read_coco_file
-from runtime.preprocessing import picture_size
+from asag.runtime.coco_file import CocoAnnotations, coco_annotations, read_coco_file
+from asag.runtime.preprocessing import picture_size
 
 Entries = Callable[[bool, list[str] | None], dict[str, Any]]
 """Reads the content of an annotation file in COCO's format out of another layout; takes what `Split.read` takes."""

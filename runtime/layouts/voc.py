@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from runtime.errors import one_line
-from runtime.layouts.split import Layout, Split, pictures_in, readable_size
+from asag.runtime.errors import one_line
+from asag.runtime.layouts.split import Layout, Split, pictures_in, readable_size
 
 _COUNTED_FROM_ONE = "The VOC"
 """Sources whose name begins so count pixels from 1, both ends included; what tools write are edges, from 0."""

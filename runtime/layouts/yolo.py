@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime.coco_file import MOST_OUTSIDE
-from runtime.errors import one_line
-from runtime.layouts.split import Layout, Split, pictures_in, readable_size
+from asag.runtime.coco_file import MOST_OUTSIDE
+from asag.runtime.errors import one_line
+from asag.runtime.layouts.split import Layout, Split, pictures_in, readable_size
 
 FILES = ("data.yaml", "data.yml", "dataset.yaml")
 SPLITS = ("train", "val", "valid", "test")

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import BackendUnavailableError, one_line
-from runtime.files import atomic_folder, write_json
-from runtime.image_source import is_image, is_video
-from runtime.scale_out.worker import FILE_COLUMN, DetectionWorker, WorkerOptions
+from asag.runtime.errors import BackendUnavailableError, one_line
+from asag.runtime.files import atomic_folder, write_json
+from asag.runtime.image_source import is_image, is_video
+from asag.runtime.scale_out.worker import FILE_COLUMN, DetectionWorker, WorkerOptions
 
 IMAGES_PER_TASK = 128
 """At most so many image files are one task: what is done again when a worker dies, and the rows of one output file."""

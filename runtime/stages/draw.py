@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from asag.family import Stage, Value
-from runtime.captions import caption, plain_font
-from runtime.drawing import Colour, class_colour, draw_detections
-from runtime.metadata import ModelMetadata
-from runtime.postprocessing import Detections
+from asag.runtime.captions import caption, plain_font
+from asag.runtime.drawing import Colour, class_colour, draw_detections
+from asag.runtime.metadata import ModelMetadata
+from asag.runtime.postprocessing import Detections
 
 PLACE_COLOUR: Colour = (255, 40, 40)
 BOX_COLOUR: Colour = (255, 255, 255)

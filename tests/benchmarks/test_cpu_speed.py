@@ -7,6 +7,8 @@ import pytest
 from PIL import Image
 
 from asag.checkpoint import load_detector
+from asag.runtime import open_session
+from asag.runtime.parity.agreement import compare_detections
 from benchmarks import cpu_speed
 from benchmarks.cpu_speed import (
     INPUT_SIZE,
@@ -18,8 +20,6 @@ from benchmarks.cpu_speed import (
     random_images,
     ratio_lines,
 )
-from runtime import open_session
-from runtime.parity.agreement import compare_detections
 from tests.builders import random_picture, small_info
 from tests.exports import small_export
 

@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from asag.runtime import open_session
+from asag.runtime.parity.agreement import compare_detections
 from benchmarks import cpu_speed
 from benchmarks.cpu_throughput import FolderTimes, compare_on_folder, measure_folder, one_by_one, throughput_table
-from runtime import open_session
-from runtime.parity.agreement import compare_detections
 from tests.builders import random_picture, small_info
 from tests.exports import small_export
 

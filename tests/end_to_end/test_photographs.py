@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from asag.checkpoint import CheckpointInfo, save_detector
+from asag.cli.main import main
 from asag.datasets import COCO_CATEGORIES
 from asag.detector import build_detector
 from asag.families import find_preset
 from asag.published import load_published
-from asag_cli.main import main
 from tests.golden_files import module
 
 pytestmark = pytest.mark.slow

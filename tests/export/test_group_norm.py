@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from asag.export.operators import translation_table
 from asag.parts.layers import MapNorm
-from export.operators import translation_table
 
 
 @pytest.fixture

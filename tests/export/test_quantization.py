@@ -17,19 +17,19 @@ from hypothesis import strategies as st
 from onnx import TensorProto, numpy_helper
 from PIL import Image
 
-from export import quantization
-from export.calibration import largest_magnitudes
-from export.exported_file import read_exported
-from export.precision import convert_precision
-from export.quantization import quantize_int8
-from export.quantized_graph import int8_step, quantizable_layers, quantize_layers
-from runtime.coco_dataset import CocoFolder
-from runtime.engines.backend import TENSORRT_RTX
-from runtime.engines.build import build_engine
-from runtime.errors import BackendUnavailableError
-from runtime.metadata import ModelMetadata
-from runtime.opening import open_session
-from runtime.preprocessing import load_image, prepare
+from asag.export import quantization
+from asag.export.calibration import largest_magnitudes
+from asag.export.exported_file import read_exported
+from asag.export.precision import convert_precision
+from asag.export.quantization import quantize_int8
+from asag.export.quantized_graph import int8_step, quantizable_layers, quantize_layers
+from asag.runtime.coco_dataset import CocoFolder
+from asag.runtime.engines.backend import TENSORRT_RTX
+from asag.runtime.engines.build import build_engine
+from asag.runtime.errors import BackendUnavailableError
+from asag.runtime.metadata import ModelMetadata
+from asag.runtime.opening import open_session
+from asag.runtime.preprocessing import load_image, prepare
 from tests.builders import random_picture
 from tests.exports import small_export
 from tests.runtime.coco_files import entry as annotation

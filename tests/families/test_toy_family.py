@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from asag import families
+from asag.cli.main import main
 from asag.detector import Detector, Predictions, stage
 from asag.family import Choice, Family, InputSpec, Preset, Stage, Value
 from asag.parts.backbones.resnet import ResNet
 from asag.parts.boxes import content_scale
 from asag.training.protocol import Batch, ParameterGroup, Step, Target, rates_of
-from asag_cli.main import main
 
 # The family begins here.
 

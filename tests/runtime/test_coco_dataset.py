@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from runtime.coco_dataset import CocoFolder, open_coco
-from runtime.coco_evaluation import evaluate_session
+from asag.runtime.coco_dataset import CocoFolder, open_coco
+from asag.runtime.coco_evaluation import evaluate_session
 from tests.runtime.coco_files import entry, write_split
 from tests.runtime.toy_detector import ToySession, toy_metadata
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runtime.dataset_check import check_dataset, equal_files, write_annotated_sheet
-from runtime.drawing import class_colour
+from asag.runtime.dataset_check import check_dataset, equal_files, write_annotated_sheet
+from asag.runtime.drawing import class_colour
 from tests.runtime.coco_files import CATEGORIES, entry, image_entry, write_split
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runtime import image_source
-from runtime.coco_dataset import CocoFolder
-from runtime.detect import DetectionSummary, detect_files, expand_paths
+from asag.runtime import image_source
+from asag.runtime.coco_dataset import CocoFolder
+from asag.runtime.detect import DetectionSummary, detect_files, expand_paths
 from tests.runtime.toy_detector import ToySession
 
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runtime.coco_dataset import CocoFolder, clipped_boxes, open_coco
-from runtime.coco_evaluation import evaluate
-from runtime.dataset_check import check_dataset
-from runtime.layouts.find import find_split, find_splits
-from runtime.postprocessing import Detections
+from asag.runtime.coco_dataset import CocoFolder, clipped_boxes, open_coco
+from asag.runtime.coco_evaluation import evaluate
+from asag.runtime.dataset_check import check_dataset
+from asag.runtime.layouts.find import find_split, find_splits
+from asag.runtime.postprocessing import Detections
 from tests.runtime import layouts
 from tests.runtime.layouts import LAYOUTS, OBJECTS
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.errors import BackendUnavailableError
-from runtime.postprocessing import Detections, box_iou, non_maximum_suppression, postprocess
+from asag.runtime.errors import BackendUnavailableError
+from asag.runtime.postprocessing import Detections, box_iou, non_maximum_suppression, postprocess
 from tests.runtime.toy_detector import toy_metadata
 
 

@@ -10,15 +10,15 @@ import pytest
 from PIL import Image
 
 from asag.family import Stage, Value
-from runtime import open_session
-from runtime.detect import detect_files
-from runtime.drawing import class_colour
-from runtime.parity.comparison import compare
-from runtime.postprocessing import Detections
-from runtime.reports.document import make_document
-from runtime.reports.page import write_page
-from runtime.session import Session
-from runtime.stages.draw import BOX_COLOUR, PLACE_COLOUR, SeenStages, draw_stages, stage_panels
+from asag.runtime import open_session
+from asag.runtime.detect import detect_files
+from asag.runtime.drawing import class_colour
+from asag.runtime.parity.comparison import compare
+from asag.runtime.postprocessing import Detections
+from asag.runtime.reports.document import make_document
+from asag.runtime.reports.page import write_page
+from asag.runtime.session import Session
+from asag.runtime.stages.draw import BOX_COLOUR, PLACE_COLOUR, SeenStages, draw_stages, stage_panels
 from tests.builders import random_detector, random_picture, write_checkpoint
 from tests.runtime.toy_detector import ToySession, toy_metadata, write_toy_dataset
 

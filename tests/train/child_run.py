@@ -19,7 +19,7 @@ from asag import families
 from asag.families.adamixer import ADAMIXER
 from asag.families.asag import ASAG
 from asag.family import Family, InputSpec
-from train.config import TrainConfig
+from asag.train.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 MICRO, FROZEN, RECOLLECTED = "micro", "micro-frozen", "micro-recollected"
@@ -57,7 +57,7 @@ def start(config: TrainConfig, folder: Path, **variables: str) -> subprocess.Pop
 
 def record_gradients(folder: Path) -> None:
     """From now on every step of this process writes its gradients to ``folder/<step>.pt``."""
-    from train.step import StepMaker
+    from asag.train.step import StepMaker
 
     make = StepMaker.make
 
@@ -73,7 +73,7 @@ def record_gradients(folder: Path) -> None:
 
 def record_buffers(path: Path) -> None:
     """From now on every step of this process writes the buffers of its detector, and its average whole, to a file."""
-    from train.step import StepMaker
+    from asag.train.step import StepMaker
 
     make = StepMaker.make
 
@@ -88,7 +88,7 @@ def record_buffers(path: Path) -> None:
 
 
 def main() -> None:
-    from train.loop import train
+    from asag.train.loop import train
 
     torch.set_num_threads(1)
     families.FAMILIES = micro_families()

@@ -3,10 +3,10 @@ import json
 import click
 import pytest
 
+from asag.cli.train import resolve_config
 from asag.families import find_preset
-from asag_cli.train import resolve_config
-from train.config import TrainConfig
-from train.config_file import read_config_file
+from asag.train.config import TrainConfig
+from asag.train.config_file import read_config_file
 
 
 def write(path, text):

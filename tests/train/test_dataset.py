@@ -11,12 +11,12 @@ from torch.utils.data import DataLoader
 from torchvision.ops import box_convert
 
 from asag.normalization import IMAGE_MEAN, IMAGE_STD, ImageNormalization
-from runtime.metadata import ModelMetadata
-from runtime.preprocessing import prepare, resize, resized_size
+from asag.runtime.metadata import ModelMetadata
+from asag.runtime.preprocessing import prepare, resize, resized_size
+from asag.train.dataset import DetectionDataset, open_training_split
+from asag.train.loading import StepSampler, make_loader, steps_per_epoch
+from asag.train.transforms import RandomCrop, Sample, TrainingTransform, collate
 from tests.runtime import layouts
-from train.dataset import DetectionDataset, open_training_split
-from train.loading import StepSampler, make_loader, steps_per_epoch
-from train.transforms import RandomCrop, Sample, TrainingTransform, collate
 
 
 def write_dataset(root, images, annotations, categories=({"id": 2, "name": "cat"}, {"id": 7, "name": "dog"})):

@@ -17,17 +17,17 @@ from PIL import Image
 
 from asag import families
 from asag.checkpoint import load_detector
-from runtime.coco_evaluation import CocoResult
+from asag.runtime.coco_evaluation import CocoResult
+from asag.train.checkpointing import has_run, kept_states
+from asag.train.config import TrainConfig
+from asag.train.config_file import read_config_file
+from asag.train.evaluation import Evaluation
+from asag.train.initialization import load_backbone, untrained_detector
+from asag.train.loop import CONFIG_FILE, WEIGHTS_FILE, resolve_device, train
+from asag.train.pictures import read_table
+from asag.train.reporting import EVALUATIONS_FILE, LOSSES_FILE, group_losses
+from asag.train.synthetic import write_synthetic_dataset
 from tests.train.child_run import micro_families
-from train.checkpointing import has_run, kept_states
-from train.config import TrainConfig
-from train.config_file import read_config_file
-from train.evaluation import Evaluation
-from train.initialization import load_backbone, untrained_detector
-from train.loop import CONFIG_FILE, WEIGHTS_FILE, resolve_device, train
-from train.pictures import read_table
-from train.reporting import EVALUATIONS_FILE, LOSSES_FILE, group_losses
-from train.synthetic import write_synthetic_dataset
 
 
 def weights_of(folder):
@@ -299,7 +299,7 @@ def test_the_best_weights_are_kept(config, monkeypatch):
         score = next(scores)
         return Evaluation(CocoResult(score, score, score, math.nan, score, score, 3))
 
-    monkeypatch.setattr("train.loop.evaluate_detector", evaluate)
+    monkeypatch.setattr("asag.train.loop.evaluate_detector", evaluate)
     result = train(dataclasses.replace(config, evaluation_interval=2, keep_checkpoints=1), progress=False)
     assert result.evaluation.ap == 0.2
     assert json.loads((config.output / "best.json").read_text()) == {"step": 4, "score": 0.3}
@@ -318,7 +318,7 @@ def rising_until(monkeypatch, *scores):
         score = next(left)
         return Evaluation(CocoResult(score, score, score, math.nan, score, score, 3))
 
-    monkeypatch.setattr("train.loop.evaluate_detector", evaluate)
+    monkeypatch.setattr("asag.train.loop.evaluate_detector", evaluate)
 
 
 def test_a_run_ends_when_nothing_gets_better(config, monkeypatch, caplog):

@@ -22,17 +22,17 @@ from asag.checkpoint import CheckpointInfo, save_detector
 from asag.families import find_preset
 from asag.families.adamixer.training.settings import AdaMixerSettings
 from asag.families.asag.training.settings import ASAGSettings
+from asag.train.checkpointing import kept_states
+from asag.train.config import TrainConfig
+from asag.train.devices import check_gpus
+from asag.train.loading import StepSampler
+from asag.train.loop import CONFIG_FILE, WEIGHTS_FILE, train
+from asag.train.pictures import read_table
+from asag.train.processes import Processes, joined_processes
+from asag.train.reporting import LOSSES_FILE
+from asag.train.step import StepMaker
 from tests.families.adamixer.small_detector import random_detector
 from tests.train import child_run
-from train.checkpointing import kept_states
-from train.config import TrainConfig
-from train.devices import check_gpus
-from train.loading import StepSampler
-from train.loop import CONFIG_FILE, WEIGHTS_FILE, train
-from train.pictures import read_table
-from train.processes import Processes, joined_processes
-from train.reporting import LOSSES_FILE
-from train.step import StepMaker
 
 
 @pytest.fixture

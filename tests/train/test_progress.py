@@ -7,12 +7,12 @@ import shutil
 
 import pytest
 
-from train.config import TrainConfig
-from train.loop import train
-from train.pictures import read_table
-from train.reporting import EVALUATIONS_FILE
-from train.schedule import EVALUATIONS, evaluation_interval
-from train.step import StepMaker
+from asag.train.config import TrainConfig
+from asag.train.loop import train
+from asag.train.pictures import read_table
+from asag.train.reporting import EVALUATIONS_FILE
+from asag.train.schedule import EVALUATIONS, evaluation_interval
+from asag.train.step import StepMaker
 
 
 @pytest.fixture

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 from asag.deploy import DeployedDetector
+from asag.export.model import build_onnx, export_onnx
 from asag.families.adamixer import ADAMIXER
 from asag.families.adamixer.detector import AdaMixerDetector
-from export.model import build_onnx, export_onnx
-from runtime import open_session
-from runtime.stages.draw import stage_panels
+from asag.runtime import open_session
+from asag.runtime.stages.draw import stage_panels
 from tests.builders import random_picture, uint8_batch
 from tests.families.adamixer.small_detector import random_detector, small_config, small_info
 

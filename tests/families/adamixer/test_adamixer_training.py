@@ -19,6 +19,7 @@ from asag.families.adamixer.training.forward import training_outputs
 from asag.families.adamixer.training.settings import AdaMixerSettings
 from asag.families.adamixer.training.training import AdaMixerTraining
 from asag.parts.boxes import content_scale, cxcywh_to_xyxy
+from asag.train.config import TrainConfig
 from asag.training.assignment import assign, pad_targets
 from asag.training.protocol import Batch, Step, Target
 from asag.training.recollection import StagePredictions, recollected_copies
@@ -27,7 +28,6 @@ from benchmarks.training import random_pieces
 from tests.families.adamixer.golden_cases import FOLDER, golden_batch, golden_detector, read_case
 from tests.families.adamixer.small_detector import random_detector, small_config
 from tests.train.test_step import make_step
-from train.config import TrainConfig
 
 LOSS_TOLERANCE = 1e-4
 GRADIENT_TOLERANCE = 3e-3

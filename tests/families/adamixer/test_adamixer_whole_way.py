@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 
 from asag.checkpoint import CheckpointInfo
+from asag.cli.main import main
 from asag.datasets import DATASETS
 from asag.deploy import DeployedDetector
+from asag.export.model import export_onnx
 from asag.families import find_preset
 from asag.families.adamixer import ADAMIXER
 from asag.family import InputSpec
-from asag_cli.main import main
-from export.model import export_onnx
-from runtime import open_session
-from runtime.backends.pytorch_session import PyTorchSession
-from runtime.parity.agreement import compare_detections
+from asag.runtime import open_session
+from asag.runtime.backends.pytorch_session import PyTorchSession
+from asag.runtime.parity.agreement import compare_detections
 from tests.builders import random_picture
 from tests.families.adamixer.small_detector import random_detector, small_config
 

@@ -21,9 +21,9 @@ from asag.families.asag.config import HEADS, ASAGConfig
 from asag.families.asag.detector import ASAGDetector
 from asag.family import InputSpec
 from asag.parts.boxes import cxcywh_to_xyxy
-from runtime.metadata import ModelMetadata
-from runtime.parity.agreement import compare_detections
-from runtime.postprocessing import OUTPUT_NAMES, Detections, postprocess
+from asag.runtime.metadata import ModelMetadata
+from asag.runtime.parity.agreement import compare_detections
+from asag.runtime.postprocessing import OUTPUT_NAMES, Detections, postprocess
 from tests.builders import normalized_batch
 from tests.families.asag.everything import all_stages
 from tests.golden_files import GOLDENS as FOLDER

@@ -23,10 +23,10 @@ from asag.families.deformable.training.forward import TrainingOutputs, training_
 from asag.family import InputSpec
 from asag.parts.levels import Levels
 from asag.parts.positions import map_embedding
+from asag.runtime.metadata import ModelMetadata
+from asag.runtime.parity.agreement import compare_detections
+from asag.runtime.postprocessing import OUTPUT_NAMES, Detections, postprocess
 from asag.training.protocol import Batch, Step
-from runtime.metadata import ModelMetadata
-from runtime.parity.agreement import compare_detections
-from runtime.postprocessing import OUTPUT_NAMES, Detections, postprocess
 from tests.families.deformable.golden_cases import SPARSE, golden_batch, golden_detector, names
 from tests.golden_files import module, read_case
 

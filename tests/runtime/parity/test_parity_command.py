@@ -10,9 +10,9 @@ import pytest
 from click.testing import CliRunner, Result
 from onnx import helper
 
-from asag_cli.parity import parity
-from runtime.files import write_json
-from runtime.reports.page import find_reports
+from asag.cli.parity import parity
+from asag.runtime.files import write_json
+from asag.runtime.reports.page import find_reports
 from tests.builders import CATEGORY_IDS, CATEGORY_NAMES, random_picture
 from tests.exports import small_export
 

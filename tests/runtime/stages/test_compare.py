@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from asag.family import Kind, Stage, Value
-from runtime.stages.compare import Difference, stage_differences
+from asag.runtime.stages.compare import Difference, stage_differences
 
 SIDE = 200.0
 """Longer side of the input in pixels."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from asag_cli.console import (
+from asag.cli.console import (
     EXISTING_FILE,
     HELP,
     OUTPUT_FILE,
@@ -79,13 +79,13 @@ def parity(
 
     With --check, or with a budget (--max-..., --min-...), the command exits with code 1 when something is over it.
     """
-    from runtime.files import write_json
-    from runtime.parity.batch_checks import BATCH_SIZES
-    from runtime.parity.budgets import Budgets, over_budget
-    from runtime.parity.comparison import add_stages, compare, open_candidate, open_reference, parity_table
-    from runtime.parity.stage_comparison import stage_table
-    from runtime.reports.document import make_document
-    from runtime.reports.page import write_page
+    from asag.runtime.files import write_json
+    from asag.runtime.parity.batch_checks import BATCH_SIZES
+    from asag.runtime.parity.budgets import Budgets, over_budget
+    from asag.runtime.parity.comparison import add_stages, compare, open_candidate, open_reference, parity_table
+    from asag.runtime.parity.stage_comparison import stage_table
+    from asag.runtime.reports.document import make_document
+    from asag.runtime.reports.page import write_page
 
     folder = dataset.open()
     others = [open_candidate(path, device=device, threads=threads) for path in candidates]

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from asag_cli.console import (
+from asag.cli.console import (
     EXISTING_FILE,
     HELP,
     OUTPUT_FILE,
@@ -60,9 +60,9 @@ def evaluate(
     """Evaluate MODEL (.onnx, .engine or .safetensors) with COCO's average precision."""
     from rich.table import Column, Table
 
-    from runtime.coco_evaluation import evaluate_session, results
-    from runtime.files import write_json
-    from runtime.opening import open_session
+    from asag.runtime.coco_evaluation import evaluate_session, results
+    from asag.runtime.files import write_json
+    from asag.runtime.opening import open_session
 
     folder = dataset.open()
     with open_session(model, device=device, threads=threads, input_size=input_size, choices=choices) as session:

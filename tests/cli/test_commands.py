@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 from asag.deploy import DeployedDetector
-from runtime.metadata import ModelMetadata
+from asag.runtime.metadata import ModelMetadata
 
 if TYPE_CHECKING:
-    from tests.asag_cli.conftest import Command, Workspace
+    from tests.cli.conftest import Command, Workspace
 
 
 def test_export(workspace: Workspace) -> None:
@@ -42,7 +42,7 @@ def test_choices_of_export_reach_the_model(
         described.append((path, model.describe()))
         raise ValueError("enough")
 
-    monkeypatch.setattr("export.model.export_onnx", describe)
+    monkeypatch.setattr("asag.export.model.export_onnx", describe)
     path = tmp_path / "other.onnx"
     options = ("--input-size", "96x128", "--input-type", "float32", "--head", "aux_2", "--levels", "P4P6")
     done = asag("export", workspace.checkpoint, "-o", path, *options, "--patch-capacity", "3,5")
@@ -105,7 +105,7 @@ def test_bad_images_do_not_stop_the_rest(asag: Command, workspace: Workspace, tm
 def test_detecting_with_an_exported_file_imports_no_torch(workspace: Workspace, tmp_path: Path) -> None:
     code = """
 import sys
-from asag_cli.main import main
+from asag.cli.main import main
 try:
     main(sys.argv[1:])
 except SystemExit as ending:

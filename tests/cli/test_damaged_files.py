@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 
 from asag.checkpoint import save_detector
-from runtime.engines.build import BuildOptions, build_engine
-from runtime.errors import BackendUnavailableError
-from tests.asag_cli.damage import DAMAGES, damage_json
-from tests.asag_cli.fuzz_commands import complaint
+from asag.runtime.engines.build import BuildOptions, build_engine
+from asag.runtime.errors import BackendUnavailableError
 from tests.builders import random_detector, small_config, small_info
+from tests.cli.damage import DAMAGES, damage_json
+from tests.cli.fuzz_commands import complaint
 from tests.runtime.toy_detector import build_toy_model, toy_metadata
 
 CASES, SEED = 1000, 20261120
@@ -51,7 +51,7 @@ def good_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_damaged_file_runs_or_is_one_line(good_files: Path) -> None:
-    command = [sys.executable, "-m", "tests.asag_cli.fuzz_commands", str(good_files), str(CASES), str(SEED)]
+    command = [sys.executable, "-m", "tests.cli.fuzz_commands", str(good_files), str(CASES), str(SEED)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"the process died at: {(good_files / 'case.txt').read_text()}\n{done.stderr[-2000:]}"
     assert json.loads(done.stdout) == []

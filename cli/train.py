@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from asag_cli.console import DATASET, EXISTING_FILE, FOLDER, HELP, console
+from asag.cli.console import DATASET, EXISTING_FILE, FOLDER, HELP, console
 
 DEFAULT_PRESET = "asag-a-r50-1x-100"
 
@@ -78,8 +78,8 @@ def train(
     given["resume"] = resume or None
     config = resolve_config(config_file, given, _parse_settings(settings))
     # These import PyTorch, which takes seconds; what is wrong with the options was said before.
-    from train.loop import train as run
-    from train.processes import is_main_process
+    from asag.train.loop import train as run
+    from asag.train.processes import is_main_process
 
     main = is_main_process()
     result = run(config, progress=not quiet and main)
@@ -100,8 +100,8 @@ def resolve_config(config_file: Path | None, given: dict[str, Any], settings: di
     A setting of None counts: it takes away what the file or the recipe says. Raises click.UsageError where data or
     output are named by neither, and what reading the file raises.
     """
-    from train.config import TrainConfig
-    from train.config_file import read_config_file
+    from asag.train.config import TrainConfig
+    from asag.train.config_file import read_config_file
 
     values = read_config_file(config_file) if config_file is not None else {}
     given = {name: value for name, value in given.items() if value is not None} | (settings or {})
@@ -125,7 +125,7 @@ def _parse_settings(settings: tuple[str, ...]) -> dict[str, Any]:
     """`NAME=VALUE` pairs as fields of the training configuration; values are JSON, or text where they are not."""
     import json
 
-    from train.config import option_names
+    from asag.train.config import option_names
 
     known = option_names() - {"preset", "data", "output"}
     values = {}

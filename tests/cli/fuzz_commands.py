@@ -1,6 +1,6 @@
 """Runs commands on damaged files and prints what went wrong; a process of its own, for the case that it dies.
 
-``python -m tests.asag_cli.fuzz_commands FOLDER CASES SEED`` on a folder of good files. Every case is announced in
+``python -m tests.cli.fuzz_commands FOLDER CASES SEED`` on a folder of good files. Every case is announced in
 ``FOLDER/case.txt`` before it runs; the findings are printed as JSON, one list of [case, what happened].
 """
 
@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from asag_cli.main import main
-from tests.asag_cli.damage import damage, damage_json
+from asag.cli.main import main
+from tests.cli.damage import damage, damage_json
 
 MODEL = "--model"
 

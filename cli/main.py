@@ -8,21 +8,21 @@ from collections.abc import Sequence
 
 import click
 
-from asag_cli.bench import bench
-from asag_cli.build import build
-from asag_cli.console import HELP
-from asag_cli.data import data
-from asag_cli.demo import demo
-from asag_cli.detect import detect
-from asag_cli.evaluate import evaluate
-from asag_cli.export import export
-from asag_cli.inspect import inspect
-from asag_cli.parity import parity
-from asag_cli.quantize import quantize
-from asag_cli.report import report
-from asag_cli.serve import serve_repository
-from asag_cli.train import train
-from asag_cli.zoo import zoo
+from asag.cli.bench import bench
+from asag.cli.build import build
+from asag.cli.console import HELP
+from asag.cli.data import data
+from asag.cli.demo import demo
+from asag.cli.detect import detect
+from asag.cli.evaluate import evaluate
+from asag.cli.export import export
+from asag.cli.inspect import inspect
+from asag.cli.parity import parity
+from asag.cli.quantize import quantize
+from asag.cli.report import report
+from asag.cli.serve import serve_repository
+from asag.cli.train import train
+from asag.cli.zoo import zoo
 
 _EXTRA_OF_MODULE = {
     "torch": "train",
@@ -117,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _is_expected(error: Exception) -> bool:
     """Whether an error is about the input or the machine; any other RuntimeError is a bug and keeps its traceback."""
-    from runtime.errors import BackendUnavailableError
+    from asag.runtime.errors import BackendUnavailableError
 
     return isinstance(error, ValueError | OSError | BackendUnavailableError)
 

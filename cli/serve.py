@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from asag_cli.console import EXISTING_FILE, FOLDER, HELP, console
+from asag.cli.console import EXISTING_FILE, FOLDER, HELP, console
 
 
 @click.command(
@@ -49,7 +49,7 @@ def serve_repository(
     An exported file is served by Triton's ONNX Runtime backend. A TensorRT-RTX engine is served by the Python backend
     through this package, since Triton's TensorRT backend opens engines of TensorRT only.
     """
-    from runtime.serving.repository import write_repository
+    from asag.runtime.serving.repository import write_repository
 
     folder = write_repository(
         model,

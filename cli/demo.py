@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from asag_cli.console import EXISTING_FILE, FOLDER, HELP, console, progress_bar
+from asag.cli.console import EXISTING_FILE, FOLDER, HELP, console, progress_bar
 
 if TYPE_CHECKING:
-    from runtime.coco_dataset import CocoFolder
-    from runtime.parity.comparison import Unavailable
-    from runtime.session import Session
-    from runtime.speed.benchmark import BenchmarkReport
+    from asag.runtime.coco_dataset import CocoFolder
+    from asag.runtime.parity.comparison import Unavailable
+    from asag.runtime.session import Session
+    from asag.runtime.speed.benchmark import BenchmarkReport
 
 PRESET = "asag-a-tiny"
 VAL_IMAGES = 100
@@ -91,7 +91,7 @@ def run_demo(output: Path, weights: Path | None) -> DemoResult:
 
 
 def _make_dataset(data: Path, train_images: int) -> None:
-    from train.synthetic import write_synthetic_dataset
+    from asag.train.synthetic import write_synthetic_dataset
 
     _step(1, f"synthetic dataset: {train_images} images to train on, {VAL_IMAGES} to evaluate on")
     with progress_bar("painting") as advance:
@@ -101,8 +101,8 @@ def _make_dataset(data: Path, train_images: int) -> None:
 def _train(data: Path, run: Path, weights: Path | None) -> Path:
     import shutil
 
-    from train.config import TrainConfig
-    from train.loop import CONFIG_FILE, train
+    from asag.train.config import TrainConfig
+    from asag.train.loop import CONFIG_FILE, train
 
     _step(2, f"training {PRESET} " + ("from nothing" if weights is None else f"on from {weights}"))
     if (run / CONFIG_FILE).is_file():
@@ -115,7 +115,7 @@ def _train(data: Path, run: Path, weights: Path | None) -> Path:
 def _export(checkpoint: Path, path: Path, precision: str) -> Path:
     from asag.checkpoint import load_detector
     from asag.deploy import DeployedDetector
-    from export.model import export_onnx
+    from asag.export.model import export_onnx
 
     _step(3, f"exporting to ONNX, {precision}")
     with console.status("exporting"):
@@ -127,9 +127,9 @@ def _export(checkpoint: Path, path: Path, precision: str) -> Path:
 
 def _build(model: Path, path: Path) -> Path | Unavailable:
     """The engine, or the row that says why there is none."""
-    from runtime.engines.build import build_engine
-    from runtime.errors import BackendUnavailableError, one_line
-    from runtime.parity.comparison import Unavailable
+    from asag.runtime.engines.build import build_engine
+    from asag.runtime.errors import BackendUnavailableError, one_line
+    from asag.runtime.parity.comparison import Unavailable
 
     _step(4, f"building a TensorRT-RTX engine from {model.name} (needs no GPU)")
     try:
@@ -145,13 +145,13 @@ def _build(model: Path, path: Path) -> Path | Unavailable:
 def _compare(
     output: Path, data: Path, checkpoint: Path, candidates: Sequence[Path | Unavailable], began: float
 ) -> DemoResult:
-    from runtime.coco_dataset import open_coco
-    from runtime.files import write_json
-    from runtime.opening import open_session
-    from runtime.parity.comparison import Unavailable, add_stages, compare, open_candidate, parity_table
-    from runtime.reports.document import make_document
-    from runtime.reports.page import write_page
-    from runtime.speed.table import benchmark_table
+    from asag.runtime.coco_dataset import open_coco
+    from asag.runtime.files import write_json
+    from asag.runtime.opening import open_session
+    from asag.runtime.parity.comparison import Unavailable, add_stages, compare, open_candidate, parity_table
+    from asag.runtime.reports.document import make_document
+    from asag.runtime.reports.page import write_page
+    from asag.runtime.speed.table import benchmark_table
 
     _step(5, f"PyTorch against every backend, {VAL_IMAGES} images")
     dataset = open_coco(data)
@@ -175,8 +175,8 @@ def _compare(
 
 def _measure(sessions: Sequence[Session], dataset: CocoFolder) -> BenchmarkReport:
     """Latency, and the time of each stage."""
-    from runtime.speed.benchmark import measure
-    from runtime.speed.stage_times import measure_stages
+    from asag.runtime.speed.benchmark import measure
+    from asag.runtime.speed.stage_times import measure_stages
 
     _step(6, "latency, in turn on the same images")
     pictures = [dataset.load(image_id) for image_id in dataset.image_ids[:8]]

@@ -10,11 +10,11 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from export.conversion import convert_file
-from train.synthetic import write_synthetic_dataset
+from asag.export.conversion import convert_file
+from asag.train.synthetic import write_synthetic_dataset
 
 if TYPE_CHECKING:
-    from tests.asag_cli.conftest import Command, Workspace
+    from tests.cli.conftest import Command, Workspace
 
 DEMO_WEIGHTS = Path(__file__).parents[2] / "checkpoints" / "asag-a-tiny.safetensors"
 

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 import onnx
 import pytest
 
-from export.conversion import convert_file
-from runtime.engines.manifest import read_manifest
+from asag.export.conversion import convert_file
+from asag.runtime.engines.manifest import read_manifest
 
 if TYPE_CHECKING:
-    from tests.asag_cli.conftest import Command, Workspace
+    from tests.cli.conftest import Command, Workspace
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed")
 
@@ -116,7 +116,7 @@ def update(self, text):
         print(text, file=file)
     genuine(self, text)
 Status.update = update
-from asag_cli.main import main
+from asag.cli.main import main
 main(sys.argv[1:])
 """
     folder = tmp_path / "engines"

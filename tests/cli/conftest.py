@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from asag_cli.main import main
+from asag.cli.main import main
+from asag.train.synthetic import CATEGORIES, write_synthetic_dataset
 from tests.builders import random_detector, small_config, small_info, write_checkpoint
-from train.synthetic import CATEGORIES, write_synthetic_dataset
 
 INPUT_SIZE = (160, 160)
 

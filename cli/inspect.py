@@ -8,7 +8,7 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from asag_cli.console import EXISTING_FILE, HELP, OUTPUT_FILE, console
+from asag.cli.console import EXISTING_FILE, HELP, OUTPUT_FILE, console
 
 
 @click.command(context_settings=HELP, short_help="Show what a model file holds.")
@@ -21,8 +21,8 @@ def inspect(model: Path, json_path: Path | None) -> None:
     sizes. An engine: what it was built from and for, its profiles and the network's layers; where a GPU can open it,
     also the layers after fusion and their memory.
     """
-    from runtime.files import write_json
-    from runtime.inspection import inspect_file
+    from asag.runtime.files import write_json
+    from asag.runtime.inspection import inspect_file
 
     found = inspect_file(model)
     for section in found.sections:

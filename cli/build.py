@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from asag_cli.console import DATASET, EXISTING_FILE, FOLDER, HELP, OUTPUT_FILE, console
+from asag.cli.console import DATASET, EXISTING_FILE, FOLDER, HELP, OUTPUT_FILE, console
 
 if TYPE_CHECKING:
-    from runtime.engines.manifest import EngineManifest
+    from asag.runtime.engines.manifest import EngineManifest
 
 
 class BatchType(click.ParamType):
@@ -116,8 +116,8 @@ def build(
     records the digest of MODEL, versions, precision, batch profiles, GPU architectures and layers before and after
     fusion; `asag inspect` shows it. The engine appears whole or not at all.
     """
-    from runtime.engines.backend import BACKENDS
-    from runtime.engines.build import BuildOptions, build_engine, check_build
+    from asag.runtime.engines.backend import BACKENDS
+    from asag.runtime.engines.build import BuildOptions, build_engine, check_build
 
     options = BuildOptions(BACKENDS[backend], batch, targets, ops, workspace, tf32, timing_cache)
     int8 = {"calibration": calibration, "data": data, "max_ap_drop": max_ap_drop}
@@ -150,8 +150,8 @@ def build(
 
 def _in_precision(model: Path, precision: str, output: Path, int8: Mapping[str, Any]) -> Path:
     """The model in the precision: the file itself where it is, else `output`, which is then written."""
-    from asag_cli.quantize import quantize
-    from export.conversion import convert_file, needs_conversion
+    from asag.cli.quantize import quantize
+    from asag.export.conversion import convert_file, needs_conversion
 
     if not needs_conversion(model, precision):
         return model

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from asag_cli.console import HELP, OUTPUT_FILE, console
+from asag.cli.console import HELP, OUTPUT_FILE, console
 
 if TYPE_CHECKING:
-    from runtime.reports.charts import Level
+    from asag.runtime.reports.charts import Level
 
 
 @click.command(context_settings=HELP, short_help="One HTML page of parity runs and benchmarks.")
@@ -23,7 +23,7 @@ def report(runs: tuple[Path, ...], output: Path | None, title: str) -> None:
     The page holds tables, AP over latency of all models, latency by stage, score differences, where differences start,
     and the pictures of the parity runs. It is one file and needs no network.
     """
-    from runtime.reports.page import find_reports, write_page
+    from asag.runtime.reports.page import find_reports, write_page
 
     documents, benchmarks = find_reports(runs)
     first = runs[0] if runs[0].is_dir() else runs[0].parent
@@ -34,7 +34,7 @@ def report(runs: tuple[Path, ...], output: Path | None, title: str) -> None:
 def published_levels() -> list[Level]:
     """The published AP on COCO of every preset that has one, on the scale of 0 to 1."""
     from asag.families import all_presets
-    from runtime.reports.charts import Level
+    from asag.runtime.reports.charts import Level
 
     return [
         Level(preset.name, preset.published.ap / 100)

@@ -10,12 +10,12 @@ import click
 import pytest
 import torch
 
-from asag_cli import main as main_module
-from asag_cli.main import main
-from runtime.errors import BackendUnavailableError
+from asag.cli import main as main_module
+from asag.cli.main import main
+from asag.runtime.errors import BackendUnavailableError
 
 if TYPE_CHECKING:
-    from tests.asag_cli.conftest import Command, Workspace
+    from tests.cli.conftest import Command, Workspace
 
 
 @pytest.fixture(scope="module")

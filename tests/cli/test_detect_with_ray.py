@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from asag_cli.detect import detect
+from asag.cli.detect import detect
 from tests.runtime.toy_detector import build_toy_model, toy_metadata
 
 pytest.importorskip("ray", reason="needs Ray Data: pip install 'ray[data]'")
@@ -46,7 +46,7 @@ def test_starts_ray_and_leaves_no_process(tmp_path: Path) -> None:
     arguments = ["detect", "images", "--model", "toy.onnx", "--ray", "--workers", "1", "-o", "found"]
     environment = os.environ | {"ASAG_TEST_MARK": mark, "RAY_USAGE_STATS_ENABLED": "0"}
     done = subprocess.run(
-        [sys.executable, "-m", "asag_cli.main", *arguments],
+        [sys.executable, "-m", "asag.cli.main", *arguments],
         cwd=tmp_path,
         env=environment,
         capture_output=True,

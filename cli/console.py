@@ -24,7 +24,7 @@ from rich.progress import (
 )
 
 if TYPE_CHECKING:
-    from runtime.coco_dataset import CocoFolder
+    from asag.runtime.coco_dataset import CocoFolder
 
 console = Console()
 
@@ -134,7 +134,7 @@ class DatasetChoice:
 
     def open(self) -> CocoFolder:
         """The data set. Raises what :func:`runtime.coco_dataset.open_coco` raises."""
-        from runtime.coco_dataset import open_coco
+        from asag.runtime.coco_dataset import open_coco
 
         assert self.folder is not None
         return open_coco(self.folder, self.split, self.stored_pixels)

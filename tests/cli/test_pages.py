@@ -10,11 +10,11 @@ import click
 import pytest
 
 from asag import __version__
+from asag.cli.main import asag as root
 from asag.families import FAMILIES, all_presets
-from asag_cli.main import asag as root
 
 if TYPE_CHECKING:
-    from tests.asag_cli.conftest import Command
+    from tests.cli.conftest import Command
 
 
 def command_names(group: click.Group = root, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
@@ -85,7 +85,7 @@ def test_help_and_zoo_start_quickly() -> None:
     """Neither PyTorch nor NumPy is imported to print a page."""
     code = """
 import sys
-from asag_cli.main import main
+from asag.cli.main import main
 for words in (["--help"], ["train", "--help"], ["export", "--help"], ["zoo"]):
     try:
         main(words)
@@ -99,7 +99,7 @@ print("imported:", [name for name in ("torch", "numpy", "onnx", "onnxruntime", "
 
 def test_as_a_module() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "asag_cli.main", "detect", "--unknown"], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "asag.cli.main", "detect", "--unknown"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
     assert done.stdout == ""

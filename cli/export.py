@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from asag_cli.console import EXISTING_FILE, HELP, OUTPUT_FILE, SizeType, choice_options, console
+from asag.cli.console import EXISTING_FILE, HELP, OUTPUT_FILE, SizeType, choice_options, console
 
 
 @click.command(context_settings=HELP, short_help="Write a checkpoint as one ONNX file.")
@@ -60,7 +60,7 @@ def export(
         raise FileNotFoundError(f"{checkpoint}: no such checkpoint")
     from asag.checkpoint import load_detector
     from asag.deploy import DeployedDetector
-    from export.model import export_onnx
+    from asag.export.model import export_onnx
 
     with console.status("loading"):
         model = DeployedDetector(*load_detector(checkpoint, choices), input_size, input_type)

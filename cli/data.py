@@ -9,10 +9,10 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
-from asag_cli.console import DATASET, EXISTING_FILE, FOLDER, HELP, OUTPUT_FILE, console, progress_bar
+from asag.cli.console import DATASET, EXISTING_FILE, FOLDER, HELP, OUTPUT_FILE, console, progress_bar
 
 if TYPE_CHECKING:
-    from runtime.dataset_check import DatasetCheck
+    from asag.runtime.dataset_check import DatasetCheck
 
 
 @click.group(context_settings=HELP, short_help="Make and check datasets.")
@@ -32,9 +32,9 @@ def check(folder: Path, json_path: Path | None, sheet: Path | None, decode: bool
     Ends with exit code 1 where something is wrong, such as boxes that do not count, pictures that are missing,
     unreadable or of another size, equal pictures, or splits of different categories.
     """
-    from runtime.dataset_check import check_dataset, write_annotated_sheet
-    from runtime.files import write_json
-    from runtime.records import to_json
+    from asag.runtime.dataset_check import check_dataset, write_annotated_sheet
+    from asag.runtime.files import write_json
+    from asag.runtime.records import to_json
 
     with progress_bar("looking at pictures") as advance:
         found = check_dataset(folder, stored_pixels, decode, advance)
@@ -101,7 +101,7 @@ def synthetic(output: Path, train_images: int, val_images: int, image_size: int,
 
     Six classes, 3 to 12 objects per image, half of them 12 to 40 pixels long, so that the detector has to look closer.
     """
-    from train.synthetic import write_synthetic_dataset
+    from asag.train.synthetic import write_synthetic_dataset
 
     with progress_bar("painting") as advance:
         write_synthetic_dataset(
@@ -119,7 +119,7 @@ def crowdhuman(annotations: tuple[Path, ...], output: Path, images: Path | None)
 
     The boxes are those of whole persons; regions to ignore are marked so. The images are linked, not copied.
     """
-    from train.crowdhuman import convert_crowdhuman
+    from asag.train.crowdhuman import convert_crowdhuman
 
     with progress_bar("converting") as advance:
         converted = convert_crowdhuman(annotations, output, images, progress=advance)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from asag_cli.console import HELP, OUTPUT_FILE, console
+from asag.cli.console import HELP, OUTPUT_FILE, console
 
 
 @click.group(context_settings=HELP, invoke_without_command=True, short_help="The presets and their published accuracy.")

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from asag_cli.console import EXISTING_FILE, HELP, OUTPUT_FILE, console, device_option, progress_bar, threads_option
+from asag.cli.console import EXISTING_FILE, HELP, OUTPUT_FILE, console, device_option, progress_bar, threads_option
 
 if TYPE_CHECKING:
-    from runtime.parity.comparison import Unavailable
-    from runtime.session import Session
-    from runtime.speed.limits import ModelLimits, Rates
-    from runtime.speed.stage_times import StageTimes
+    from asag.runtime.parity.comparison import Unavailable
+    from asag.runtime.session import Session
+    from asag.runtime.speed.limits import ModelLimits, Rates
+    from asag.runtime.speed.stage_times import StageTimes
 
 BACKENDS = (
     *("pytorch", "torch-compile"),
@@ -105,13 +105,13 @@ def bench(
 
     With --against, a checkpoint is exported and built as far as its backends need it, into a temporary folder.
     """
-    from runtime.detect import expand_paths
-    from runtime.files import write_json
-    from runtime.parity.comparison import Unavailable
-    from runtime.speed.benchmark import measure, measure_throughput
-    from runtime.speed.peak_memory import peak_memory_mib
-    from runtime.speed.stage_times import measure_stages
-    from runtime.speed.table import benchmark_table
+    from asag.runtime.detect import expand_paths
+    from asag.runtime.files import write_json
+    from asag.runtime.parity.comparison import Unavailable
+    from asag.runtime.speed.benchmark import measure, measure_throughput
+    from asag.runtime.speed.peak_memory import peak_memory_mib
+    from asag.runtime.speed.stage_times import measure_stages
+    from asag.runtime.speed.table import benchmark_table
 
     pictures = expand_paths([images])[:64]
     with contextlib.ExitStack() as stack:
@@ -163,7 +163,7 @@ def find_limits(
     threads: int | None,
 ) -> tuple[ModelLimits, ...]:
     """The limits of every model that runs, each with its exported file, on ``device`` or the CPU."""
-    from runtime.speed.limits import measure_rates, model_limits
+    from asag.runtime.speed.limits import measure_rates, model_limits
 
     rates: dict[str, Rates] = {}
     found = []
@@ -183,7 +183,7 @@ def open_models(
 
     Raises ValueError when ``against`` is given and a model is no checkpoint.
     """
-    from runtime.parity.comparison import open_candidate
+    from asag.runtime.parity.comparison import open_candidate
 
     for number, path in enumerate(models):
         if against is None:
@@ -200,14 +200,14 @@ def open_models(
 def _open_backend(
     checkpoint: Path, backend: str, folder: Path, device: str, threads: int | None
 ) -> tuple[Session | Unavailable, Path]:
-    from runtime.errors import BackendUnavailableError, one_line
-    from runtime.parity.comparison import Unavailable, open_candidate
+    from asag.runtime.errors import BackendUnavailableError, one_line
+    from asag.runtime.parity.comparison import Unavailable, open_candidate
 
     if backend == "pytorch":
         return open_candidate(checkpoint, device=device, threads=threads), checkpoint
     try:
         if backend == "torch-compile":
-            from runtime.backends.pytorch_session import open_compiled
+            from asag.runtime.backends.pytorch_session import open_compiled
 
             with console.status("compiling"):
                 return open_compiled(checkpoint, device, threads), checkpoint
@@ -216,8 +216,8 @@ def _open_backend(
             kind, index = backend.rpartition("-")[2], device.partition(":")[2]
             place = f"{kind}:{index}" if index and kind != "cpu" else kind
             return open_candidate(model, device=place, threads=threads), model
-        from runtime.engines.backend import BACKENDS as BUILDERS
-        from runtime.engines.build import BuildOptions, build_engine
+        from asag.runtime.engines.backend import BACKENDS as BUILDERS
+        from asag.runtime.engines.build import BuildOptions, build_engine
 
         engine = folder / f"{model.stem}.{backend}.engine"
         with console.status("building"):
@@ -242,7 +242,7 @@ def _export(checkpoint: Path, folder: Path) -> Path:
     if not path.is_file():
         from asag.checkpoint import load_detector
         from asag.deploy import DeployedDetector
-        from export.model import export_onnx
+        from asag.export.model import export_onnx
 
         with console.status("exporting"):
             export_onnx(DeployedDetector(*load_detector(checkpoint)), path)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from asag_cli.console import (
+from asag.cli.console import (
     EXISTING_FILE,
     FOLDER,
     HELP,
@@ -57,8 +57,8 @@ def quantize(
         raise click.BadParameter(f"{output} should end in .onnx", param_hint="--output")
     if dataset.folder is None and max_ap_drop is not None:
         raise click.UsageError("--max-ap-drop needs --data to measure it on")
-    from export.quantization import quantize_int8
-    from runtime.image_source import images_in
+    from asag.export.quantization import quantize_int8
+    from asag.runtime.image_source import images_in
 
     if not calibration.is_dir():
         raise FileNotFoundError(f"no calibration images: {calibration} is not a folder")

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import click
 import pytest
 
-from asag_cli.main import asag as group
+from asag.cli.main import asag as group
 
 if TYPE_CHECKING:
-    from tests.asag_cli.conftest import Command, Workspace
+    from tests.cli.conftest import Command, Workspace
 
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "deployment.md"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from asag_cli.console import (
+from asag.cli.console import (
     EXISTING_FILE,
     FOLDER,
     HELP,
@@ -103,10 +103,10 @@ def detect(
             raise click.UsageError(f"{option} needs --ray")
 
     _check_named(images)
-    from runtime.coco_dataset import CocoFolder
-    from runtime.detect import detect_files
-    from runtime.image_source import is_video
-    from runtime.opening import open_session
+    from asag.runtime.coco_dataset import CocoFolder
+    from asag.runtime.detect import detect_files
+    from asag.runtime.image_source import is_video
+    from asag.runtime.opening import open_session
 
     # Two batches beside one another do more in a second; a single image is done sooner by all threads together.
     single = len(images) == 1 and not images[0].is_dir() and not is_video(images[0])
@@ -146,8 +146,8 @@ def _check_named(images: tuple[Path, ...]) -> None:
 def _detect_with_ray(
     images: tuple[Path, ...], output: Path, workers: int | None, ray_address: str | None, **options: Any
 ) -> None:
-    from runtime.scale_out.detection import detect_with_ray
-    from runtime.scale_out.worker import WorkerOptions
+    from asag.runtime.scale_out.detection import detect_with_ray
+    from asag.runtime.scale_out.worker import WorkerOptions
 
     with progress_bar("detecting") as advance:
         summary = detect_with_ray(
