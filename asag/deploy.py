@@ -124,8 +124,9 @@ class DeployedDetector(nn.Module):
 
 def within_input(sizes: Tensor, images: Tensor) -> Tensor:
     """Sizes [B, 2] between one pixel and the input's own height and width; what is not a number becomes one pixel."""
-    height, width = images.shape[-2:]
-    return torch.where(sizes >= 1, sizes, 1.0).minimum(sizes.new_tensor((height, width)))
+    # Made where they are needed: numbers copied to a GPU would be waited for.
+    limits = torch.cat([sizes.new_full((1,), float(side)) for side in images.shape[-2:]])
+    return torch.where(sizes >= 1, sizes, 1.0).minimum(limits)
 
 
 def weights_digest(detector: Detector) -> str:

@@ -21,7 +21,8 @@ Kind = Literal["maps", "boxes", "points", "places", "cells", "queries", "scores"
 
 - maps: feature maps [B, C, H, W];
 - boxes: `cxcywh` [B, N, 4], or [B, N, 5] with a confidence in 0..1;
-- points: [B, N, 2] (x, y);
+- points: where each of N queries looks, [B, N, .., 2] (x, y), or [B, N, .., 3] with how coarsely: the binary logarithm
+  of a cell's side;
 - places: [B, N, 2] int64 (x, y), cells of a map; see :attr:`Value.cell`;
 - cells: [B, N] int64, cells of all maps of the features, counted row by row, one map after another;
 - queries: vectors [B, N, C];
@@ -40,6 +41,8 @@ class Value:
     """Of boxes and points: pixels of the padded input, or fractions of the image's content."""
     cell: tuple[int, int] = (1, 1)
     """Of places: pixels of a cell, and cells along each side of what is cut out there."""
+    unit: int = 1
+    """Of points in the input: pixels that x, y and a cell's side count."""
     exported: bool = True
     """False for what only pictures show: an exported file does not compute it."""
 

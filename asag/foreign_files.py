@@ -6,9 +6,10 @@ import argparse
 import collections
 import json
 import pickle
+import re
 import types
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -136,3 +137,11 @@ def _read_torch(path: Path) -> Any:
     except Exception as error:  # a damaged file raises anything from within the reader
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise ValueError(f"{path}: damaged or no PyTorch file ({reason}); download it again") from None
+
+
+def renamed(name: str, rules: Iterable[tuple[str, str]]) -> str | None:
+    """A tensor's name by the first rule (pattern of the beginning, replacement) that fits it; None where none does."""
+    for pattern, replacement in rules:
+        if re.match(pattern, name):
+            return re.sub(f"^{pattern}", replacement, name)
+    return None

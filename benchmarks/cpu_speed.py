@@ -1,16 +1,18 @@
 """What deployment gains on this CPU: `python -m benchmarks.cpu_speed`.
 
-Ratios come from one run in which the variants take turns; memory and start-up are those of the command `asag detect` in
-a process of its own.
+Ratios come from one run in which the variants, of several detectors too, take turns; memory and start-up are those of
+the command `asag detect` in a process of its own.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,18 +21,22 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 
-from runtime.preprocessing import ImageLike
-from runtime.session import Session
-from runtime.speed.benchmark import BenchmarkReport, measure, ratio_of
-from runtime.speed.table import benchmark_table
+from asag.runtime.preprocessing import ImageLike
+from asag.runtime.session import Session
+from asag.runtime.speed.benchmark import BenchmarkReport, Latency, measure, ratio_of
+from asag.runtime.speed.stage_times import measure_stages
+from asag.runtime.speed.table import benchmark_table
 
 PRESET = "asag-a-r50-1x-100"
 INPUT_SIZE = (800, 1216)
 
+VARIANTS = 3
+"""PyTorch with norms as trained and folded, and ONNX Runtime."""
+
 # Runs the command line, then reports the largest resident memory that the kernel saw of this process.
 _MEASURED_COMMAND = """
 import sys
-from asag_cli.main import main
+from asag.cli.main import main
 try:
     main(sys.argv[1:])
 finally:
@@ -65,19 +71,31 @@ def measure_detect(model: Path, image: Path, output: Path, threads: int | None =
 
 
 def compare_variants(
-    checkpoint: Path,
+    checkpoints: Sequence[Path],
     folder: Path,
     images: list[ImageLike],
     *,
     rounds: int,
     warmup: int,
     threads: int | None,
-) -> tuple[Path, BenchmarkReport]:
-    """Export `checkpoint` into `folder` and time it against PyTorch with and without folded norms, in that order:
-    unfolded, folded, ONNX Runtime. Returns the exported file and the report.
+    stages: bool = False,
+) -> tuple[list[Path], BenchmarkReport]:
+    """Export every checkpoint into `folder` and time it against PyTorch without and with folded norms, in that order:
+    unfolded, folded, ONNX Runtime. Returns the exported files and the report.
+
+    stages: also time the stages of the last two.
     """
-    model, sessions = open_variants(checkpoint, folder, threads=threads)
-    return model, measure(sessions, images, rounds=rounds, warmup=warmup)
+    models, sessions = [], []
+    for checkpoint in checkpoints:
+        model, variants = open_variants(checkpoint, folder, threads=threads)
+        models.append(model)
+        sessions += variants
+    report = measure(sessions, images, rounds=rounds, warmup=warmup)
+    if stages:
+        told = [session for place, session in enumerate(sessions) if place % VARIANTS]
+        times = measure_stages(told, images, rounds=rounds, warmup=warmup, threads=threads)
+        report = dataclasses.replace(report, stage_times=times)
+    return models, report
 
 
 def open_variants(
@@ -92,42 +110,50 @@ def open_variants(
 
     from asag.checkpoint import load_detector
     from asag.deploy import DeployedDetector
-    from export.model import export_onnx
-    from runtime.backends.pytorch_session import PyTorchSession
-    from runtime.opening import open_session
+    from asag.export.model import export_onnx
+    from asag.runtime.backends.pytorch_session import PyTorchSession
+    from asag.runtime.opening import open_session
 
     if threads is not None:
         torch.set_num_threads(threads)
     detector, info = load_detector(checkpoint)
     folded = DeployedDetector(detector, info, INPUT_SIZE)
     unfolded = DeployedDetector(detector, info, INPUT_SIZE, fold_norms=False)
-    model = folder / "model.onnx"
+    model = folder / f"{checkpoint.stem}.onnx"
     export_onnx(folded, model)
     return model, [
-        PyTorchSession(unfolded, "norms as trained"),
-        PyTorchSession(folded, "norms folded"),
+        PyTorchSession(unfolded, f"{checkpoint.stem}, norms as trained"),
+        PyTorchSession(folded, f"{checkpoint.stem}, norms folded"),
         open_session(model, threads=threads, contexts=contexts),
     ]
 
 
 def ratio_lines(report: BenchmarkReport) -> list[str]:
-    """The two ratios as sentences, with their 10th and 90th percentile over the rounds."""
-    unfolded, folded, onnx_runtime = report.latencies
+    """The ratios as sentences, with their 10th and 90th percentile over the rounds."""
+    found = report.latencies
+    pairs: list[tuple[str, Latency, Latency]] = []
+    for place in range(0, len(found), VARIANTS):
+        unfolded, folded, exported = found[place : place + VARIANTS]
+        name = exported.name.removesuffix(".onnx")
+        pairs += [
+            (f"{name}, ONNX Runtime / PyTorch eager (norms folded)", exported, folded),
+            (f"{name}, ONNX Runtime / PyTorch eager (norms as trained)", exported, unfolded),
+            (f"{name}, PyTorch, norms folded / as trained", folded, unfolded),
+        ]
+    first, *others = found[VARIANTS - 1 :: VARIANTS]
+    pairs += [(f"{first.name} / {other.name}, both ONNX Runtime", first, other) for other in others]
     lines = []
-    for name, one, base in (
-        ("ONNX Runtime / PyTorch eager (norms folded)", onnx_runtime, folded),
-        ("ONNX Runtime / PyTorch eager (norms as trained)", onnx_runtime, unfolded),
-        ("PyTorch, norms folded / as trained", folded, unfolded),
-    ):
+    for name, one, base in pairs:
         middle, low, high = ratio_of(one.rounds_ms, base.rounds_ms)
         lines.append(f"{name}: {middle:.2f} (10..90 %: {low:.2f}..{high:.2f})")
     return lines
 
 
-def random_checkpoint(path: Path) -> Path:
-    """A checkpoint of random weights for :data:`INPUT_SIZE`.
+def random_checkpoint(folder: Path, name: str = PRESET) -> Path:
+    """A checkpoint of random weights of a preset for :data:`INPUT_SIZE`, called like it.
 
-    Timing does not depend on what weights have learned: shapes are static, all query places are computed.
+    Timing does not depend on what weights have learned, since shapes are static and all query places are computed. Only
+    where queries look decides what is in the caches, so what starts at zero is random too.
     """
     import torch
 
@@ -135,9 +161,14 @@ def random_checkpoint(path: Path) -> Path:
     from asag.checkpoint import CheckpointInfo, save_detector
     from asag.datasets import DATASETS
 
-    preset = find_preset(PRESET)
+    preset = find_preset(name)
     torch.manual_seed(0)
     detector = build_detector(preset.config)
+    with torch.no_grad():
+        for parameter in detector.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.02)
+    path = folder / f"{name}.safetensors"
     info = CheckpointInfo.of(preset, DATASETS[preset.dataset])
     save_detector(path, detector, dataclasses.replace(info, input=dataclasses.replace(info.input, size=INPUT_SIZE)))
     return path
@@ -156,27 +187,54 @@ def random_images(folder: Path, count: int = 4) -> list[ImageLike]:
 
 
 @click.command()
-@click.option("--checkpoint", type=click.Path(path_type=Path, dir_okay=False), help="Random weights by default.")
+@click.option("--preset", "presets", multiple=True, default=[PRESET], show_default=True, help="One or several.")
+@click.option(
+    *("--checkpoint", "checkpoints"),
+    type=click.Path(path_type=Path, dir_okay=False),
+    multiple=True,
+    help="In place of presets with random weights.",
+)
 @click.option("--rounds", type=click.IntRange(1), default=10, show_default=True, help="Measured runs of each variant.")
 @click.option("--warmup", type=click.IntRange(0), default=2, show_default=True, help="Runs before that do not count.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads; each backend's choice by default.")
-def main(checkpoint: Path | None, rounds: int, warmup: int, threads: int | None) -> None:
-    """Time ResNet-50 at 800x1216, batch 1, 200 query places, and print ratios, peak memory and start-up."""
+@click.option("--stages", is_flag=True, help="Also the time of each stage.")
+def main(
+    presets: tuple[str, ...],
+    checkpoints: tuple[Path, ...],
+    rounds: int,
+    warmup: int,
+    threads: int | None,
+    stages: bool,
+) -> None:
+    """Time detectors at 800x1216, batch 1, and print ratios, peak memory and start-up.
+
+    The ratios of several are those of the first to each of the others.
+    """
     console = Console()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         images = random_images(folder)
-        weights = checkpoint or random_checkpoint(folder / "random.safetensors")
-        model, report = compare_variants(weights, folder, images, rounds=rounds, warmup=warmup, threads=threads)
+        weights = checkpoints or [random_checkpoint(folder, preset) for preset in presets]
+        load = os.getloadavg()[0]
+        models, report = compare_variants(
+            weights, folder, images, rounds=rounds, warmup=warmup, threads=threads, stages=stages
+        )
         console.print(benchmark_table(report))
         for line in ratio_lines(report):
             console.print(line, highlight=False)
-        found = [measure_detect(model, Path(str(images[0])), folder / "out", threads) for _ in range(3)]
+        console.print(f"processes that ran or waited in the minute before: {load:.1f}", highlight=False)
+        for model in models:
+            found = [measure_detect(model, Path(str(images[0])), folder / "out", threads) for _ in range(3)]
+            console.print(detect_line(model.stem, found), highlight=False)
+
+
+def detect_line(name: str, found: Sequence[DetectProcess]) -> str:
+    """What several runs of `asag detect` took, in a sentence."""
     seconds = sorted(run.seconds for run in found)
-    console.print(
-        f"asag detect, ONNX Runtime: peak memory {max(run.peak_bytes for run in found) / 1e9:.2f} GB,"
-        f" from start to the first detection {seconds[1]:.1f} s (of three: {seconds[0]:.1f}..{seconds[2]:.1f} s)",
-        highlight=False,
+    return (
+        f"{name}, asag detect, ONNX Runtime: peak memory {max(run.peak_bytes for run in found) / 1e9:.2f} GB,"
+        f" from start to the first detection {seconds[len(found) // 2]:.1f} s"
+        f" (of {len(found)}: {seconds[0]:.1f}..{seconds[-1]:.1f} s)"
     )
 
 

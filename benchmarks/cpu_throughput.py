@@ -18,13 +18,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from asag.runtime.image_source import images_in
+from asag.runtime.machine import describe_machine
+from asag.runtime.postprocessing import Detections, postprocess
+from asag.runtime.preprocessing import load_image, prepare
+from asag.runtime.session import Session
+from asag.runtime.speed.benchmark import ratio_of
 from benchmarks.cpu_speed import open_variants, random_checkpoint
-from runtime.image_source import images_in
-from runtime.machine import describe_machine
-from runtime.postprocessing import Detections, postprocess
-from runtime.preprocessing import load_image, prepare
-from runtime.session import Session
-from runtime.speed.benchmark import ratio_of
 
 CONTEXTS = 2
 """Batches at once, as `asag detect` has them on several images."""
@@ -125,7 +125,7 @@ def main(source: Path, checkpoint: Path | None, rounds: int, images_per_round: i
     paths = images_in(source)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        weights = checkpoint or random_checkpoint(folder / "random.safetensors")
+        weights = checkpoint or random_checkpoint(folder)
         found = compare_on_folder(weights, folder, paths, rounds=rounds, images=images_per_round, threads=threads)
     console.print(throughput_table(found))
     console.print(f"{rounds} rounds of {images_per_round} images; {describe_machine().summary()}", highlight=False)

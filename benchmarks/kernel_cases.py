@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trt_plugins.operations import DOMAIN, OPERATIONS, Tensor
-from trt_plugins.plan import Plan, make_plan
+from asag.trt_plugins.operations import DOMAIN, OPERATIONS, Tensor
+from asag.trt_plugins.plan import Plan, make_plan
 
 
 @dataclass(frozen=True)
@@ -170,8 +170,8 @@ def op_model(
     """A serialized ONNX model of one op's node with its body; `element` ("float32" or "float16") is the maps' type."""
     from onnx import TensorProto, helper
 
-    from export.op_bodies import bodies_of
-    from export.op_bodies.domain import DOMAIN_VERSION, OPSET_VERSION
+    from asag.export.op_bodies import bodies_of
+    from asag.export.op_bodies.domain import DOMAIN_VERSION, OPSET_VERSION
 
     operation = OPERATIONS[name]
     types = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bool": TensorProto.BOOL}

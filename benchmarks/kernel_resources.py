@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 
-from benchmarks.kernel_cases import DEMO, PUBLISHED, Sizes, cases
-from trt_plugins.compile import (
+from asag.trt_plugins.compile import (
     ARCHITECTURES,
     FIRST_WITH_TENSOR_CORES,
     nvrtc_version,
     resource_usage,
     supported_capabilities,
 )
+from benchmarks.kernel_cases import DEMO, PUBLISHED, Sizes, cases
 
 
 def resource_rows(sizes: Sizes, capabilities: Sequence[int]) -> Iterator[list[str]]:

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from asag.runtime.machine import Machine
+from asag.runtime.speed.limits import Rates, StageLimit, stage_limit
+from asag.runtime.speed.stage_work import StageWork
+from asag.trt_plugins.launch import ITEM_SIZES
+from asag.trt_plugins.operations import OPERATIONS
 from benchmarks.kernel_cases import PUBLISHED, Case
 from benchmarks.timing import Spread, ratio
-from runtime.machine import Machine
-from runtime.speed.limits import Rates, StageLimit, stage_limit
-from runtime.speed.stage_work import StageWork
-from trt_plugins.launch import ITEM_SIZES
-from trt_plugins.operations import OPERATIONS
 
 KERNEL, DEFINITION, TORCHVISION, ONNX_BODY = "kernel", "PyTorch definition", "torchvision", "ONNX body"
 PYTHON, GRAPH, COLD = "from Python", "in a graph", "in a graph, caches empty"

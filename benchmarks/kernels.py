@@ -22,6 +22,12 @@ import torch
 from torch import Tensor
 
 from asag.ops.cuda import find_definition
+from asag.runtime.files import write_json
+from asag.runtime.machine import describe_machine
+from asag.runtime.speed.limits import Rates, measure_rates
+from asag.trt_plugins.launch import DeviceArray, launch
+from asag.trt_plugins.operations import OPERATIONS
+from asag.trt_plugins.operations.pyramid_roi_align import ROI_SIDE
 from benchmarks.kernel_cases import DEMO, PUBLISHED, Case, Sizes, cases, op_model
 from benchmarks.kernel_results import (
     COLD,
@@ -37,12 +43,6 @@ from benchmarks.kernel_results import (
     to_markdown,
 )
 from benchmarks.timing import ClockTimer, CudaTimer, Sampler, first_line, interleave
-from runtime.files import write_json
-from runtime.machine import describe_machine
-from runtime.speed.limits import Rates, measure_rates
-from trt_plugins.launch import DeviceArray, launch
-from trt_plugins.operations import OPERATIONS
-from trt_plugins.operations.pyramid_roi_align import ROI_SIDE
 
 MIXING_QUERIES = (100, 200)
 """Numbers of queries that SamplingMixing is timed with beside the published sizes' own."""

@@ -20,9 +20,9 @@ from rich.table import Table
 from asag.checkpoint import load_detector
 from asag.deploy import DeployedDetector
 from asag.ops import definitions_only
+from asag.runtime.files import write_json
+from asag.runtime.machine import describe_machine
 from benchmarks.timing import ClockTimer, CudaTimer, Sampler, Spread, first_line, interleave, ratio
-from runtime.files import write_json
-from runtime.machine import describe_machine
 
 EAGER = "eager"
 Way = Callable[[], Sampler]

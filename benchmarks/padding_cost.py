@@ -17,16 +17,16 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from runtime.coco_dataset import CocoFolder, open_coco
-from runtime.coco_evaluation import CocoResult, evaluate
-from runtime.coco_file import Id
-from runtime.machine import describe_machine
-from runtime.metadata import ModelMetadata
-from runtime.opening import open_session
-from runtime.parity.agreement import compare_detections
-from runtime.postprocessing import Detections, postprocess
-from runtime.preprocessing import prepare, resized_size
-from runtime.session import Session
+from asag.runtime.coco_dataset import CocoFolder, open_coco
+from asag.runtime.coco_evaluation import CocoResult, evaluate
+from asag.runtime.coco_file import Id
+from asag.runtime.machine import describe_machine
+from asag.runtime.metadata import ModelMetadata
+from asag.runtime.opening import open_session
+from asag.runtime.parity.agreement import compare_detections
+from asag.runtime.postprocessing import Detections, postprocess
+from asag.runtime.preprocessing import prepare, resized_size
+from asag.runtime.session import Session
 
 CONFIDENT = 0.3
 

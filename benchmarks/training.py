@@ -16,17 +16,17 @@ import torch
 from torch.amp import GradScaler
 
 from asag.families import family_of
+from asag.runtime.files import write_json
+from asag.train.checkpointing import TrainingState
+from asag.train.config import TrainConfig
+from asag.train.devices import resolve_device
+from asag.train.initialization import untrained_detector
+from asag.train.processes import Processes
+from asag.train.reporting import peak_memory
+from asag.train.schedule import build_optimizer, build_schedule
+from asag.train.step import Piece, StepMaker, feature_precision, prepare_detector
+from asag.train.transforms import Batch, Sample, collate
 from asag.training.timing import shares
-from runtime.files import write_json
-from train.checkpointing import TrainingState
-from train.config import TrainConfig
-from train.devices import resolve_device
-from train.initialization import untrained_detector
-from train.processes import Processes
-from train.reporting import peak_memory
-from train.schedule import build_optimizer, build_schedule
-from train.step import Piece, StepMaker, feature_precision, prepare_detector
-from train.transforms import Batch, Sample, collate
 
 OBJECTS = 7
 """Objects of an image: COCO's mean."""

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from runtime.errors import one_line
-from runtime.metadata import ModelMetadata
-from runtime.preprocessing import load_image, prepare
+from asag.runtime.errors import one_line
+from asag.runtime.metadata import ModelMetadata
+from asag.runtime.preprocessing import load_image, prepare
 
 
 def largest_magnitudes(

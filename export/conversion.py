@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from export.exported_file import read_exported
-from export.precision import convert_precision
-from runtime.files import write_bytes
-from runtime.onnx_file import write_metadata
+from asag.export.exported_file import read_exported
+from asag.export.precision import convert_precision
+from asag.runtime.files import write_bytes
+from asag.runtime.onnx_file import write_metadata
 
 
 def needs_conversion(model: Path, precision: str) -> bool:

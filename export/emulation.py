@@ -16,12 +16,12 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from export.exported_file import read_exported
-from export.op_bodies.domain import OPSET_VERSION
-from export.operator_set import STANDARD_DOMAINS
-from runtime.files import write_bytes
-from runtime.metadata import ModelMetadata
-from runtime.onnx_file import write_metadata
+from asag.export.exported_file import read_exported
+from asag.export.op_bodies.domain import OPSET_VERSION
+from asag.export.operator_set import STANDARD_DOMAINS
+from asag.runtime.files import write_bytes
+from asag.runtime.metadata import ModelMetadata
+from asag.runtime.onnx_file import write_metadata
 
 
 def emulate_bfloat16(proto: onnx.ModelProto, metadata: ModelMetadata) -> onnx.ModelProto:

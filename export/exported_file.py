@@ -6,9 +6,9 @@ from pathlib import Path
 
 import onnx
 
-from runtime.errors import one_line
-from runtime.metadata import ModelMetadata
-from runtime.onnx_file import read_onnx
+from asag.runtime.errors import one_line
+from asag.runtime.metadata import ModelMetadata
+from asag.runtime.onnx_file import read_onnx
 
 
 def read_exported(path: Path) -> tuple[onnx.ModelProto, ModelMetadata]:

@@ -14,15 +14,15 @@ import onnx
 import torch
 
 from asag.deploy import DeployedDetector
-from export.op_bodies import bodies_of
-from export.op_bodies.domain import DOMAIN_VERSION, OPSET_VERSION
-from export.operators import translation_table
-from export.precision import convert_precision
-from export.stage_names import name_stages, stage_translation
-from runtime.files import write_bytes
-from runtime.metadata import ModelMetadata
-from runtime.onnx_file import write_metadata
-from trt_plugins.operations import DOMAIN
+from asag.export.op_bodies import bodies_of
+from asag.export.op_bodies.domain import DOMAIN_VERSION, OPSET_VERSION
+from asag.export.operators import translation_table
+from asag.export.precision import convert_precision
+from asag.export.stage_names import name_stages, stage_translation
+from asag.runtime.files import write_bytes
+from asag.runtime.metadata import ModelMetadata
+from asag.runtime.onnx_file import write_metadata
+from asag.trt_plugins.operations import DOMAIN
 
 INPUT_NAMES = ("images", "sizes")
 OUTPUT_NAMES = ("boxes", "scores", "labels", "overflow")

@@ -23,10 +23,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from export.operator_set import raise_operator_set
-from runtime.metadata import ModelMetadata
-from runtime.stages.graph import HALF_ENDING, shown_values
-from trt_plugins.operations import DOMAIN, OPERATIONS
+from asag.export.operator_set import raise_operator_set
+from asag.runtime.metadata import ModelMetadata
+from asag.runtime.stages.graph import HALF_ENDING, shown_values
+from asag.trt_plugins.operations import DOMAIN, OPERATIONS
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 """What :func:`convert_precision` makes; int8 needs images to calibrate with, see `export.quantization`."""
@@ -36,8 +36,10 @@ BFLOAT16_OPERATOR_SET = 22
 runtimes read.
 """
 
-NORMS = ("InstanceNormalization", "GroupNormalization", "LayerNormalization")
-"""Stay float32 among the features, too: 16 bits lose the sums over a whole map that their statistics are."""
+STATISTICS = ("InstanceNormalization", "GroupNormalization", "LayerNormalization", "ReduceMean")
+"""Stay float32 among the features, too, with what is computed of them up to the next convolution: 16 bits lose the sums
+over a whole map that a norm divides by.
+"""
 
 LAYOUT_OPERATORS = ("Flatten", "Reshape", "Transpose")
 
@@ -76,13 +78,18 @@ def half_nodes(graph: onnx.GraphProto, metadata: ModelMetadata) -> set[int]:
     features = _ancestors(graph, producer, set(shown_values(named, producer).values()))
     # What prepares the images stays float32: the features begin with the first convolution.
     after: set[str] = set()
+    normed: set[str] = set()
     chosen = set()
     for index in sorted(features):
         node = graph.node[index]
-        if node.op_type == "Conv" or any(name in after for name in node.input):
+        if node.op_type == "Conv":
             after.update(node.output)
-            if node.op_type not in NORMS:
-                chosen.add(index)
+            chosen.add(index)
+        elif node.op_type in STATISTICS or any(name in normed for name in node.input):
+            normed.update(node.output)
+        elif any(name in after for name in node.input):
+            after.update(node.output)
+            chosen.add(index)
     dequantized = {
         source
         for index in chosen

@@ -16,18 +16,18 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from export.calibration import largest_magnitudes
-from export.exported_file import read_exported
-from export.quantized_graph import quantizable_layers, quantize_layers
-from runtime.coco_dataset import CocoFolder
-from runtime.coco_evaluation import check_measurable, evaluate_session
-from runtime.coco_file import Id
-from runtime.errors import one_line
-from runtime.files import write_bytes
-from runtime.metadata import ModelMetadata
-from runtime.onnx_file import write_metadata
-from runtime.opening import open_session
-from runtime.preprocessing import load_image, prepare
+from asag.export.calibration import largest_magnitudes
+from asag.export.exported_file import read_exported
+from asag.export.quantized_graph import quantizable_layers, quantize_layers
+from asag.runtime.coco_dataset import CocoFolder
+from asag.runtime.coco_evaluation import check_measurable, evaluate_session
+from asag.runtime.coco_file import Id
+from asag.runtime.errors import one_line
+from asag.runtime.files import write_bytes
+from asag.runtime.metadata import ModelMetadata
+from asag.runtime.onnx_file import write_metadata
+from asag.runtime.opening import open_session
+from asag.runtime.preprocessing import load_image, prepare
 
 ProgressCallback = Callable[[str, float], None]
 

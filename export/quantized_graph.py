@@ -14,8 +14,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from export.precision import LARGEST_FLOAT16, convert_precision, half_nodes
-from runtime.metadata import ModelMetadata
+from asag.export.precision import LARGEST_FLOAT16, convert_precision, half_nodes
+from asag.runtime.metadata import ModelMetadata
 
 LARGEST_INT8 = 127
 """Of -128..127 the symmetric part is used."""

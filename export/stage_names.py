@@ -15,9 +15,9 @@ from onnx.defs import OpSchema
 from onnxscript.values import Op
 
 import asag.detector  # noqa: F401 (registers `torch.ops.asag.stage`)
+from asag.export.op_bodies.domain import DOMAIN_VERSION, asag_opset
 from asag.family import Stage
-from export.op_bodies.domain import DOMAIN_VERSION, asag_opset
-from trt_plugins.operations import DOMAIN
+from asag.trt_plugins.operations import DOMAIN
 
 _OPERATOR = "Stage"
 

@@ -9,18 +9,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from runtime.errors import BackendUnavailableError
-    from runtime.metadata import ModelMetadata
-    from runtime.opening import open_session
-    from runtime.postprocessing import Detections
-    from runtime.session import Session
+    from asag.runtime.errors import BackendUnavailableError
+    from asag.runtime.metadata import ModelMetadata
+    from asag.runtime.opening import open_session
+    from asag.runtime.postprocessing import Detections
+    from asag.runtime.session import Session
 
 _HOMES = {
-    "BackendUnavailableError": "runtime.errors",
-    "Detections": "runtime.postprocessing",
-    "ModelMetadata": "runtime.metadata",
-    "Session": "runtime.session",
-    "open_session": "runtime.opening",
+    "BackendUnavailableError": "asag.runtime.errors",
+    "Detections": "asag.runtime.postprocessing",
+    "ModelMetadata": "asag.runtime.metadata",
+    "Session": "asag.runtime.session",
+    "open_session": "asag.runtime.opening",
 }
 
 __all__ = ["BackendUnavailableError", "Detections", "ModelMetadata", "Session", "open_session"]

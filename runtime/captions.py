@@ -27,22 +27,31 @@ _NO_LETTER = "\U0010ffff"
 """A character that no font has: how it is drawn is how any missing one is."""
 
 
+_PROBED_SIZE = 16
+"""Pixels at which fonts are asked for their letters, which do not depend on it."""
+
+
 def caption(text: str, size: int) -> tuple[str, Font]:
     """The text, or its letters spelled in ASCII, and a font of `size` pixels that has all of it."""
-    for name in (None, *SYSTEM_FONTS):
-        font = _font(name, size)
-        if font is not None and _has_all(name, text):
+    letters = {letter for letter in text if not letter.isspace()}
+    if all(_draws(plain_font(_PROBED_SIZE), letter) for letter in letters):
+        return text, plain_font(size)
+    for name in SYSTEM_FONTS:
+        probe, font = _system_font(name, _PROBED_SIZE), _system_font(name, size)
+        if probe is not None and font is not None and all(_draws(probe, letter) for letter in letters):
             return text, font
-    own = _font(None, size)
-    assert own is not None
-    return anyascii(text), own
+    return anyascii(text), plain_font(size)
 
 
 @cache
-def _font(name: str | None, size: int) -> Font | None:
-    """The font of that file name, or Pillow's own; None where the system has no such file."""
-    if name is None:
-        return ImageFont.load_default(size)
+def plain_font(size: int) -> Font:
+    """Pillow's own font at a size in pixels."""
+    return ImageFont.load_default(size)
+
+
+@cache
+def _system_font(name: str, size: int) -> Font | None:
+    """The font of that file name; None where the system has no such file."""
     try:
         return ImageFont.truetype(name, size)
     except OSError:
@@ -50,8 +59,6 @@ def _font(name: str | None, size: int) -> Font | None:
 
 
 @cache
-def _has_all(name: str | None, text: str) -> bool:
-    font = _font(name, 16)
-    assert font is not None
-    missing = bytes(font.getmask(_NO_LETTER))
-    return all(letter.isspace() or bytes(font.getmask(letter)) != missing for letter in text)
+def _draws(font: Font, letter: str) -> bool:
+    """Whether a font has a letter."""
+    return bytes(font.getmask(letter)) != bytes(font.getmask(_NO_LETTER))

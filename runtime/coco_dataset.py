@@ -14,23 +14,21 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from runtime.coco_file import CocoImage, Id, left_out_sentence, name_key, read_coco_file
-from runtime.metadata import ModelMetadata
-from runtime.preprocessing import load_image, picture_size
+from asag.runtime.coco_file import CocoAnnotations, CocoImage, Id, left_out_sentence, name_key, read_coco_file
+from asag.runtime.layouts.find import find_split
+from asag.runtime.metadata import ModelMetadata
+from asag.runtime.preprocessing import load_image, picture_size
 
 logger = logging.getLogger(__name__)
 
 MOST_CHECKED_SIZES = 2000
 """So many pictures' sizes are compared with the annotations' before anything runs; only headers are read."""
 
-_OTHER_NAMES = {"train2017": ("train",), "val2017": ("valid", "val")}
-"""What labelling tools call the splits that commands ask for by default."""
-
 _Value = TypeVar("_Value")
 
 
 class CocoFolder:
-    """Images and box annotations in COCO's format.
+    """Images and box annotations, of a file in COCO's format or of what a folder's layout gave (runtime/layouts).
 
     ``images`` are by id, in the file's order. ``category_ids`` and ``category_names`` are the classes by rising id; ids
     that are text get numbers, from 1. With `stored_pixels` pictures are read as they are stored, whatever their EXIF
@@ -41,16 +39,16 @@ class CocoFolder:
     def __init__(
         self,
         images_dir: str | os.PathLike[str],
-        annotations_json: str | os.PathLike[str],
+        annotations: str | os.PathLike[str] | CocoAnnotations,
         stored_pixels: bool = False,
     ) -> None:
-        self.images_dir, self.annotations_path = Path(images_dir), Path(annotations_json)
-        self.stored_pixels = stored_pixels
-        if not self.annotations_path.is_file():
-            raise FileNotFoundError(f"no annotations: looked for {self.annotations_path}")
+        self.images_dir, self.stored_pixels = Path(images_dir), stored_pixels
+        if not isinstance(annotations, CocoAnnotations) and not Path(annotations).is_file():
+            raise FileNotFoundError(f"no annotations: looked for {Path(annotations)}")
         if not self.images_dir.is_dir():
             raise FileNotFoundError(f"no images: looked for the folder {self.images_dir}")
-        self.annotations = read_coco_file(self.annotations_path)
+        read = annotations if isinstance(annotations, CocoAnnotations) else read_coco_file(annotations)
+        self.annotations, self.annotations_path = read, read.path
         self.images: dict[Id, CocoImage] = {image.id: image for image in self.annotations.images}
         self._places = {image_id: place for place, image_id in enumerate(self.images)}
         ids = [category.id for category in self.annotations.categories]
@@ -93,10 +91,9 @@ class CocoFolder:
         return self
 
     def check_images(self, image_ids: Sequence[Id]) -> None:
-        """Know before the first image runs that the last is there, in the stated size.
+        """Know before the first image runs that the last is there, in the stated size (:meth:`check_sizes`).
 
-        Sizes are compared of all or, of many, of evenly spread ones; only headers are read. Raises FileNotFoundError or
-        ValueError.
+        Raises FileNotFoundError or ValueError.
         """
         missing = missing_files(self.images_dir, [self.images[image_id].file_name for image_id in image_ids])
         if missing:
@@ -104,6 +101,13 @@ class CocoFolder:
                 f"{len(missing)} of {len(image_ids)} images of {self.annotations_path} are missing in"
                 f" {self.images_dir}, the first is {missing[0]}: complete them, or take them out of the file"
             )
+        self.check_sizes(image_ids)
+
+    def check_sizes(self, image_ids: Sequence[Id]) -> None:
+        """ValueError unless pictures have the sizes that the annotations state.
+
+        Those of all are compared or, of many, of evenly spread ones; only headers are read.
+        """
         for image_id in spread(image_ids, MOST_CHECKED_SIZES):
             self._check_size(image_id, picture_size(self.path(image_id), self.stored_pixels))
 
@@ -162,30 +166,9 @@ class CocoFolder:
 
 
 def open_coco(path: str | os.PathLike[str], split: str = "val2017", stored_pixels: bool = False) -> CocoFolder:
-    """Open a split of a data set folder; see :func:`find_split`."""
-    images, annotations = find_split(path, split)
-    return CocoFolder(images, annotations, stored_pixels).report()
-
-
-def find_split(path: str | os.PathLike[str], split: str) -> tuple[Path, Path]:
-    """Folder of images and annotation file of a split.
-
-    COCO's layout is ``annotations/instances_<split>.json`` beside ``<split>/``; labelling tools write
-    ``<split>/_annotations.coco.json`` beside the images. Their ``train`` and ``valid`` or ``val`` are found for
-    ``train2017`` and ``val2017``. Raises FileNotFoundError naming what was looked for.
-    """
-    root = Path(path)
-    if not root.is_dir():
-        raise FileNotFoundError(f"dataset not found: {root} is not a folder")
-    looked_for = []
-    for name in (split, *_OTHER_NAMES.get(split, ())):
-        for file in (root / "annotations" / f"instances_{name}.json", root / name / "_annotations.coco.json"):
-            if file.is_file() and (root / name).is_dir():
-                return root / name, file
-            looked_for.append(file.relative_to(root))
-    raise FileNotFoundError(
-        f"no split {split} in {root}: looked for {', '.join(map(str, looked_for))}, each beside its folder of images"
-    )
+    """Open a split of a data set in any known layout; see :func:`runtime.layouts.find.find_split`."""
+    found = find_split(path, split)
+    return CocoFolder(found.images, found.read(stored_pixels), stored_pixels).report()
 
 
 def check_size(

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.coco_dataset import CocoFolder
-from runtime.coco_file import Id, rank_of
-from runtime.parity.bootstrap import CategoryMatches, collect_matches
-from runtime.postprocessing import Detections
-from runtime.records import to_json
-from runtime.session import Session
+from asag.runtime.coco_dataset import CocoFolder
+from asag.runtime.coco_file import Id, rank_of
+from asag.runtime.parity.bootstrap import CategoryMatches, collect_matches
+from asag.runtime.postprocessing import Detections
+from asag.runtime.records import to_json
+from asag.runtime.session import Session
 
 MAX_DETECTIONS = 100
 """Of one image and class that count, as in COCO's own evaluation."""

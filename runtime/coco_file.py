@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.errors import one_line
+from asag.runtime.errors import one_line
 
 Id = int | str
 """An id as a file states it. 7 and "7" are the same id."""
@@ -105,6 +106,8 @@ class CocoAnnotations:
     areas: NDArray[np.float64]
     crowd: NDArray[np.bool_]
     left_out: LeftOut
+    doubtful: frozenset[int] = frozenset()
+    """Places of the images of bad boxes: something is there, and nobody knows where."""
 
     def of_image(self, place: int) -> slice:
         """The objects of the image at that place in ``images``."""
@@ -112,7 +115,7 @@ class CocoAnnotations:
         return slice(int(first), int(last))
 
 
-def read_coco_file(path: str | Path) -> CocoAnnotations:
+def read_coco_file(path: str | os.PathLike[str]) -> CocoAnnotations:
     """Read an annotation file in COCO's format (UTF-8, with or without a byte order mark).
 
     Left out and counted: boxes that are empty, outside their image or not four finite numbers; entries that repeat an
@@ -121,10 +124,18 @@ def read_coco_file(path: str | Path) -> CocoAnnotations:
     entry that cannot be understood.
     """
     path = Path(path)
-    content = _parse(path)
+    return coco_annotations(_parse(path), path)
+
+
+def coco_annotations(content: Any, path: Path) -> CocoAnnotations:
+    """What the content of an annotation file says, by the rules of :func:`read_coco_file`.
+
+    `content` is what JSON holds; `path` is what error messages call it. Raises ValueError.
+    """
+    _check_sections(content, path)
     images, image_places, repeated, merged = _images(content["images"], path)
     categories = _categories(content["categories"], path)
-    return _Objects(path, images, categories, merged).read(content, image_places, repeated, len(merged))
+    return _Objects(path, images, categories, merged).read(content, image_places, repeated)
 
 
 def key_of(identifier: Id) -> str:
@@ -137,13 +148,17 @@ def name_key(name: str) -> str:
     return unicodedata.normalize("NFC", name).strip()
 
 
-def _parse(path: Path) -> dict[str, Any]:
+def _parse(path: Path) -> Any:
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise FileNotFoundError(f"annotation file not found: {path}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read {path} as JSON: {one_line(error)}") from None
+
+
+def _check_sections(content: Any, path: Path) -> None:
+    """ValueError unless the lists are there, and every entry has what nothing can stand for."""
     for section in _REQUIRED:
         if not isinstance(content, dict) or not isinstance(content.get(section), list):
             raise ValueError(f"{path} is not a COCO annotation file: it has no list {section!r}")
@@ -152,7 +167,6 @@ def _parse(path: Path) -> dict[str, Any]:
             wrong = [name for name, kinds in fields.items() if not _has(entry, name, kinds)]
             if wrong:
                 raise ValueError(f"{path}: {section}[{index}] has no proper {wrong[0]}")
-    return content
 
 
 def _has(entry: Any, name: str, kinds: tuple[type, ...]) -> bool:
@@ -238,10 +252,11 @@ class _Objects:
         self.path, self.images, self.categories, self.merged = path, images, categories, merged
         self.rows: list[tuple[int, int, tuple[float, ...], float, bool]] = []
         self.counts: Counter[str] = Counter()
+        self.doubtful: set[int] = set()
         self.seen: set[tuple[Any, ...]] = set()
 
     def read(
-        self, content: Mapping[str, Any], image_places: Mapping[str, int], repeated_images: int, merged_images: int
+        self, content: Mapping[str, Any], image_places: Mapping[str, int], repeated_images: int
     ) -> CocoAnnotations:
         labels = {key_of(category.id): label for label, category in enumerate(self.categories)}
         for index, entry in enumerate(content["annotations"]):
@@ -273,11 +288,12 @@ class _Objects:
             left_out=LeftOut(
                 bad_boxes=self.counts["bad_boxes"],
                 repeated_images=repeated_images,
-                merged_images=merged_images,
+                merged_images=len(self.merged),
                 repeated_annotations=self.counts["repeated_annotations"],
                 annotations_without_image=self.counts["annotations_without_image"],
                 root_categories=tuple(category.name for category in self.categories if category not in kept),
             ),
+            doubtful=frozenset(self.doubtful),
         )
 
     def _check_units(self) -> None:
@@ -311,6 +327,7 @@ class _Objects:
         box = _box(entry.get("bbox"), image)
         if box is None:
             self.counts["bad_boxes"] += 1
+            self.doubtful.add(place)
             return
         # The same id alone proves nothing: tools start anew with every image. Of a picture under two ids, each may list
         # every object.

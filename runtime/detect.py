@@ -14,16 +14,24 @@ from typing import Any, TextIO
 
 from PIL import Image
 
-from runtime.coco_dataset import CocoFolder
-from runtime.coco_evaluation import coco_records
-from runtime.coco_file import Id
-from runtime.drawing import draw_detections
-from runtime.errors import one_line
-from runtime.files import atomic_path
-from runtime.image_source import SourceImage, images_in, is_video, read_images, video_length
-from runtime.postprocessing import Detections
-from runtime.session import Session
-from runtime.stages.draw import draw_stages
+from asag.runtime.coco_dataset import CocoFolder
+from asag.runtime.coco_evaluation import coco_records
+from asag.runtime.coco_file import Id
+from asag.runtime.drawing import draw_detections
+from asag.runtime.errors import one_line
+from asag.runtime.files import atomic_path
+from asag.runtime.image_source import (
+    IMAGES_FILE,
+    RESULTS_FILE,
+    SourceImage,
+    images_in,
+    is_video,
+    read_images,
+    video_length,
+)
+from asag.runtime.postprocessing import Detections
+from asag.runtime.session import Session
+from asag.runtime.stages.draw import draw_stages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +45,11 @@ class DetectionSummary:
     errors: tuple[tuple[Path, str], ...]
 
 
-def expand_paths(paths: Iterable[str | os.PathLike[str]], leave_out: Path | None = None) -> list[Path]:
-    """Files as they are, folders as the images in them and below by name, but for those in the folder `leave_out`;
-    ValueError for a folder without any."""
+def expand_paths(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """Files as they are, folders as the images in them and below by name; ValueError for a folder without any."""
     expanded: list[Path] = []
     for path in map(Path, paths):
-        expanded.extend(images_in(path, leave_out) if path.is_dir() else [path])
+        expanded.extend(images_in(path) if path.is_dir() else [path])
     return expanded
 
 
@@ -72,7 +79,7 @@ def detect_files(
     if stages:
         session.check_stages()
     output = Path(output_dir)
-    files = expand_paths(paths, leave_out=output)
+    files = expand_paths(paths)
     if not files:
         raise ValueError("no images were named")
     ids = None if annotations is None else _ids_by_name(annotations.for_model(session.metadata))
@@ -205,8 +212,8 @@ class _Writer:
         session = self._session
         model = {"name": session.name, "backend": session.backend, "precision": session.precision}
         errors = [{"file_name": str(path), "reason": reason} for path, reason in self._errors]
-        json_path = self._output / "detections.json"
-        with atomic_path(self._output / "images.json") as temporary, temporary.open("w", encoding="utf-8") as file:
+        json_path = self._output / RESULTS_FILE
+        with atomic_path(self._output / IMAGES_FILE) as temporary, temporary.open("w", encoding="utf-8") as file:
             file.write(f'{{\n"model": {_json(model)},\n"score_threshold": {_json(self._score_threshold)},\n')
             file.write(f'"interrupted": {_json(interrupted)},\n"images": [')
             self._images.copy_to(file)

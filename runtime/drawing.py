@@ -1,18 +1,18 @@
-"""Drawing detections on images."""
+"""Drawing detections and annotated objects on images."""
 
 from __future__ import annotations
 
 import colorsys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
 
-from runtime.captions import Font, caption
-from runtime.metadata import ModelMetadata
-from runtime.postprocessing import Detections
+from asag.runtime.captions import Font, caption
+from asag.runtime.metadata import ModelMetadata
+from asag.runtime.postprocessing import Detections
 
 Colour = tuple[int, int, int]
 Rectangle = tuple[float, float, float, float]
@@ -37,28 +37,45 @@ def draw_detections(
     The image may be smaller or larger than the original that the detections refer to; boxes are scaled to it and
     clipped to its edges. The most confident detections are drawn on top, and choose first where their captions stand.
     """
+    shown = detections.above(score_threshold)
+    places = {number: place for place, number in enumerate(metadata.category_ids)}
+    marks = [
+        Mark(box, f"{metadata.category_name(int(label))} {score:.2f}", class_colour(places.get(int(label), int(label))))
+        for box, score, label in zip(shown.boxes, shown.scores, shown.labels, strict=True)
+    ]
+    return draw_marks(image, marks, detections.image_size)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A box ``xyxy`` [4] in pixels of the original image, with what is written at it."""
+
+    box: NDArray[np.floating]
+    text: str
+    colour: Colour
+
+
+def draw_marks(image: Image.Image, marks: Sequence[Mark], image_size: tuple[int, int]) -> Image.Image:
+    """A copy of the image with the marks, the first on top; ``image_size`` is the original (height, width)."""
     canvas = image.convert("RGB")
     draw = ImageDraw.Draw(canvas)
-    height, width = detections.image_size
+    height, width = image_size
     scale = np.array([canvas.width / width, canvas.height / height] * 2)
     last = np.array([canvas.width - 1, canvas.height - 1] * 2)
     line_width = max(2, round(min(canvas.size) / 200))
-    shown = detections.above(score_threshold)
-    marks: list[tuple[Rectangle, Colour, _Label]] = []
-    for box, score, label in zip(shown.boxes, shown.scores, shown.labels, strict=True):
-        left, top, right, bottom = (float(value) for value in np.clip(box * scale, 0, last))
+    placed: list[tuple[Rectangle, Colour, _Label]] = []
+    for mark in marks:
+        left, top, right, bottom = (float(value) for value in np.clip(mark.box * scale, 0, last))
         if right < left or bottom < top:
             continue
-        known = int(label) in metadata.category_ids
-        colour = class_colour(metadata.category_ids.index(int(label)) if known else int(label))
-        text, font = caption(f"{metadata.category_name(int(label))} {score:.2f}", max(11, round(min(canvas.size) / 30)))
+        text, font = caption(mark.text, max(11, round(min(canvas.size) / 30)))
         corners = (left, top, right, bottom)
-        placed = _Label.place(draw, text, font, corners, canvas.size, [label.area for _, _, label in marks])
-        marks.append((corners, colour, placed))
-    for corners, colour, _ in reversed(marks):
+        label = _Label.place(draw, text, font, corners, canvas.size, [label.area for _, _, label in placed])
+        placed.append((corners, mark.colour, label))
+    for corners, colour, _ in reversed(placed):
         draw.rectangle(corners, outline=colour, width=line_width)
-    for _, colour, placed in reversed(marks):
-        placed.draw(draw, colour)
+    for _, colour, label in reversed(placed):
+        label.draw(draw, colour)
     return canvas
 
 
@@ -106,9 +123,3 @@ class _Label:
 
 def _overlap(first: Rectangle, second: Rectangle) -> bool:
     return first[0] < second[2] and second[0] < first[2] and first[1] < second[3] and second[1] < first[3]
-
-
-@lru_cache
-def caption_font(size: int) -> Font:
-    """Pillow's own font at a size in pixels."""
-    return ImageFont.load_default(size)

@@ -14,10 +14,13 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
-from runtime.errors import BackendUnavailableError, one_line
-from runtime.preprocessing import ImageLike, as_image
+from asag.runtime.errors import BackendUnavailableError, one_line
+from asag.runtime.preprocessing import ImageLike, as_image
 
 logger = logging.getLogger(__name__)
+
+RESULTS_FILE, IMAGES_FILE = "detections.json", "images.json"
+"""What detecting on files writes beside its pictures."""
 
 _NAMED_ONLY = frozenset({".bufr", ".grib", ".h5", ".hdf", ".wmf", ".emf"})
 """Pillow knows these formats by name and cannot read their pixels."""
@@ -70,20 +73,18 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in image_suffixes()
 
 
-def images_in(folder: Path, leave_out: Path | None = None) -> list[Path]:
-    """The image files of a folder and the folders below it, by name; not those in `leave_out`, a folder below.
+def images_in(folder: Path) -> list[Path]:
+    """The image files of a folder and the folders below it, by name; not those of folders that an earlier run wrote.
 
     Other files are skipped, which a warning tells; hidden ones silently. Raises ValueError where there are no images.
     """
-    root, below = folder.resolve(), None if leave_out is None else leave_out.resolve()
-    if below is not None and root not in below.parents:
-        below = None
+    written = {path.parent for path in folder.rglob(RESULTS_FILE) if (path.parent / IMAGES_FILE).is_file()} - {folder}
     files = [
         file
         for file in sorted(folder.rglob("*"))
         if file.is_file()
         and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-        and (below is None or below not in file.resolve().parents)
+        and written.isdisjoint(file.parents)
     ]
     found = [file for file in files if is_image(file)]
     skipped = [file for file in files if not is_image(file)]

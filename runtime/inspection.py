@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.errors import BackendUnavailableError, one_line
-from runtime.metadata import ModelMetadata
+from asag.runtime.errors import BackendUnavailableError, one_line
+from asag.runtime.metadata import ModelMetadata
 
 if TYPE_CHECKING:
-    from runtime.engines.layers import EngineLayers
+    from asag.runtime.engines.layers import EngineLayers
 
 LARGEST = 8
 """Largest tensors that are listed."""
@@ -188,9 +188,9 @@ def _tensor_bytes(tensor: Any) -> int:
 
 
 def _inspect_engine(path: Path) -> Inspection:
-    from runtime.backends.engine_session import EngineSession
-    from runtime.engines.layers import summarize
-    from runtime.engines.manifest import read_engine
+    from asag.runtime.backends.engine_session import EngineSession
+    from asag.runtime.engines.layers import summarize
+    from asag.runtime.engines.manifest import read_engine
 
     content, manifest = read_engine(path)
     plugins = ", ".join(f"{count} {name}" for name, count in manifest.plugins.items())

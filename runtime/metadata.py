@@ -15,8 +15,8 @@ from typing import Annotated, Any
 import msgspec
 
 from asag.family import Stage
-from runtime.records import convert_fields
-from runtime.schema_1 import upgraded_metadata
+from asag.runtime.records import convert_fields
+from asag.runtime.schema_1 import upgraded_metadata
 
 PROPERTY_PREFIX = "asag."
 

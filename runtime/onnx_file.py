@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import BackendUnavailableError, one_line
-from runtime.metadata import PROPERTY_PREFIX, ModelMetadata
-from runtime.schema_1 import name_values
+from asag.runtime.errors import BackendUnavailableError, one_line
+from asag.runtime.metadata import PROPERTY_PREFIX, ModelMetadata
+from asag.runtime.schema_1 import name_values
 
 
 def read_onnx(path: str | Path) -> tuple[Any, ModelMetadata]:

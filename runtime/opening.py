@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from runtime.session import Session, check_device
+from asag.runtime.session import Session, check_device
 
 
 def open_session(
@@ -74,13 +74,13 @@ class _Options:
 
 
 def _open_onnxruntime(path: Path, options: _Options) -> Session:
-    from runtime.backends.onnxruntime_session import OnnxRuntimeSession
+    from asag.runtime.backends.onnxruntime_session import OnnxRuntimeSession
 
     return OnnxRuntimeSession(path, options.device_kind, options.device_index, options.threads, options.contexts or 1)
 
 
 def _open_pytorch(path: Path, options: _Options) -> Session:
-    from runtime.backends.pytorch_session import open_pytorch
+    from asag.runtime.backends.pytorch_session import open_pytorch
 
     return open_pytorch(
         path, options.device_kind, options.device_index, options.threads, options.input_size, options.choices
@@ -88,7 +88,7 @@ def _open_pytorch(path: Path, options: _Options) -> Session:
 
 
 def _open_engine(path: Path, options: _Options) -> Session:
-    from runtime.backends.engine_session import EngineSession
+    from asag.runtime.backends.engine_session import EngineSession
 
     return EngineSession(path, options.device_index, options.contexts or 2)
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.metadata import ModelMetadata
+from asag.runtime.errors import BackendUnavailableError
+from asag.runtime.metadata import ModelMetadata
 
 OUTPUT_NAMES = ("boxes", "scores", "labels", "overflow")
 
@@ -38,6 +40,21 @@ class Detections:
     def above(self, score_threshold: float) -> Detections:
         """The detections whose score is at least ``score_threshold``."""
         return self.select(self.scores >= score_threshold)
+
+    def to_supervision(self, metadata: ModelMetadata | None = None) -> Any:
+        """The same as a ``supervision.Detections``, for its annotators, trackers and metrics.
+
+        ``xyxy`` stays in pixels of the original image, ``class_id`` are the category ids; with the model's `metadata`
+        ``data["class_name"]`` holds their names. Raises BackendUnavailableError where supervision is not installed.
+        """
+        try:
+            import supervision
+        except ImportError:
+            raise BackendUnavailableError("supervision is not installed: pip install 'asag[supervision]'") from None
+        data = {}
+        if metadata is not None:
+            data["class_name"] = np.array([metadata.category_name(int(label)) for label in self.labels], np.str_)
+        return supervision.Detections(xyxy=self.boxes, confidence=self.scores, class_id=self.labels, data=data)
 
 
 def box_iou(boxes: NDArray, others: NDArray) -> NDArray:

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 
-from runtime.errors import one_line
-from runtime.metadata import ModelMetadata
+from asag.runtime.errors import one_line
+from asag.runtime.metadata import ModelMetadata
 
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 

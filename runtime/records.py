@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec import inspect
 
-from runtime.errors import one_line
+from asag.runtime.errors import one_line
 
 Record = TypeVar("Record")
 

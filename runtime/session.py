@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.image_source import Images, SourceImage, is_short, read_ahead, read_images
-from runtime.metadata import ModelMetadata
-from runtime.postprocessing import Detections, postprocess
-from runtime.preprocessing import ImageLike, as_image, prepare
+from asag.runtime.image_source import Images, SourceImage, is_short, read_ahead, read_images
+from asag.runtime.metadata import ModelMetadata
+from asag.runtime.postprocessing import Detections, postprocess
+from asag.runtime.preprocessing import ImageLike, as_image, prepare
 
 if TYPE_CHECKING:
-    from runtime.backends.device_memory import DeviceArray
-    from runtime.stages.draw import SeenStages
+    from asag.runtime.backends.device_memory import DeviceArray
+    from asag.runtime.stages.draw import SeenStages
 
 INPUT_NAMES = ("images", "sizes")
 
@@ -109,7 +109,7 @@ class Session(abc.ABC):
 
     def stages(self, image: ImageLike) -> SeenStages:
         """What the method did on one image, from the same run as its detections; as :meth:`stage_values` raises."""
-        from runtime.stages.draw import SeenStages
+        from asag.runtime.stages.draw import SeenStages
 
         self.check_stages()
         picture = as_image(image)

@@ -127,12 +127,12 @@ compare() { # NAME FILE...: the checkpoint against those of the files in work/ t
         [ -e "$work/$file" ] && set -- "$@" "$work/$file"
     done
     step "$name" 400 "gpu $runs onnxruntime pycocotools jinja2 work/data/val2017 work/$first" \
-        "$python" -m asag_cli.main parity "$checkpoint" "$@" --data "$work/data" --device cuda \
+        "$python" -m asag.cli.main parity "$checkpoint" "$@" --data "$work/data" --device cuda \
         --json "$output/$name.json" --report "$output/$name.html"
 }
 
 describe='import json
-from runtime.machine import describe_machine
+from asag.runtime.machine import describe_machine
 print(json.dumps(describe_machine().to_json(), indent=1))'
 if ! timeout 120 "$python" -c "$describe" >"$work/machine.json" 2>"$output/logs/machine.log"; then
     rm "$work/machine.json"
@@ -163,39 +163,39 @@ step pytorch-half 300 "gpu $runs cuda.bindings" "$python" -m benchmarks.latency 
 step tests-runtime 300 "$tests" "$python" -m pytest -m gpu -q --junitxml "$output/tests-runtime.xml" tests/runtime
 step sanitizer 500 "$tests command:compute-sanitizer" "$python" -m pytest -m gpu -q -k sanitizer \
     tests/trt_plugins/test_gpu.py
-step data 120 "gpu $runs" "$python" -m asag_cli.main data synthetic "$work/data" --train-images 1 --val-images 100
-step export 120 "gpu $writes" "$python" -m asag_cli.main export "$checkpoint" -o "$work/model.onnx"
-step bench 240 "gpu $runs onnxruntime work/model.onnx work/data/val2017" "$python" -m asag_cli.main bench \
+step data 120 "gpu $runs" "$python" -m asag.cli.main data synthetic "$work/data" --train-images 1 --val-images 100
+step export 120 "gpu $writes" "$python" -m asag.cli.main export "$checkpoint" -o "$work/model.onnx"
+step bench 240 "gpu $runs onnxruntime work/model.onnx work/data/val2017" "$python" -m asag.cli.main bench \
     "$checkpoint" "$work/model.onnx" --images "$work/data/val2017" --device cuda --limit --json "$output/bench.json"
-step rtx-build 300 "gpu $writes tensorrt_rtx_bindings work/model.onnx" "$python" -m asag_cli.main build \
+step rtx-build 300 "gpu $writes tensorrt_rtx_bindings work/model.onnx" "$python" -m asag.cli.main build \
     "$work/model.onnx" -o "$work/model.engine"
 compare parity model.onnx model.engine
 step libnvinfer 60 "gpu" find / -xdev -name 'libnvinfer*' -not -path '/proc/*'
-step trt-build 500 "gpu $writes $kernels tensorrt work/model.onnx" "$python" -m asag_cli.main build "$work/model.onnx" \
+step trt-build 500 "gpu $writes $kernels tensorrt work/model.onnx" "$python" -m asag.cli.main build "$work/model.onnx" \
     -o "$work/tensorrt.engine" --backend tensorrt --batch 1:4 --timing-cache "$work/timings" \
     --log "$output/logs/trt-build-messages.log"
-step trt-inspect 60 "gpu tensorrt work/tensorrt.engine" "$python" -m asag_cli.main inspect "$work/tensorrt.engine" \
+step trt-inspect 60 "gpu tensorrt work/tensorrt.engine" "$python" -m asag.cli.main inspect "$work/tensorrt.engine" \
     --json "$output/trt-layers.json"
 step trt-build-int8 500 "gpu $writes $kernels tensorrt onnxruntime work/model.onnx work/data/val2017" \
-    "$python" -m asag_cli.main build "$work/model.onnx" -o "$work/tensorrt-int8.engine" --backend tensorrt --batch 1 \
+    "$python" -m asag.cli.main build "$work/model.onnx" -o "$work/tensorrt-int8.engine" --backend tensorrt --batch 1 \
     --precision int8 --calibration "$work/data/val2017" --timing-cache "$work/timings"
 compare trt-parity tensorrt.engine tensorrt-int8.engine
 step profile 300 "gpu $runs scipy yaml" "$python" -m benchmarks.training --batch-size 16 --steps 10 \
     --json "$output/profile.json"
 
 if [ -n "$coco" ]; then
-    step overfit 560 "gpu $runs scipy yaml pycocotools" "$python" -m asag_cli.main train \
+    step overfit 560 "gpu $runs scipy yaml pycocotools" "$python" -m asag.cli.main train \
         --preset asag-a-r50-1x-100 --data "$coco" --val-annotations "$split" --val-images "$coco/train2017" \
         --steps 1500 --batch-size 16 --learning-rate 4e-4 --backbone-learning-rate 4e-4 --set learn_norms=true \
         --set flip_probability=0 --set schedule=cosine --set warmup_steps=100 --set gradient_clip=1.0 \
         --set evaluation_interval=500 --set picture_interval=0 --set time_limit=420 --workers 8 --quiet -o "$work/r50"
     cp "$work"/r50/*.csv "$output" 2>/dev/null
     for precision in fp32 fp16; do
-        step "overfit-$precision" 200 "gpu $writes work/r50/weights.safetensors" "$python" -m asag_cli.main export \
+        step "overfit-$precision" 200 "gpu $writes work/r50/weights.safetensors" "$python" -m asag.cli.main export \
             "$work/r50/weights.safetensors" -o "$work/$precision.onnx" --precision "$precision"
     done
     step overfit-parity 400 "gpu $runs onnxruntime pycocotools work/fp32.onnx work/fp16.onnx" "$python" \
-        -m asag_cli.main parity "$work/r50/weights.safetensors" "$work/fp32.onnx" "$work/fp16.onnx" --data "$coco" \
+        -m asag.cli.main parity "$work/r50/weights.safetensors" "$work/fp32.onnx" "$work/fp16.onnx" --data "$coco" \
         --split train2017 --device cuda --json "$output/overfit-parity.json"
 fi
 

@@ -12,10 +12,10 @@ import torch
 
 from asag.deploy import DeployedDetector
 from asag.detector import Detector
-from export.model import build_onnx
-from export.precision import convert_precision
-from runtime.metadata import ModelMetadata
-from runtime.onnx_file import write_metadata
+from asag.export.model import build_onnx
+from asag.export.precision import convert_precision
+from asag.runtime.metadata import ModelMetadata
+from asag.runtime.onnx_file import write_metadata
 from tests.builders import random_detector, small_config, small_info, write_checkpoint
 
 
@@ -49,7 +49,7 @@ class SmallExport:
             assert model.describe() == self.deployed.describe(), "another model is exported"
             return self.model()
 
-        patch.setattr("export.model.build_onnx", build)
+        patch.setattr("asag.export.model.build_onnx", build)
 
     def write(self, path: Path, precision: str = "fp32") -> Path:
         """The file that `export_onnx` would write."""

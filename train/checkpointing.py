@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
 from asag.detector import Detector
-from runtime.files import atomic_path
+from asag.runtime.files import atomic_path
 
 logger = logging.getLogger(__name__)
 
@@ -198,7 +198,13 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def _check_configuration(path: Path, recorded: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    differing = sorted(name for name in {*recorded, *current} if recorded.get(name) != current.get(name))
+    # An option that a version lacks is one that is off.
+    off: tuple[Any, ...] = (None, False, [])
+    differing = sorted(
+        name
+        for name in {*recorded, *current}
+        if recorded.get(name) != current.get(name) and not (recorded.get(name) in off and current.get(name) in off)
+    )
     if differing:
         changes = ", ".join(f"{name} {recorded.get(name)} -> {current.get(name)}" for name in differing)
         raise ValueError(

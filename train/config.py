@@ -13,7 +13,7 @@ from msgspec import Meta
 
 from asag import families
 from asag.families import find_preset
-from runtime.records import convert, convert_fields, to_json
+from asag.runtime.records import convert, convert_fields, to_json
 
 Positive = Annotated[float, Meta(gt=0)]
 PositiveCount = Annotated[int, Meta(ge=1)]
@@ -27,7 +27,7 @@ SCHEDULES = ("step", "cosine")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
 # Fields that say where and how long a run works, not what it computes: they may differ when a run is resumed.
-LATER_FIELDS = {"stored_pixels"}
+LATER_FIELDS = {"stored_pixels", "background_images", "freeze"}
 """States of runs from before these fields say nothing of them; where they are off, they change nothing."""
 
 OPERATIONAL_FIELDS = frozenset(
@@ -51,6 +51,7 @@ OPERATIONAL_FIELDS = frozenset(
         "evaluation_images",
         "stop_after",
         "time_limit",
+        "patience",
     }
 )
 
@@ -67,7 +68,7 @@ class TrainConfig:
     preset: str
     """Name of the detector preset."""
     data: Path | None
-    """Folder of a dataset in COCO's layout; None where `train_annotations` names a file."""
+    """A dataset in any layout of :mod:`runtime.layouts`; None where `train_annotations` names a file."""
     output: Path
     """Folder of the run: weights, state, losses and configuration."""
     train_split: str = "train2017"
@@ -82,6 +83,8 @@ class TrainConfig:
     """Folder of their images; None takes the folder of the annotations."""
     skip_missing_images: bool = False
     """Leave out images whose file is not there; else one of them stops the run before it begins."""
+    background_images: bool = False
+    """Train on images without any annotation too: nothing that is detected there is right."""
     stored_pixels: bool = False
     """Read pictures as they are stored, whatever their EXIF orientation says, as some annotations were made."""
 
@@ -138,6 +141,9 @@ class TrainConfig:
     """Train the whole backbone and let its norms learn their statistics, as a start from random weights needs; None
     as the preset has it."""
 
+    freeze: tuple[str, ...] = ()
+    """Parts of the detector that stay as they are, such as `backbone` or `backbone.layer2`."""
+
     resume: bool = False
     """Continue the run in `output` from its last checkpoint."""
     workers: Count = 2
@@ -153,6 +159,8 @@ class TrainConfig:
     most. The last step always gets one."""
     evaluation_images: PositiveCount | None = None
     """Evaluate on the first images only; None takes all."""
+    patience: PositiveCount | None = None
+    """End the run after so many evaluations in a row without a better score; None never does."""
     keep_checkpoints: PositiveCount = 2
     """How many of the last states are kept to resume from."""
     picture_interval: Count = 1000
@@ -244,6 +252,8 @@ def _check(config: TrainConfig) -> None:
     for name, choices in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
         if getattr(config, name) not in choices:
             raise ValueError(f"{name} is {getattr(config, name)!r}; choose one of {', '.join(choices)}")
+    if config.patience is not None and config.evaluation_interval == 0:
+        raise ValueError("patience counts evaluations, and evaluation_interval 0 makes none")
     if list(config.milestones) != sorted(config.milestones):
         raise ValueError(f"milestones must rise, they are {config.milestones}")
     _check_data(config)

@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import one_line
-from runtime.records import read_json
-from train.config import option_names
+from asag.runtime.errors import one_line
+from asag.runtime.records import read_json
+from asag.train.config import option_names
 
 _RECORD_KEY = "training"
 # What the record of a run says of that one process, not of the run.

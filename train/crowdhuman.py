@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import one_line
-from runtime.files import write_json
-from runtime.preprocessing import picture_size
+from asag.runtime.errors import one_line
+from asag.runtime.files import write_json
+from asag.runtime.preprocessing import picture_size
 
 PERSON = 1
 SPLITS = {"train": "train2017", "val": "val2017", "test": "test2017"}

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.coco_dataset import CocoFolder, clipped_boxes
-from runtime.coco_file import Id
-from runtime.postprocessing import Detections, box_iou
-from runtime.records import to_json
+from asag.runtime.coco_dataset import CocoFolder, clipped_boxes
+from asag.runtime.coco_file import Id
+from asag.runtime.postprocessing import Detections, box_iou
+from asag.runtime.records import to_json
 
 IOU_THRESHOLD = 0.5
 REFERENCE_RATES = np.logspace(-2, 0, 9)

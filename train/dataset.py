@@ -1,4 +1,4 @@
-"""Images and boxes of a dataset in COCO's layout, for training."""
+"""Images and boxes of a dataset, for training."""
 
 from __future__ import annotations
 
@@ -11,18 +11,11 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from asag.runtime.coco_dataset import CocoFolder, check_size, clipped_boxes, missing_files
+from asag.runtime.coco_file import CocoAnnotations, LeftOut, left_out_sentence
+from asag.runtime.layouts.find import find_split
+from asag.runtime.preprocessing import load_image
 from asag.training.protocol import Target
-from runtime.coco_dataset import (
-    MOST_CHECKED_SIZES,
-    CocoFolder,
-    check_size,
-    clipped_boxes,
-    find_split,
-    missing_files,
-    spread,
-)
-from runtime.coco_file import LeftOut, left_out_sentence
-from runtime.preprocessing import load_image, picture_size
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +33,8 @@ class DatasetCounts:
     small_images: int = 0
     crowd_annotations: int = 0
     missing_images: int = 0
+    background_images: int = 0
+    """Of the images, those without objects."""
     of_file: LeftOut = field(default_factory=LeftOut)
     """What no reader of the file counts."""
 
@@ -57,17 +52,23 @@ class DatasetCounts:
             **self.of_file.reasons,
             "images whose file is missing": self.missing_images,
         }
-        return f"{self.images} images with {self.objects} objects{left_out_sentence(left_out)}"
+        return f"{self.kept()}{left_out_sentence(left_out)}"
+
+    def kept(self) -> str:
+        """What is trained on, for a person."""
+        background = f" and {self.background_images} of them without" if self.background_images else ""
+        return f"{self.images} images with {self.objects} objects{background}"
 
 
 class DetectionDataset(Dataset[tuple[Image.Image, Target]]):
-    """The training images of a data set that have objects.
+    """The training images of a data set: those that have objects and, with `background_images`, those without any.
 
     ``dataset[i]`` is the RGB picture and its target: boxes ``xyxy`` in pixels of the picture, clipped to it, and class
     indices in the order of the rising category ids. ``category_ids`` and ``category_names`` follow from the file. Left
     out, beside what :mod:`runtime.coco_file` leaves out: crowd annotations, images without objects, and images with a
     side under 32 pixels; ``counts`` tells how many, and one log line reports it. With `skip_missing` so are images
-    whose file is missing. With `stored_pixels` pictures are read without regard to their EXIF orientation.
+    whose file is missing. With `stored_pixels` pictures are read without regard to their EXIF orientation. An image
+    whose only objects are to be ignored, or have bad boxes, is no background.
 
     Raises FileNotFoundError when the annotation file or an image is missing, and ValueError when the file is not one
     of COCO's kind or when nothing remains to train on.
@@ -76,9 +77,10 @@ class DetectionDataset(Dataset[tuple[Image.Image, Target]]):
     def __init__(
         self,
         images_dir: str | Path,
-        annotation_file: str | Path,
+        annotation_file: str | Path | CocoAnnotations,
         skip_missing: bool = False,
         stored_pixels: bool = False,
+        background_images: bool = False,
     ) -> None:
         folder = CocoFolder(images_dir, annotation_file, stored_pixels)
         self.images_dir, self.annotation_file = folder.images_dir, folder.annotations_path
@@ -87,9 +89,14 @@ class DetectionDataset(Dataset[tuple[Image.Image, Target]]):
         annotations = folder.annotations
         objects = [np.flatnonzero(~annotations.crowd[held]) + held.start for held in map(folder.objects, folder.images)]
         large = [min(image.height, image.width) >= SHORTEST_SIDE for image in annotations.images]
-        with_objects = [place for place, found in enumerate(objects) if large[place] and len(found)]
-        missing = self._missing([annotations.images[place].file_name for place in with_objects], skip_missing)
-        kept = [place for place in with_objects if annotations.images[place].file_name not in missing]
+        annotated = {*annotations.places.tolist(), *annotations.doubtful}
+        wanted = [
+            place
+            for place, found in enumerate(objects)
+            if large[place] and (len(found) or (background_images and place not in annotated))
+        ]
+        missing = self._missing([annotations.images[place].file_name for place in wanted], skip_missing)
+        kept = [place for place in wanted if annotations.images[place].file_name not in missing]
         # Only flat arrays are kept: worker processes share them, where many small objects would be copied by and by.
         self._files = [annotations.images[place].file_name for place in kept]
         self._sizes = [(annotations.images[place].height, annotations.images[place].width) for place in kept]
@@ -103,15 +110,16 @@ class DetectionDataset(Dataset[tuple[Image.Image, Target]]):
         self.counts = DatasetCounts(
             images=len(self._files),
             objects=len(self._labels),
-            images_without_objects=sum(large) - len(with_objects),
+            images_without_objects=sum(large) - len(wanted),
+            background_images=sum(not len(objects[place]) for place in kept),
             small_images=len(large) - sum(large),
             crowd_annotations=int(annotations.crowd.sum()),
             missing_images=len(missing),
             of_file=annotations.left_out,
         )
-        if not self._files:
+        if not len(self._labels):
             raise ValueError(f"{self.annotation_file} has nothing to train on: {self.counts.sentence()}")
-        self._check_sizes()
+        folder.check_sizes([annotations.images[place].id for place in kept])
         level = logging.WARNING if self.counts.wrong else logging.INFO
         logger.log(level, "%s: %s", self.annotation_file, self.counts.sentence())
 
@@ -145,11 +153,6 @@ class DetectionDataset(Dataset[tuple[Image.Image, Target]]):
             )
         return set(missing)
 
-    def _check_sizes(self) -> None:
-        """Compare the sizes that the file states with the pictures', of all or, of many, evenly spread ones."""
-        for index in spread(range(len(self)), MOST_CHECKED_SIZES):
-            self._check_size(index, picture_size(self.images_dir / self._files[index], self.stored_pixels))
-
     def _check_size(self, index: int, size: tuple[int, int]) -> None:
         """ValueError unless a picture's (width, height) is the annotated one."""
         height, width = self._sizes[index]
@@ -158,8 +161,12 @@ class DetectionDataset(Dataset[tuple[Image.Image, Target]]):
 
 
 def open_training_split(
-    data: str | Path, split: str = "train2017", skip_missing: bool = False, stored_pixels: bool = False
+    data: str | Path,
+    split: str = "train2017",
+    skip_missing: bool = False,
+    stored_pixels: bool = False,
+    background_images: bool = False,
 ) -> DetectionDataset:
-    """The split of a dataset folder; see :func:`runtime.coco_dataset.find_split`."""
-    images, annotations = find_split(data, split)
-    return DetectionDataset(images, annotations, skip_missing, stored_pixels)
+    """The split of a data set in any known layout; see :func:`runtime.layouts.find.find_split`."""
+    found = find_split(data, split)
+    return DetectionDataset(found.images, found.read(stored_pixels), skip_missing, stored_pixels, background_images)

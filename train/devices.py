@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from train.processes import Processes
+from asag.train.processes import Processes
 
 
 def resolve_device(name: str) -> torch.device:

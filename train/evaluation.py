@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from asag.families import find_preset
-from runtime.backends.pytorch_session import PyTorchSession
-from runtime.coco_dataset import CocoFolder
-from runtime.coco_evaluation import CocoResult, evaluate
-from runtime.coco_file import Id
-from runtime.metadata import ModelMetadata
-from runtime.postprocessing import Detections
-from train.crowdhuman_evaluation import CrowdHumanResult, evaluate_crowdhuman
-from train.processes import Processes
+from asag.runtime.backends.pytorch_session import PyTorchSession
+from asag.runtime.coco_dataset import CocoFolder
+from asag.runtime.coco_evaluation import CocoResult, evaluate
+from asag.runtime.coco_file import Id
+from asag.runtime.metadata import ModelMetadata
+from asag.runtime.postprocessing import Detections
+from asag.train.crowdhuman_evaluation import CrowdHumanResult, evaluate_crowdhuman
+from asag.train.processes import Processes
 
 if TYPE_CHECKING:
     from asag.checkpoint import CheckpointInfo

@@ -16,11 +16,11 @@ from asag.checkpoint import CheckpointInfo, load_detector
 from asag.detector import Detector, build_detector
 from asag.families import find_preset
 from asag.foreign_files import read_foreign
-from runtime.coco_file import name_key
-from train.config import TrainConfig
+from asag.runtime.coco_file import name_key
+from asag.train.config import TrainConfig
 
 if TYPE_CHECKING:
-    from train.dataset import DetectionDataset
+    from asag.train.dataset import DetectionDataset
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from asag.train.dataset import DetectionDataset
+from asag.train.transforms import Batch, Sample, TrainingTransform, collate
 from asag.training.randomness import AUGMENTATION, ORDER, Place, numpy_generator
-from train.dataset import DetectionDataset
-from train.transforms import Batch, Sample, TrainingTransform, collate
 
 
 class AugmentedDataset(Dataset[Sample]):

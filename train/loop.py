@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -16,27 +18,29 @@ from torch.amp import GradScaler
 
 from asag.checkpoint import CheckpointInfo, save_detector
 from asag.families import family_of
+from asag.runtime.coco_dataset import CocoFolder, open_coco
+from asag.runtime.coco_evaluation import CocoResult, check_measurable
+from asag.runtime.errors import one_line
+from asag.runtime.files import write_json
+from asag.train.averaging import average_of
+from asag.train.checkpointing import TrainingState, has_run, keep_state, kept_states, remove_leftovers, resume_state
+from asag.train.config import TrainConfig
+from asag.train.crowdhuman_evaluation import CrowdHumanResult
+from asag.train.dataset import DetectionDataset, open_training_split
+from asag.train.devices import check_gpus, resolve_device
+from asag.train.evaluation import Evaluation, detect, evaluate_detector
+from asag.train.initialization import starting_detector
+from asag.train.loading import StepSampler, make_loader, steps_per_epoch
+from asag.train.pictures import pictured_images, read_table, write_curves, write_grid
+from asag.train.processes import Processes, joined_processes
+from asag.train.record import git_revision, versions
+from asag.train.reporting import EVALUATIONS_FILE, LOSSES_FILE, TrainingReport
+from asag.train.schedule import build_optimizer, build_schedule, evaluation_interval, warmup_steps
+from asag.train.step import Piece, StepMaker, feature_precision, prepare_detector
+from asag.train.transforms import RandomCrop, TrainingTransform
 from asag.training.protocol import Training
-from runtime.coco_dataset import CocoFolder, open_coco
-from runtime.coco_evaluation import CocoResult, check_measurable
-from runtime.errors import one_line
-from runtime.files import write_json
-from train.averaging import average_of
-from train.checkpointing import TrainingState, has_run, keep_state, kept_states, remove_leftovers, resume_state
-from train.config import TrainConfig
-from train.crowdhuman_evaluation import CrowdHumanResult
-from train.dataset import DetectionDataset, open_training_split
-from train.devices import check_gpus, resolve_device
-from train.evaluation import Evaluation, detect, evaluate_detector
-from train.initialization import starting_detector
-from train.loading import StepSampler, make_loader, steps_per_epoch
-from train.pictures import pictured_images, write_curves, write_grid
-from train.processes import Processes, joined_processes
-from train.record import git_revision, versions
-from train.reporting import EVALUATIONS_FILE, LOSSES_FILE, TrainingReport
-from train.schedule import build_optimizer, build_schedule, evaluation_interval, warmup_steps
-from train.step import Piece, StepMaker, feature_precision, prepare_detector
-from train.transforms import RandomCrop, TrainingTransform
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "weights.safetensors"
 BEST_FILE = "best.safetensors"
@@ -63,11 +67,17 @@ class TrainResult:
     """COCO results of the last weights, where the run is finished and was to evaluate (first process only)."""
     crowdhuman: CrowdHumanResult | None = None
     """CrowdHuman's measures likewise, for its detectors."""
+    early: bool = False
+    """Whether the run ended before its last step because evaluations brought nothing better."""
+    best: Path | None = None
+    """The checkpoint with the best score so far, where the run was evaluated."""
+    best_score: float = math.nan
+    """Its AP on the validation images."""
 
     @property
     def finished(self) -> bool:
-        """Whether all steps were made; else the run can be resumed."""
-        return self.step >= self.total_steps
+        """Whether the run came to its end; else it can be resumed."""
+        return self.early or self.step >= self.total_steps
 
 
 @dataclass
@@ -119,6 +129,7 @@ def train(config: TrainConfig, progress: bool = True) -> TrainResult:
             except KeyboardInterrupt:
                 _say_what_is_kept(run, report)
                 raise
+        best_score = _best_score(config.output / BEST_RECORD, run.state.step + 1)
         return TrainResult(
             output=config.output,
             weights=config.output / WEIGHTS_FILE,
@@ -128,6 +139,9 @@ def train(config: TrainConfig, progress: bool = True) -> TrainResult:
             losses=report.last_losses,
             evaluation=evaluation.coco if evaluation is not None else None,
             crowdhuman=evaluation.crowdhuman if evaluation is not None else None,
+            early=run.state.step < run.total_steps and _out_of_patience(run),
+            best=config.output / BEST_FILE if best_score >= 0 else None,
+            best_score=best_score if best_score >= 0 else math.nan,
         )
 
 
@@ -176,11 +190,12 @@ def _check_same_step(processes: Processes, step: int) -> None:
 
 
 def _training_data(config: TrainConfig) -> DetectionDataset:
+    options = config.skip_missing_images, config.stored_pixels, config.background_images
     if config.train_annotations is not None:
         folder = config.train_images or config.train_annotations.parent
-        return DetectionDataset(folder, config.train_annotations, config.skip_missing_images, config.stored_pixels)
+        return DetectionDataset(folder, config.train_annotations, *options)
     assert config.data is not None
-    return open_training_split(config.data, config.train_split, config.skip_missing_images, config.stored_pixels)
+    return open_training_split(config.data, config.train_split, *options)
 
 
 def _validation_data(config: TrainConfig, dataset: DetectionDataset) -> CocoFolder | None:
@@ -194,6 +209,10 @@ def _validation_data(config: TrainConfig, dataset: DetectionDataset) -> CocoFold
         folder = open_coco(config.data, config.val_split, config.stored_pixels)
     else:
         return None
+    if folder.annotations_path == dataset.annotation_file:
+        logger.warning(
+            "%s has one split, which is trained and evaluated on: AP says nothing about other images", config.data
+        )
     folder.with_classes(dataset.category_ids, dataset.category_names, "the classes of the training images")
     check_measurable(folder, folder.image_ids[: config.evaluation_images])
     return folder
@@ -202,10 +221,12 @@ def _validation_data(config: TrainConfig, dataset: DetectionDataset) -> CocoFold
 def _announce(run: _Run, report: TrainingReport) -> None:
     config, count, found = run.config, run.processes.count, run.dataset.counts
     # What was wrong has had its line when the file was read.
-    told = f"{found.images} images with {found.objects} objects" if found.wrong else found.sentence()
+    told = found.kept() if found.wrong else found.sentence()
     report.say(f"training images: {told}")
     names = run.dataset.category_names
     report.say(f"{len(names)} classes: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}")
+    for remark in run.training.remarks:
+        report.say(remark)
     if run.validation is None:
         report.say("no evaluation: no validation images were named, or none was asked for")
     cut = f" in {count} processes" if count > 1 else ""
@@ -235,7 +256,8 @@ def _make_steps(run: _Run, report: TrainingReport, began: float) -> Evaluation |
     evaluating = evaluation_interval(config, run.total_steps, run.steps_per_epoch)
     evaluation, evaluated, saved, waited, worked = None, False, False, 0.0, 0.0
     started = time.perf_counter()
-    for pieces in _steps(run, last):
+    early = _out_of_patience(run)
+    for pieces in () if early else _steps(run, last):
         loaded = time.perf_counter()
         learning_rate = float(state.schedule.get_last_lr()[0])
         result = maker.make(pieces, run.epoch(state.step))
@@ -258,17 +280,23 @@ def _make_steps(run: _Run, report: TrainingReport, began: float) -> Evaluation |
             saved = True
         if evaluate_now and run.validation is not None:
             evaluation, evaluated = _evaluate(run, run.validation, report), True
+            early = _out_of_patience(run)
         if run.validation is not None and _due(step, run.total_steps, config.picture_interval):
             _picture(run, run.validation, report)
-        if stopping:
+        if stopping or early:
             break
         started = time.perf_counter()
     if not saved:  # nothing was left to do, but the run may have been killed before its last weights were written
         _save(run, report, required=True)
-    if state.step < run.total_steps:
+    if early and state.step < run.total_steps:
+        report.say(
+            f"ended early, after {state.step} of {run.total_steps} steps: {config.patience} evaluations in a row"
+            " brought nothing better"
+        )
+    elif state.step < run.total_steps:
         report.say(f"stopped after {state.step} of {run.total_steps} steps; resume the run to go on")
         return None
-    if run.validation is not None and not evaluated:
+    if run.validation is not None and not evaluated and not early:
         evaluation = _evaluate(run, run.validation, report)
     if run.processes.is_main:
         tables = config.output / LOSSES_FILE, config.output / EVALUATIONS_FILE
@@ -373,6 +401,19 @@ def _best_score(record: Path, step: int) -> float:
         return float(content["score"]) if content["step"] < step else -1.0
     except (OSError, ValueError, KeyError, TypeError):
         return -1.0
+
+
+def _out_of_patience(run: _Run) -> bool:
+    """Whether so many of the last evaluations as the configuration bears brought no better score.
+
+    All processes must ask. The table of evaluations tells, so that a resumed run counts on.
+    """
+    if run.config.patience is None:
+        return False
+    scores = [row.get("AP", math.nan) for row in read_table(run.config.output / EVALUATIONS_FILE)]
+    best = max((score for score in scores if not math.isnan(score)), default=math.nan)
+    since = len(scores) - 1 - scores.index(best) if best in scores else len(scores)
+    return run.processes.any(run.processes.is_main and since >= run.config.patience, run.device)
 
 
 def _picture(run: _Run, validation: CocoFolder, report: TrainingReport) -> None:

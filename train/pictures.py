@@ -7,21 +7,17 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from PIL import Image
-
+from asag.runtime.coco_dataset import CocoFolder
+from asag.runtime.coco_file import Id
+from asag.runtime.contact_sheet import to_cell, write_sheet
+from asag.runtime.drawing import draw_detections
+from asag.runtime.files import atomic_path
+from asag.runtime.metadata import ModelMetadata
+from asag.runtime.postprocessing import Detections
+from asag.train.reporting import group_losses
 from asag.training.protocol import Training
-from runtime.coco_dataset import CocoFolder
-from runtime.coco_file import Id
-from runtime.drawing import draw_detections
-from runtime.files import atomic_path
-from runtime.metadata import ModelMetadata
-from runtime.postprocessing import Detections
-from runtime.preprocessing import resize, resized_size
-from train.reporting import group_losses
 
 PICTURES = 9
-_CELL = 320
-_GAP = 4
 _SCORE = 0.3
 
 
@@ -36,17 +32,11 @@ def write_grid(
     path: Path, validation: CocoFolder, detections: Mapping[Id, Detections], metadata: ModelMetadata
 ) -> None:
     """Write a grid of the images with their detections drawn (score 0.3 and more), as a JPEG."""
-    columns = math.ceil(math.sqrt(len(detections)))
-    rows = math.ceil(len(detections) / max(columns, 1))
-    grid = Image.new("RGB", (columns * (_CELL + _GAP) + _GAP, rows * (_CELL + _GAP) + _GAP), "white")
-    for place, (image_id, found) in enumerate(detections.items()):
-        image = validation.load(image_id)
-        cell = resize(image, resized_size(image.height, image.width, _CELL, _CELL))
-        row, column = divmod(place, columns)
-        corner = (_GAP + column * (_CELL + _GAP), _GAP + row * (_CELL + _GAP))
-        grid.paste(draw_detections(cell, found, metadata, _SCORE), corner)
-    with atomic_path(path) as temporary:
-        grid.save(temporary, quality=88)
+    cells = []
+    for image_id, found in detections.items():
+        cell = to_cell(validation.load(image_id))
+        cells.append(draw_detections(cell, found, metadata, _SCORE))
+    write_sheet(path, cells)
 
 
 def write_curves(path: Path, losses: Path, evaluations: Path, training: Training) -> bool:

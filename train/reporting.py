@@ -21,10 +21,10 @@ from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from asag.runtime.files import write_text
+from asag.train.processes import Processes
 from asag.training.protocol import Training
 from asag.training.timing import shares
-from runtime.files import write_text
-from train.processes import Processes
 
 logger = logging.getLogger(__name__)
 

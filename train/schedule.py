@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from asag.train.config import TrainConfig
 from asag.training.protocol import ParameterGroup
-from train.config import TrainConfig
 
 EVALUATIONS = 12
 
@@ -26,7 +26,7 @@ def build_optimizer(groups: Sequence[ParameterGroup], config: TrainConfig) -> Ad
     return AdamW(parts, lr=config.learning_rate, weight_decay=config.weight_decay)
 
 
-LONGEST_WARMUP = 1 / 5
+LONGEST_WARMUP = 1 / 3
 """Share of a run that the warm-up may take; a short run has a shorter one."""
 
 

@@ -16,14 +16,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from asag.detector import Detector
 from asag.normalization import ImageNormalization
+from asag.train.checkpointing import TrainingState
+from asag.train.config import TrainConfig
+from asag.train.freezing import freeze_parts
+from asag.train.processes import ALONE, Processes
+from asag.train.transforms import Batch as LoadedBatch
 from asag.training.protocol import Batch, Step, Training
 from asag.training.randomness import Place, image_generators
 from asag.training.timing import PartTimer
 from asag.training.transfer import to_device
-from train.checkpointing import TrainingState
-from train.config import TrainConfig
-from train.processes import ALONE, Processes
-from train.transforms import Batch as LoadedBatch
 
 logger = logging.getLogger(__name__)
 
@@ -201,9 +202,10 @@ def _advance(state: TrainingState) -> None:
 def prepare_detector(
     detector: Detector, config: TrainConfig, device: torch.device, processes: Processes = ALONE
 ) -> None:
-    """Move a detector to the device, in the layout and with the compilation that the configuration asks for."""
+    """Move a detector to the device, frozen, laid out and compiled as the configuration asks."""
     detector.to(device).train()
     synchronize_norms(detector, device, processes)
+    freeze_parts(detector, config.freeze)
     channels_last = uses_channels_last(config, device)
     for part in (detector.backbone, detector.neck):
         if channels_last:

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from runtime.files import atomic_folder
-from train.synthetic_images import CATEGORIES, SMALLEST_OBJECT, paint_image
+from asag.runtime.files import atomic_folder
+from asag.train.synthetic_images import CATEGORIES, SMALLEST_OBJECT, paint_image
 
 SETTINGS_FILE = "synthetic.json"
 _FORMAT = 1

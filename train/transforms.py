@@ -15,8 +15,8 @@ from torchvision import tv_tensors
 from torchvision.ops import box_convert
 from torchvision.transforms.v2 import functional
 
+from asag.runtime.preprocessing import resize, resized_size
 from asag.training.protocol import Target
-from runtime.preprocessing import resize, resized_size
 
 PADDING_MULTIPLE = 32
 """Sides of a batch are rounded up to this many pixels, the stride of the coarsest map."""

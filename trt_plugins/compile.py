@@ -12,7 +12,7 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 
-from trt_plugins.plan import Plan
+from asag.trt_plugins.plan import Plan
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 """Compute capabilities, times ten, that the kernels are checked for."""

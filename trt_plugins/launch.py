@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from trt_plugins.compile import FIRST_WITH_TENSOR_CORES, compile_plan
-from trt_plugins.operations import OPERATIONS, Tensor
-from trt_plugins.plan import Plan, make_plan
+from asag.trt_plugins.compile import FIRST_WITH_TENSOR_CORES, compile_plan
+from asag.trt_plugins.operations import OPERATIONS, Tensor
+from asag.trt_plugins.plan import Plan, make_plan
 
 ITEM_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "bool": 1, "int32": 4, "int64": 8}
 _TYPES = {"f4": "float32", "f2": "float16", "V2": "bfloat16", "b1": "bool", "u1": "bool", "i4": "int32", "i8": "int64"}

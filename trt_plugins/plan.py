@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trt_plugins.operations import ELEMENT_TYPES, OPERATIONS, Operation
-from trt_plugins.operations.description import Dimension, Shape
+from asag.trt_plugins.operations import ELEMENT_TYPES, OPERATIONS, Operation
+from asag.trt_plugins.operations.description import Dimension, Shape
 
 
 @dataclass(frozen=True)

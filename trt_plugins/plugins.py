@@ -12,10 +12,10 @@ from typing import Any, Union
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_plugins.compile import FIRST_WITH_TENSOR_CORES, compile_plan
-from trt_plugins.launch import DeviceArray, current_capability, launch
-from trt_plugins.operations import DOMAIN, OPERATIONS, Operation
-from trt_plugins.plan import Plan, make_plan
+from asag.trt_plugins.compile import FIRST_WITH_TENSOR_CORES, compile_plan
+from asag.trt_plugins.launch import DeviceArray, current_capability, launch
+from asag.trt_plugins.operations import DOMAIN, OPERATIONS, Operation
+from asag.trt_plugins.plan import Plan, make_plan
 
 _TYPE_NAMES = {
     "float32": ("FLOAT", "FP32"),

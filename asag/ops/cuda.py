@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from trt_plugins.operations import Operation
-    from trt_plugins.plan import Plan
+    from asag.trt_plugins.operations import Operation
+    from asag.trt_plugins.plan import Plan
 
 _TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 0.1}
 """How far a kernel may be from the definition, of the largest value; whole numbers and flags must be the same."""
@@ -48,7 +48,7 @@ class KernelOp:
         return outputs[0] if len(outputs) == 1 else outputs
 
     def _run(self, tensors: Sequence[Tensor], attributes: Mapping[str, Any]) -> tuple[Tensor, ...]:
-        from trt_plugins.launch import DeviceArray, plan_of
+        from asag.trt_plugins.launch import DeviceArray, plan_of
 
         device, arrays = tensors[0].device, [DeviceArray.of_tensor(tensor) for tensor in tensors]
         try:
@@ -106,7 +106,7 @@ class KernelOp:
 
 def register_cuda_kernels() -> None:
     """Let `torch.ops.asag.*` run as kernels on CUDA tensors; importing `asag.ops` does so."""
-    from trt_plugins.operations import DOMAIN, OPERATIONS
+    from asag.trt_plugins.operations import DOMAIN, OPERATIONS
 
     for operation in OPERATIONS.values():
         kernel_op = KernelOp(operation, find_definition(operation))
@@ -151,7 +151,7 @@ def _largest_difference(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
 
 
 def _launch(name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], attributes: Mapping[str, Any]) -> None:
-    from trt_plugins.launch import DeviceArray, launch
+    from asag.trt_plugins.launch import DeviceArray, launch
 
     device = inputs[0].device
     given, wanted = ([DeviceArray.of_tensor(tensor) for tensor in tensors] for tensors in (inputs, outputs))
@@ -161,7 +161,7 @@ def _launch(name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], attr
 
 def _has_tensor_cores(device: torch.device) -> bool:
     """Whether a launch on `device` finds the tensor cores that the kernels use."""
-    from trt_plugins.compile import FIRST_WITH_TENSOR_CORES
+    from asag.trt_plugins.compile import FIRST_WITH_TENSOR_CORES
 
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor >= FIRST_WITH_TENSOR_CORES

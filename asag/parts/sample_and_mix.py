@@ -48,9 +48,8 @@ class SampleAndMix(nn.Module):
         centre = box[..., :2] + offsets[..., :2] * box[..., 2:]
         return torch.cat((centre, scale[:, :, None, None] + offsets[..., 2:]), dim=-1)
 
-    def forward(self, features: list[Tensor], queries: Tensor, boxes: Tensor, scale: Tensor) -> Tensor:
-        """features: P2..P5, each [B, C, H, W]; the others as in :meth:`sampling_points` -> [B, N, C]."""
-        points = self.sampling_points(queries, boxes, scale)
+    def forward(self, features: list[Tensor], queries: Tensor, points: Tensor) -> Tensor:
+        """features: P2..P5, each [B, C, H, W]; points: what :meth:`sampling_points` gives -> [B, N, C]."""
         parameters = self.parameters_of_query(queries)
         mixed = sampling_mixing(features, points, parameters, self.mixed_points, self.activation, self.point_unit)
         return self.norm(queries + self.out_projection(mixed))

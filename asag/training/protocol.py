@@ -70,6 +70,10 @@ class Training(Protocol):
     def parts(self) -> Mapping[str, str]:
         """Of every loss that can occur: what log and curves call the part that it belongs to."""
 
+    @property
+    def remarks(self) -> Sequence[str]:
+        """Lines for whoever starts a run, such as what a setting costs."""
+
     def outputs(self, batch: Batch, step: Step) -> Any:
         """The forward pass, with gradients where they are enabled."""
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 Copies = tuple[Tensor, ...]
 """K sets of queries of B images, as many tensors as a query has parts: each [K, B, N, ...]."""
@@ -37,9 +38,35 @@ def recollected(before: Copies | None, last: Copies, recollection: str) -> Copie
     return tuple(torch.cat(parts) for parts in zip(before, last, strict=True))
 
 
+COSTS = {
+    "one_by_one": "each is computed twice, and one at a time is in memory",
+    "batched": "fast, with all of them in memory at once; one_by_one takes less",
+}
+"""Of the forms of recollection."""
+
+
+def recollected_copies(stages: int) -> tuple[int, ...]:
+    """How many copies each stage trains on: one, two, and from there as many as the two stages before it."""
+    counts = [1, 2]
+    while len(counts) < stages:
+        counts.append(sum(counts[-2:]))
+    return tuple(counts[:stages])
+
+
+def remarks(stages: int, recollection: str) -> tuple[str, ...]:
+    """What whoever starts a run should know of its recollection."""
+    if recollection == "none":
+        return ()
+    copies = sum(recollected_copies(stages))
+    return (f"recollection: {copies} copies of {stages} stages a step, {recollection}: {COSTS[recollection]}",)
+
+
 def one_by_one(stage: Callable[..., Copies], given: Copies) -> Copies:
-    """What `stage`, which takes the parts of one copy, each [B, N, ...], makes of every copy by itself."""
-    made = [stage(*copy) for copy in zip(*given, strict=True)]
+    """What `stage`, which takes the parts of one copy, each [B, N, ...], makes of every copy by itself.
+
+    Each is computed once more when its gradient is: in between nothing is kept of it but what it began with.
+    """
+    made = [checkpoint(stage, *copy, use_reentrant=False) for copy in zip(*given, strict=True)]
     return tuple(torch.stack(parts) for parts in zip(*made, strict=True))
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 RECOLLECTIONS = ("none", "one_by_one", "batched")
 """Which queries a stage trains on (:mod:`asag.training.recollection`). `none`: those of the stage before. The others
-recollect, each copy through the stage in turn, with the least memory at a time, or all at once; the same numbers.
+recollect: `batched`, all copies through the stage at once and kept for the gradients, or `one_by_one`, in turn and
+computed again for them, which is slower and takes the memory of `none`. The numbers are the same.
 """
 
 

@@ -11,11 +11,11 @@ from typing import Any
 from onnx import FunctionProto, NodeProto, helper
 from onnxscript import OnnxFunction
 
-from export.op_bodies import sampling_mixing
-from trt_plugins.operations import DOMAIN, OPERATIONS
+from asag.export.op_bodies import sampling_mixing
+from asag.trt_plugins.operations import DOMAIN, OPERATIONS
 
 OP_FUNCTIONS: tuple[OnnxFunction, ...] = tuple(
-    getattr(import_module(f"export.op_bodies.{operation.snake_name}"), operation.name)
+    getattr(import_module(f"asag.export.op_bodies.{operation.snake_name}"), operation.name)
     for operation in OPERATIONS.values()
 )
 """Bodies; names of functions, parameters and attributes are those of the ONNX nodes."""

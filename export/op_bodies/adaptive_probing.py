@@ -3,7 +3,7 @@
 from onnx import TensorProto
 from onnxscript import BOOL, FLOAT, INT64, graph, script
 
-from export.op_bodies.domain import asag_opset, op
+from asag.export.op_bodies.domain import asag_opset, op
 
 
 @script(asag_opset, default_opset=op)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from onnx import TensorProto
 from onnxscript import script
 
-from export.op_bodies.domain import asag_opset, op
+from asag.export.op_bodies.domain import asag_opset, op
 
 
 @script(asag_opset, default_opset=op)

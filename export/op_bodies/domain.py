@@ -3,7 +3,7 @@
 from onnxscript import opset20
 from onnxscript.values import Opset
 
-from trt_plugins.operations import DOMAIN
+from asag.trt_plugins.operations import DOMAIN
 
 DOMAIN_VERSION = 1
 OPSET_VERSION = 20

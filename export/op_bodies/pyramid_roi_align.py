@@ -3,8 +3,8 @@
 from onnx import TensorProto
 from onnxscript import script
 
-from export.op_bodies.domain import asag_opset, op
-from export.op_bodies.pyramid import FlattenPyramid
+from asag.export.op_bodies.domain import asag_opset, op
+from asag.export.op_bodies.pyramid import FlattenPyramid
 
 
 @script(asag_opset, default_opset=op)

@@ -6,9 +6,9 @@ from typing import Any
 from onnx import FunctionProto, TensorProto
 from onnxscript import script
 
-from export.op_bodies.domain import asag_opset, op
-from export.op_bodies.pyramid import FlattenPyramid
-from trt_plugins.operations.sampling_mixing import ACTIVATIONS
+from asag.export.op_bodies.domain import asag_opset, op
+from asag.export.op_bodies.pyramid import FlattenPyramid
+from asag.trt_plugins.operations.sampling_mixing import ACTIVATIONS
 
 
 @script(asag_opset, default_opset=op)

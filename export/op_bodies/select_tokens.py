@@ -4,7 +4,7 @@ import numpy as np
 from onnx import TensorProto, numpy_helper
 from onnxscript import BOOL, FLOAT, INT64, graph, script
 
-from export.op_bodies.domain import asag_opset, op
+from asag.export.op_bodies.domain import asag_opset, op
 
 # What a float32 is for each of its exponents, without mantissa: 0 for what has no implied bit, infinity for the last.
 EXPONENTS = numpy_helper.from_array((np.arange(256, dtype=np.uint32) << 23).view(np.float32), "float32_by_exponent")

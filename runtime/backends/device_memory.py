@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.errors import BackendUnavailableError
+from asag.runtime.errors import BackendUnavailableError
 
 DEFAULT_STREAM = 1
 """How `__cuda_array_interface__` writes the default stream, whose handle is 0."""

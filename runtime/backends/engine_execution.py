@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.backends.device_memory import CudaDevice, DeviceArray
-from runtime.engines.backend import BACKENDS
-from runtime.engines.manifest import REBUILD, EngineManifest
-from runtime.postprocessing import OUTPUT_NAMES
-from runtime.session import INPUT_NAMES, Pending
+from asag.runtime.backends.device_memory import CudaDevice, DeviceArray
+from asag.runtime.engines.backend import BACKENDS
+from asag.runtime.engines.manifest import REBUILD, EngineManifest
+from asag.runtime.postprocessing import OUTPUT_NAMES
+from asag.runtime.session import INPUT_NAMES, Pending
 
 
 class LoadedEngine:

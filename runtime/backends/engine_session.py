@@ -10,13 +10,13 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from runtime.backends.device_memory import DEFAULT_STREAM, CudaDevice, DeviceArray, check_array, stream_handle
-from runtime.backends.engine_execution import ExecutionSlot, LoadedEngine
-from runtime.engines.backend import BACKENDS, EngineBackend, captured_logger
-from runtime.engines.manifest import REBUILD, EngineManifest, check_target, read_engine
-from runtime.errors import BackendUnavailableError
-from runtime.postprocessing import OUTPUT_NAMES
-from runtime.session import INPUT_NAMES, Pending, Session
+from asag.runtime.backends.device_memory import DEFAULT_STREAM, CudaDevice, DeviceArray, check_array, stream_handle
+from asag.runtime.backends.engine_execution import ExecutionSlot, LoadedEngine
+from asag.runtime.engines.backend import BACKENDS, EngineBackend, captured_logger
+from asag.runtime.engines.manifest import REBUILD, EngineManifest, check_target, read_engine
+from asag.runtime.errors import BackendUnavailableError
+from asag.runtime.postprocessing import OUTPUT_NAMES
+from asag.runtime.session import INPUT_NAMES, Pending, Session
 
 
 class EngineSession(Session):

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.backends.device_memory import CudaDevice, DeviceArray, check_array, stream_handle
-from runtime.errors import BackendUnavailableError, one_line
-from runtime.metadata import ModelMetadata
-from runtime.postprocessing import OUTPUT_NAMES
-from runtime.session import INPUT_NAMES, Pending, Session
+from asag.runtime.backends.device_memory import CudaDevice, DeviceArray, check_array, stream_handle
+from asag.runtime.errors import BackendUnavailableError, one_line
+from asag.runtime.metadata import ModelMetadata
+from asag.runtime.postprocessing import OUTPUT_NAMES
+from asag.runtime.session import INPUT_NAMES, Pending, Session
 
 if TYPE_CHECKING:
-    from runtime.stages.onnx import OnnxStages
+    from asag.runtime.stages.onnx import OnnxStages
 
 _REAL = ("boxes", "scores")
 _ELEMENT_TYPES = {"uint8": "tensor(uint8)", "float32": "tensor(float)"}
@@ -108,7 +108,7 @@ class OnnxRuntimeSession(Session):
         """
         self.check_stages()
         if self._stages is None:
-            from runtime.stages.onnx import OnnxStages
+            from asag.runtime.stages.onnx import OnnxStages
 
             self._stages = OnnxStages(self.path, self._threads)
         return self._stages.run(tensors)

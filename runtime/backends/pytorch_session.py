@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.errors import BackendUnavailableError, one_line
-from runtime.metadata import ModelMetadata
-from runtime.postprocessing import OUTPUT_NAMES
-from runtime.preprocessing import as_image, prepare
-from runtime.session import INPUT_NAMES, Session, check_device
-from runtime.stages.graph import DETECTIONS
+from asag.runtime.errors import BackendUnavailableError, one_line
+from asag.runtime.metadata import ModelMetadata
+from asag.runtime.postprocessing import OUTPUT_NAMES
+from asag.runtime.preprocessing import as_image, prepare
+from asag.runtime.session import INPUT_NAMES, Session, check_device
+from asag.runtime.stages.graph import DETECTIONS
 
 if TYPE_CHECKING:
     from torch import Tensor

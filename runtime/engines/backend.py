@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from runtime.errors import BackendUnavailableError, one_line
+from asag.runtime.errors import BackendUnavailableError, one_line
 
 Capability = tuple[int, int]
 

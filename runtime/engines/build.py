@@ -14,12 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from runtime.engines.backend import TENSORRT_RTX, EngineBackend, captured_logger
-from runtime.engines.layers import BuildMessages
-from runtime.engines.manifest import EngineManifest, Profile, batch_profiles, manifest_path
-from runtime.engines.network import Network, SourceModel, parse_network, read_source, with_plugins
-from runtime.errors import BackendUnavailableError, one_line
-from runtime.files import atomic_path, write_bytes, write_json, write_text
+from asag.runtime.engines.backend import TENSORRT_RTX, EngineBackend, captured_logger
+from asag.runtime.engines.layers import BuildMessages
+from asag.runtime.engines.manifest import EngineManifest, Profile, batch_profiles, manifest_path
+from asag.runtime.engines.network import Network, SourceModel, parse_network, read_source, with_plugins
+from asag.runtime.errors import BackendUnavailableError, one_line
+from asag.runtime.files import atomic_path, write_bytes, write_json, write_text
 
 ProgressCallback = Callable[[str, float], None]
 
@@ -173,7 +173,7 @@ def _profiles(model: SourceModel, batch: tuple[int, ...]) -> tuple[Profile, ...]
 
 def _gpu_at_hand(backend: EngineBackend, wanted: tuple[str, ...]) -> str:
     """The architecture of the current GPU; ValueError where another one is wanted."""
-    from trt_plugins.launch import current_capability
+    from asag.trt_plugins.launch import current_capability
 
     try:
         target = f"sm_{current_capability()}"
@@ -190,7 +190,7 @@ def _gpu_at_hand(backend: EngineBackend, wanted: tuple[str, ...]) -> str:
 
 
 def _register_plugins(target: str) -> None:
-    from trt_plugins.plugins import register_plugins
+    from asag.trt_plugins.plugins import register_plugins
 
     register_plugins(int(target.removeprefix("sm_")))
 

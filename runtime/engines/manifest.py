@@ -12,11 +12,11 @@ from typing import Annotated, Any
 
 from msgspec import Meta
 
-from runtime.engines.backend import BACKENDS
-from runtime.engines.layers import Count, EngineLayers
-from runtime.errors import one_line
-from runtime.metadata import ModelMetadata
-from runtime.records import check_format, convert, read_json, to_json
+from asag.runtime.engines.backend import BACKENDS
+from asag.runtime.engines.layers import Count, EngineLayers
+from asag.runtime.errors import one_line
+from asag.runtime.metadata import ModelMetadata
+from asag.runtime.records import check_format, convert, read_json, to_json
 
 MANIFEST_FORMAT = 3
 REBUILD = "build the engine again: asag build MODEL.onnx -o MODEL.engine"

@@ -7,9 +7,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from runtime.engines.backend import EngineBackend
-from runtime.errors import BackendUnavailableError, one_line
-from runtime.metadata import ModelMetadata
+from asag.runtime.engines.backend import EngineBackend
+from asag.runtime.errors import BackendUnavailableError, one_line
+from asag.runtime.metadata import ModelMetadata
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ def read_source(path: Path) -> SourceModel:
         import onnx.inliner
     except ImportError:
         raise BackendUnavailableError("building an engine needs the onnx package: pip install onnx") from None
-    from trt_plugins.operations import DOMAIN
+    from asag.trt_plugins.operations import DOMAIN
 
     if not path.exists():
         raise FileNotFoundError(f"model not found: {path}")
@@ -110,7 +110,7 @@ def with_plugins(source: SourceModel) -> tuple[Any, dict[str, int]]:
     import onnx.helper
     import onnx.inliner
 
-    from trt_plugins.operations import DOMAIN, OPERATIONS
+    from asag.trt_plugins.operations import DOMAIN, OPERATIONS
 
     model = onnx.ModelProto()
     model.CopyFrom(source.proto)

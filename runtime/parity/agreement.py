@@ -7,8 +7,8 @@ import dataclasses
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.coco_file import Id
-from runtime.postprocessing import Detections, box_iou
+from asag.runtime.coco_file import Id
+from asag.runtime.postprocessing import Detections, box_iou
 
 SCORE_TOLERANCE = 1e-4
 BOX_TOLERANCE = 0.05

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from runtime.parity.agreement import BOX_TOLERANCE, SCORE_TOLERANCE, compare_detections
-from runtime.postprocessing import Detections, postprocess
-from runtime.preprocessing import ImageLike, as_image, prepare
-from runtime.records import to_json
-from runtime.session import Session
+from asag.runtime.parity.agreement import BOX_TOLERANCE, SCORE_TOLERANCE, compare_detections
+from asag.runtime.postprocessing import Detections, postprocess
+from asag.runtime.preprocessing import ImageLike, as_image, prepare
+from asag.runtime.records import to_json
+from asag.runtime.session import Session
 
 BATCH_SIZES = (1, 2, 4)
 """Batch sizes that are tried, as far as the model takes them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from runtime.parity.comparison import ParityReport, ParityRow
+from asag.runtime.parity.comparison import ParityReport, ParityRow
 
 
 @dataclasses.dataclass(frozen=True)

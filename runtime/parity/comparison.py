@@ -12,19 +12,19 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from runtime.coco_dataset import CocoFolder
-from runtime.coco_evaluation import CocoResult, check_measurable, evaluate_with_matches
-from runtime.coco_file import Id
-from runtime.errors import BackendUnavailableError, one_line
-from runtime.machine import describe_machine
-from runtime.opening import open_session
-from runtime.parity.agreement import BOX_TOLERANCE, SCORE_TOLERANCE, ImageAgreement, compare_detections
-from runtime.parity.batch_checks import BATCH_SIZES, BatchCheck, check_batches
-from runtime.parity.bootstrap import average_precision, draw_weights, interval
-from runtime.parity.results import AP_NAMES, SCORE_BINS, Agreement, ParityReport, ParityRow, Unavailable
-from runtime.parity.table import HEADINGS, accuracy_table, parity_table, row_cells
-from runtime.postprocessing import Detections
-from runtime.session import Session
+from asag.runtime.coco_dataset import CocoFolder
+from asag.runtime.coco_evaluation import CocoResult, check_measurable, evaluate_with_matches
+from asag.runtime.coco_file import Id
+from asag.runtime.errors import BackendUnavailableError, one_line
+from asag.runtime.machine import describe_machine
+from asag.runtime.opening import open_session
+from asag.runtime.parity.agreement import BOX_TOLERANCE, SCORE_TOLERANCE, ImageAgreement, compare_detections
+from asag.runtime.parity.batch_checks import BATCH_SIZES, BatchCheck, check_batches
+from asag.runtime.parity.bootstrap import average_precision, draw_weights, interval
+from asag.runtime.parity.results import AP_NAMES, SCORE_BINS, Agreement, ParityReport, ParityRow, Unavailable
+from asag.runtime.parity.table import HEADINGS, accuracy_table, parity_table, row_cells
+from asag.runtime.postprocessing import Detections
+from asag.runtime.session import Session
 
 STAGE_IMAGES = 8
 """Images whose stages are compared; each stage is read back in full."""
@@ -141,7 +141,7 @@ def add_stages(
     Those on which a candidate differs most come first. Where either side does not show its stages, nothing is
     added.
     """
-    from runtime.parity.stage_comparison import can_compare, compare_stages
+    from asag.runtime.parity.stage_comparison import can_compare, compare_stages
 
     found = []
     for row, candidate in zip(report.rows[1:], candidates, strict=True):
@@ -275,7 +275,7 @@ def _check_same_task(reference: Session, session: Session) -> None:
 def _backend_of(path: Path, device: str) -> tuple[str, str]:
     """Backend and precision of a file that could not be opened, as far as its name and manifest tell."""
     if path.suffix.lower() == ".engine":
-        from runtime.engines.manifest import read_manifest
+        from asag.runtime.engines.manifest import read_manifest
 
         try:
             manifest = read_manifest(path)

@@ -6,15 +6,15 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from runtime.coco_evaluation import CocoResult
-from runtime.coco_file import Id
-from runtime.machine import Machine
-from runtime.metadata import ModelMetadata
-from runtime.parity.batch_checks import BatchCheck
-from runtime.parity.bootstrap import Interval
-from runtime.parity.stage_comparison import StageReport
-from runtime.postprocessing import Detections
-from runtime.records import NULL_IS_INFINITE, NULL_IS_NAN, to_json
+from asag.runtime.coco_evaluation import CocoResult
+from asag.runtime.coco_file import Id
+from asag.runtime.machine import Machine
+from asag.runtime.metadata import ModelMetadata
+from asag.runtime.parity.batch_checks import BatchCheck
+from asag.runtime.parity.bootstrap import Interval
+from asag.runtime.parity.stage_comparison import StageReport
+from asag.runtime.postprocessing import Detections
+from asag.runtime.records import NULL_IS_INFINITE, NULL_IS_NAN, to_json
 
 SCORE_BINS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 """Upper ends of the bins of score differences; the last bin has none."""

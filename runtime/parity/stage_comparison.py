@@ -13,15 +13,15 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from runtime.coco_dataset import CocoFolder
-from runtime.coco_file import Id
-from runtime.metadata import ModelMetadata
-from runtime.parity.agreement import compare_detections
-from runtime.postprocessing import postprocess
-from runtime.preprocessing import prepare
-from runtime.session import Session
-from runtime.stages.compare import Difference, Values, stage_differences
-from runtime.stages.graph import DETECTIONS
+from asag.runtime.coco_dataset import CocoFolder
+from asag.runtime.coco_file import Id
+from asag.runtime.metadata import ModelMetadata
+from asag.runtime.parity.agreement import compare_detections
+from asag.runtime.postprocessing import postprocess
+from asag.runtime.preprocessing import prepare
+from asag.runtime.session import Session
+from asag.runtime.stages.compare import Difference, Values, stage_differences
+from asag.runtime.stages.graph import DETECTIONS
 
 DETECTION_TOLERANCE = 1e-4
 """For float32, as detections have in parity."""

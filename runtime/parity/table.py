@@ -9,9 +9,9 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from runtime.parity.bootstrap import Interval
-from runtime.parity.results import AP_NAMES, ParityReport, ParityRow
-from runtime.speed.table import milliseconds
+from asag.runtime.parity.bootstrap import Interval
+from asag.runtime.parity.results import AP_NAMES, ParityReport, ParityRow
+from asag.runtime.speed.table import milliseconds
 
 HEADINGS = (
     "model",

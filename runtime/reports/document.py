@@ -12,15 +12,15 @@ from typing import Any
 
 from PIL import Image
 
-from runtime.coco_dataset import CocoFolder
-from runtime.coco_file import Id
-from runtime.drawing import draw_detections
-from runtime.errors import one_line
-from runtime.parity.results import ParityReport, Unavailable
-from runtime.records import check_format, convert, to_json
-from runtime.schema_1 import upgraded_metadata
-from runtime.session import Session
-from runtime.stages.draw import Panel, stage_panels
+from asag.runtime.coco_dataset import CocoFolder
+from asag.runtime.coco_file import Id
+from asag.runtime.drawing import draw_detections
+from asag.runtime.errors import one_line
+from asag.runtime.parity.results import ParityReport, Unavailable
+from asag.runtime.records import check_format, convert, to_json
+from asag.runtime.schema_1 import upgraded_metadata
+from asag.runtime.session import Session
+from asag.runtime.stages.draw import Panel, stage_panels
 
 FORMAT = 1
 KIND = "asag parity"

@@ -8,15 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.errors import one_line
-from runtime.files import write_text
-from runtime.parity.results import SCORE_BINS, ParityReport, ParityRow
-from runtime.parity.table import ACCURACY_HEADINGS, HEADINGS, accuracy_cells, row_cells
-from runtime.records import convert, read_json
-from runtime.reports.charts import Level, Point, accuracy_latency, colours_of, score_histogram, stage_bars
-from runtime.reports.document import KIND, ReportDocument, read_document
-from runtime.speed.benchmark import BenchmarkReport, Latency
-from runtime.speed.stage_times import StageTimes
+from asag.runtime.errors import one_line
+from asag.runtime.files import write_text
+from asag.runtime.parity.results import SCORE_BINS, ParityReport, ParityRow
+from asag.runtime.parity.table import ACCURACY_HEADINGS, HEADINGS, accuracy_cells, row_cells
+from asag.runtime.records import convert, read_json
+from asag.runtime.reports.charts import Level, Point, accuracy_latency, colours_of, score_histogram, stage_bars
+from asag.runtime.reports.document import KIND, ReportDocument, read_document
+from asag.runtime.speed.benchmark import BenchmarkReport, Latency
+from asag.runtime.speed.stage_times import StageTimes
 
 if TYPE_CHECKING:
     import jinja2
@@ -94,7 +94,7 @@ def _template() -> jinja2.Template:
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("runtime.reports", "templates"),
+        loader=jinja2.PackageLoader("asag.runtime.reports", "templates"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import BackendUnavailableError, one_line
-from runtime.files import atomic_folder, write_json
-from runtime.image_source import is_image, is_video
-from runtime.scale_out.worker import FILE_COLUMN, DetectionWorker, WorkerOptions
+from asag.runtime.errors import BackendUnavailableError, one_line
+from asag.runtime.files import atomic_folder, write_json
+from asag.runtime.image_source import is_image, is_video
+from asag.runtime.scale_out.worker import FILE_COLUMN, DetectionWorker, WorkerOptions
 
 IMAGES_PER_TASK = 128
 """At most so many image files are one task: what is done again when a worker dies, and the rows of one output file."""
@@ -126,7 +126,7 @@ def find_sources(sources: Iterable[str | os.PathLike[str]]) -> tuple[list[str], 
     if images and tables:
         raise ValueError(f"name either images or Parquet files: here are both, {images[0]} and {tables[0]}")
     if not images and not tables:
-        raise ValueError("no images and no .parquet files found")
+        raise ValueError("no images found, and no .parquet files")
     return images, tables
 
 

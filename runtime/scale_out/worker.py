@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.errors import one_line
-from runtime.image_source import SourceImage, read_images
-from runtime.opening import open_session
-from runtime.preprocessing import decode_image
-from runtime.session import Session, check_device
+from asag.runtime.errors import one_line
+from asag.runtime.image_source import SourceImage, read_images
+from asag.runtime.opening import open_session
+from asag.runtime.preprocessing import decode_image
+from asag.runtime.session import Session, check_device
 
 if TYPE_CHECKING:
     import pyarrow

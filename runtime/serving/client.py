@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.errors import BackendUnavailableError, one_line
-from runtime.metadata import PROPERTY_PREFIX, ModelMetadata
-from runtime.postprocessing import OUTPUT_NAMES
-from runtime.session import INPUT_NAMES, Session
+from asag.runtime.errors import BackendUnavailableError, one_line
+from asag.runtime.metadata import PROPERTY_PREFIX, ModelMetadata
+from asag.runtime.postprocessing import OUTPUT_NAMES
+from asag.runtime.session import INPUT_NAMES, Session
 
 PROTOCOLS = ("http", "grpc")
 _TRITON_TYPES = {"uint8": "UINT8", "float32": "FP32"}

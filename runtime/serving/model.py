@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as triton  # type: ignore[import-not-found]  # the server provides it
 
-from runtime.opening import open_session
-from runtime.session import INPUT_NAMES
+from asag.runtime.opening import open_session
+from asag.runtime.session import INPUT_NAMES
 
 
 class TritonPythonModel:

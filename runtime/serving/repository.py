@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from runtime.engines.manifest import manifest_path
-from runtime.files import atomic_folder
-from runtime.metadata import ModelMetadata
+from asag.runtime.engines.manifest import manifest_path
+from asag.runtime.files import atomic_folder
+from asag.runtime.metadata import ModelMetadata
 
 LARGEST_DEFAULT_BATCH = 8
 """Most images of a batch where the file itself sets no limit."""
@@ -105,7 +105,7 @@ def write_repository(
 def _served(path: Path, max_batch: int | None) -> ServedModel:
     """Read the model file as far as its description goes."""
     if path.suffix.lower() == ".engine":
-        from runtime.engines.manifest import read_engine
+        from asag.runtime.engines.manifest import read_engine
 
         if not path.exists():
             raise FileNotFoundError(f"model not found: {path}")
@@ -116,7 +116,7 @@ def _served(path: Path, max_batch: int | None) -> ServedModel:
             raise ValueError(f"{path} has a fixed batch of {manifest.smallest_batch}; Triton needs one that takes 1")
         limit: int | None = manifest.largest_batch
     elif path.suffix.lower() == ".onnx":
-        from runtime.opening import open_session
+        from asag.runtime.opening import open_session
 
         with open_session(path, threads=1) as session:
             limit = session.max_batch

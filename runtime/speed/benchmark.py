@@ -10,14 +10,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-from runtime.backends.pytorch_session import PyTorchSession
-from runtime.machine import Machine, describe_machine
-from runtime.parity.results import Unavailable
-from runtime.preprocessing import ImageLike, as_image, prepare
-from runtime.session import Session
-from runtime.speed.energy import EnergyMeter
-from runtime.speed.limits import ModelLimits
-from runtime.speed.stage_times import StageTimes, batch_seconds
+from asag.runtime.backends.pytorch_session import PyTorchSession
+from asag.runtime.machine import Machine, describe_machine
+from asag.runtime.parity.results import Unavailable
+from asag.runtime.preprocessing import ImageLike, as_image, prepare
+from asag.runtime.session import Session
+from asag.runtime.speed.energy import EnergyMeter
+from asag.runtime.speed.limits import ModelLimits
+from asag.runtime.speed.stage_times import StageTimes, batch_seconds
 
 STAGES = ("prepare", "run", "postprocess")
 

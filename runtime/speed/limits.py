@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from runtime.errors import BackendUnavailableError
-from runtime.onnx_file import read_onnx
-from runtime.speed.stage_times import StageTimes
-from runtime.speed.stage_work import StageWork, stage_work
+from asag.runtime.errors import BackendUnavailableError
+from asag.runtime.onnx_file import read_onnx
+from asag.runtime.speed.stage_times import StageTimes
+from asag.runtime.speed.stage_work import StageWork, stage_work
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 """Those of which a rate is measured."""

@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.errors import BackendUnavailableError, one_line
-from runtime.metadata import ModelMetadata
-from runtime.onnx_file import read_onnx
-from runtime.postprocessing import OUTPUT_NAMES
-from runtime.session import INPUT_NAMES
-from runtime.stages.graph import network_parts, node_parts, part_ends
+from asag.runtime.errors import BackendUnavailableError, one_line
+from asag.runtime.metadata import ModelMetadata
+from asag.runtime.onnx_file import read_onnx
+from asag.runtime.postprocessing import OUTPUT_NAMES
+from asag.runtime.session import INPUT_NAMES
+from asag.runtime.stages.graph import network_parts, node_parts, part_ends
 
 OTHER = "other"
 """Nodes that the runtime made and that nothing ties to a stage."""

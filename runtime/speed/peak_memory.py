@@ -16,7 +16,7 @@ def peak_memory_mib(path: Path, device: str = "cpu", threads: int | None = None,
 
     It counts the interpreter and the backend's libraries, as whoever deploys the model has to.
     """
-    command = [sys.executable, "-m", "runtime.speed.peak_memory", str(path), "--device", device]
+    command = [sys.executable, "-m", "asag.runtime.speed.peak_memory", str(path), "--device", device]
     command += ["--batch-size", str(batch_size), *(["--threads", str(threads)] if threads else [])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -31,7 +31,7 @@ def peak_memory_mib(path: Path, device: str = "cpu", threads: int | None = None,
 @click.option("--batch-size", type=click.IntRange(1), default=1, help="Images that run together.")
 def main(model: Path, device: str, threads: int | None, batch_size: int) -> None:
     """Run MODEL twice on grey images and print the process's peak memory as JSON."""
-    from runtime.opening import open_session
+    from asag.runtime.opening import open_session
 
     with open_session(model, device=device, threads=threads) as session:
         height, width = session.metadata.input_size

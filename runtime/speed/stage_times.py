@@ -12,15 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from runtime.backends.onnxruntime_session import OnnxRuntimeSession
-from runtime.backends.pytorch_session import PyTorchSession
-from runtime.errors import BackendUnavailableError
-from runtime.metadata import ModelMetadata
-from runtime.postprocessing import postprocess
-from runtime.preprocessing import ImageLike, as_image, prepare
-from runtime.session import Session
-from runtime.speed.onnx_profile import OTHER, OnnxStageProfile
-from runtime.stages.graph import network_parts
+from asag.runtime.backends.onnxruntime_session import OnnxRuntimeSession
+from asag.runtime.backends.pytorch_session import PyTorchSession
+from asag.runtime.errors import BackendUnavailableError
+from asag.runtime.metadata import ModelMetadata
+from asag.runtime.postprocessing import postprocess
+from asag.runtime.preprocessing import ImageLike, as_image, prepare
+from asag.runtime.session import Session
+from asag.runtime.speed.onnx_profile import OTHER, OnnxStageProfile
+from asag.runtime.stages.graph import network_parts
 
 BEFORE, AFTER = ("pre-processing", "copies"), (OTHER, "post-processing")
 """What is timed around the parts of the network, in order. ``copies`` go to a device and back, ``other`` is what cannot

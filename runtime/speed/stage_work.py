@@ -13,11 +13,11 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from runtime.metadata import ModelMetadata
-from runtime.stages.graph import network_parts, node_parts, part_ends, values_read
+from asag.runtime.metadata import ModelMetadata
+from asag.runtime.stages.graph import network_parts, node_parts, part_ends, values_read
 
 if TYPE_CHECKING:
-    from trt_plugins.operations import Operation, Work
+    from asag.trt_plugins.operations import Operation, Work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +130,7 @@ def node_operations(node: Any, values: GraphValues) -> float:
 
 
 def _custom_op(node: Any) -> Operation | None:
-    from trt_plugins.operations import DOMAIN, OPERATIONS
+    from asag.trt_plugins.operations import DOMAIN, OPERATIONS
 
     return OPERATIONS.get(node.op_type) if node.domain == DOMAIN else None
 

@@ -9,9 +9,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from runtime.speed.benchmark import STAGES, BenchmarkReport, Latency, Throughput
-from runtime.speed.limits import ModelLimits
-from runtime.speed.stage_times import AFTER, StageTimes
+from asag.runtime.speed.benchmark import STAGES, BenchmarkReport, Latency, Throughput
+from asag.runtime.speed.limits import ModelLimits
+from asag.runtime.speed.stage_times import AFTER, StageTimes
 
 _HEADINGS = {"pre-processing": "pre-\nproc.", "post-processing": "post-\nproc."}
 

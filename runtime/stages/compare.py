@@ -81,8 +81,10 @@ def _difference(
     if value.kind == "scores":
         return _relative(_sigmoid(ours), _sigmoid(theirs), 1.0)
     side = input_side if value.frame == "input" else 1.0
-    # A fifth number of a box is a confidence.
-    return _relative(ours, theirs, np.array([side] * min(4, ours.shape[-1]) + [1.0] * (ours.shape[-1] - 4)))
+    # What follows a box's corners or a point's place is a confidence or a logarithm, compared as it is.
+    placed = 4 if value.kind == "boxes" else 2
+    divisor = np.array([side / value.unit] * placed + [1.0] * (ours.shape[-1] - placed))
+    return _relative(ours, theirs, divisor)
 
 
 def _relative(reference: NDArray, candidate: NDArray, divisor: NDArray | float | None) -> Difference:
@@ -142,9 +144,9 @@ def _aligned(stage: Stage, values: Sequence[tuple[Value, NDArray, NDArray]], inp
 
 def _same_places(reference: NDArray, candidate: NDArray) -> NDArray[np.int64]:
     """Index pairs [M, 2] of equal places or cells."""
-    ours, theirs = (side.reshape(len(side), -1).tolist() for side in (reference, candidate))
-    of_place = {tuple(place): index for index, place in enumerate(theirs)}
-    pairs = [(index, of_place.get(tuple(place))) for index, place in enumerate(ours)]
+    ours, theirs = ([tuple(np.ravel(place).tolist()) for place in side] for side in (reference, candidate))
+    of_place = {place: index for index, place in enumerate(theirs)}
+    pairs = [(index, of_place.get(place)) for index, place in enumerate(ours)]
     return np.array([pair for pair in pairs if pair[1] is not None], np.int64).reshape(-1, 2)
 
 

@@ -1,7 +1,8 @@
 """Pictures of a forward pass on one image: what its stages name, by kind, and its detections.
 
-A part of the network is drawn once for its places (what was looked at more closely) and once for the boxes that it
-ends with, coloured by class where the stage has scores.
+A part of the network is drawn once for its places (what was looked at more closely), and then for the boxes of each
+stage whose rows last to the end of the part, coloured by class where the stage has scores. Where a stage has points,
+those of the best detections are dots on its boxes.
 """
 
 from __future__ import annotations
@@ -14,15 +15,22 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from asag.family import Stage, Value
-from runtime.drawing import Colour, caption_font, class_colour, draw_detections
-from runtime.metadata import ModelMetadata
-from runtime.postprocessing import Detections
+from asag.runtime.captions import caption, plain_font
+from asag.runtime.drawing import Colour, class_colour, draw_detections
+from asag.runtime.metadata import ModelMetadata
+from asag.runtime.postprocessing import Detections
 
 PLACE_COLOUR: Colour = (255, 40, 40)
 BOX_COLOUR: Colour = (255, 255, 255)
+OTHER_COLOUR: Colour = (150, 150, 150)
+"""Of boxes beside those whose points are drawn."""
+
+DETECTIONS_WITH_POINTS = 4
+"""More at a time hide one another."""
 
 _PANEL_SIDE = 480
 _NARROWEST_PANEL = 300
+_PANELS_IN_A_ROW = 5
 _GAP = 8
 _BACKGROUND: Colour = (24, 26, 30)
 _CAPTION_COLOUR: Colour = (235, 235, 235)
@@ -57,11 +65,23 @@ class _Boxes:
     scores: NDArray[np.float64] | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class _Points:
+    """Points [N, P, 2] in pixels of the original image, and the binary logarithms [N, P] of how many of the input's
+    pixels each spans.
+    """
+
+    places: NDArray[np.float64]
+    spans: NDArray[np.float64] | None
+
+
 def stage_panels(image: Image.Image, seen: SeenStages, score_threshold: float) -> list[Panel]:
     """The stages of a run drawn on copies of ``image``, and in the end its detections.
 
     Places are red, the coarsest with the thickest line, boxes without classes white; both on a darkened image. What
-    scores at least ``score_threshold`` is coloured by class. The last stage is what the detections are chosen from.
+    scores at least ``score_threshold`` is coloured by class. The last stage is what the detections are chosen from; it
+    is drawn where it has points. Each detection whose points are drawn has a colour of its own, and a dot is the larger
+    the coarser the query looks there.
     """
     scale = _PANEL_SIDE / max(image.size)
     shown = image.convert("RGB").resize(
@@ -71,17 +91,20 @@ def stage_panels(image: Image.Image, seen: SeenStages, score_threshold: float) -
     factors = np.array([shown.width / image.width, shown.height / image.height] * 2)
     reader = _Reader(seen)
     panels = []
-    for stages in _by_part(seen.metadata.stages[:-1]):
+    best = reader.best_rows(seen.metadata.stages, score_threshold)
+    for stages in _by_part(seen.metadata.stages):
         places = [(stage.title, where) for stage in stages if (where := reader.places(stage)) is not None]
         if places:
             picture = dark.copy()
             for thickness, (_, where) in enumerate(reversed(places)):
                 _outline(picture, where * factors, [PLACE_COLOUR], 1 + 2 * thickness)
             panels.append(Panel(picture, ", ".join(f"{title}: {len(where)}" for title, where in places)))
-        found = [(stage.title, boxes) for stage in stages if (boxes := reader.boxes(stage)) is not None]
-        if found:
-            title, boxes = found[-1]
-            panels.append(_box_panel(title, boxes, shown, dark, factors, seen.metadata, score_threshold))
+        for stage in _with_lasting_rows(stages):
+            boxes, points = reader.boxes(stage), reader.points(stage)
+            if boxes is not None and points is not None and len(boxes.boxes) == len(points.places):
+                panels.append(_point_panel(stage.title, boxes, points, best, dark, factors))
+            elif boxes is not None and stage is not seen.metadata.stages[-1]:
+                panels.append(_box_panel(stage.title, boxes, shown, dark, factors, score_threshold))
     count = len(seen.detections.above(score_threshold))
     caption = f"detections: {count} of {len(seen.detections)} score at least {score_threshold:g}"
     return [*panels, Panel(draw_detections(shown, seen.detections, seen.metadata, score_threshold), caption)]
@@ -94,13 +117,43 @@ def _by_part(stages: Sequence[Stage]) -> list[list[Stage]]:
     return list(parts.values())
 
 
+def _with_lasting_rows(stages: Sequence[Stage]) -> Sequence[Stage]:
+    """The stages of a part but those out of whose rows a later one of it chooses."""
+    choosing = [number for number, stage in enumerate(stages) if stage.aligns]
+    return stages[choosing[-1] :] if choosing else stages
+
+
+def _point_panel(
+    title: str,
+    found: _Boxes,
+    points: _Points,
+    best: NDArray[np.int64],
+    dark: Image.Image,
+    factors: NDArray[np.float64],
+) -> Panel:
+    """Boxes, and the points of those rows of them that are the best detections; the best on top."""
+    picture = dark.copy()
+    boxes = found.boxes * factors
+    best = best[best < len(boxes)]
+    _outline(picture, np.delete(boxes, best, axis=0), [OTHER_COLOUR], 1)
+    draw = ImageDraw.Draw(picture)
+    for rank in reversed(range(len(best))):
+        row, colour = best[rank], class_colour(rank)
+        _outline(picture, boxes[row : row + 1], [colour], 3)
+        spans = np.full(points.places.shape[1], 3.0) if points.spans is None else points.spans[row]
+        for place in np.argsort(-spans, kind="stable"):
+            x, y = points.places[row, place] * factors[:2]
+            if np.isfinite((x, y, spans[place])).all():
+                draw.circle((x, y), float(np.clip(spans[place] - 1, 1, 5)), fill=colour, outline="black")
+    return Panel(picture, f"{title}: {len(boxes)}; where the best {len(best)} look, in a colour each")
+
+
 def _box_panel(
     title: str,
     found: _Boxes,
     shown: Image.Image,
     dark: Image.Image,
     factors: NDArray[np.float64],
-    metadata: ModelMetadata,
     score_threshold: float,
 ) -> Panel:
     if found.scores is None or found.labels is None:
@@ -127,7 +180,12 @@ class _Reader:
             "content": np.array([width, height] * 2, np.float64),
         }
         self._first, self._input_size = seen.metadata.stages[0], seen.metadata.input_size
-        self._valid: NDArray | None = None
+        self._valid: dict[str, NDArray | None] = {}
+        latest = None
+        for stage in seen.metadata.stages:
+            _, valid = self._value(stage, "valid")
+            latest = latest if valid is None else valid.astype(bool)
+            self._valid[stage.name] = latest
 
     def places(self, stage: Stage) -> NDArray[np.float64] | None:
         """The squares [N, 4] that a stage cut out, or its cells, `xyxy`; None where it has neither."""
@@ -165,6 +223,24 @@ class _Reader:
         logits = self._existing(stage, logits).astype(np.float64)
         return _Boxes(corners, logits.argmax(axis=1), 1 / (1 + np.exp(-logits.max(axis=1, initial=-np.inf))))
 
+    def points(self, stage: Stage) -> _Points | None:
+        """Where the queries of a stage look; None where it does not say."""
+        value, points = self._value(stage, "points")
+        if value is None or points is None:
+            return None
+        points = self._existing(stage, points).astype(np.float64)
+        points = points.reshape(len(points), -1, points.shape[-1])
+        places = points[..., :2] * value.unit * self._scale[value.frame][:2]
+        return _Points(places, points[..., 2] + np.log2(value.unit) if points.shape[-1] > 2 else None)
+
+    def best_rows(self, stages: Sequence[Stage], score_threshold: float) -> NDArray[np.int64]:
+        """Rows of the last stage that score the most, at least ``score_threshold``, the best first."""
+        last = self.boxes(stages[-1]) if stages else None
+        if last is None or last.scores is None:
+            return np.zeros(0, np.int64)
+        order = np.argsort(-last.scores, kind="stable")[:DETECTIONS_WITH_POINTS]
+        return order[last.scores[order] >= score_threshold]
+
     def _value(self, stage: Stage, kind: str) -> tuple[Value, NDArray] | tuple[None, None]:
         for value in stage.values:
             if value.kind == kind and (name := f"{stage.name}/{value.name}") in self._values:
@@ -172,32 +248,30 @@ class _Reader:
         return None, None
 
     def _existing(self, stage: Stage, rows: NDArray) -> NDArray:
-        """The rows that exist, by this stage's word or that of the one before that spoke of as many."""
-        _, valid = self._value(stage, "valid")
-        if valid is not None:
-            self._valid = valid.astype(bool)
-        if self._valid is None or len(self._valid) != len(rows):
-            return rows
-        return rows[self._valid]
+        """The rows that exist, by this stage's word or that of the last before it, if it spoke of as many."""
+        valid = self._valid.get(stage.name)
+        return rows if valid is None or len(valid) != len(rows) else rows[valid]
 
 
 def draw_stages(image: Image.Image, seen: SeenStages, score_threshold: float) -> Image.Image:
-    """One picture of the stages side by side, captions above and the classes' colours below."""
+    """One picture of the stages side by side, in rows, captions above and the classes' colours below."""
     panels = stage_panels(image, seen, score_threshold)
-    font = caption_font(16)
+    font = plain_font(16)
     column = max(_NARROWEST_PANEL, panels[0].picture.width)
     captions = ["\n".join(_wrapped(panel.caption, font, column)) for panel in panels]
-    above = 22 * max(caption.count("\n") + 1 for caption in captions) + _GAP
+    above = 22 * max(text.count("\n") + 1 for text in captions) + _GAP
     below = 22 + 2 * _GAP
-    height = max(40, panels[0].picture.height)
-    width = len(panels) * (column + _GAP) + _GAP
-    canvas = Image.new("RGB", (width, above + height + below), _BACKGROUND)
+    rows = -(-len(panels) // _PANELS_IN_A_ROW)
+    columns = -(-len(panels) // rows)
+    row_height = above + max(40, panels[0].picture.height)
+    width = columns * (column + _GAP) + _GAP
+    canvas = Image.new("RGB", (width, rows * row_height + below), _BACKGROUND)
     draw = ImageDraw.Draw(canvas)
-    for index, (panel, caption) in enumerate(zip(panels, captions, strict=True)):
-        left = _GAP + index * (column + _GAP)
-        draw.multiline_text((left, _GAP // 2), caption, fill=_CAPTION_COLOUR, font=font, spacing=4)
-        canvas.paste(panel.picture, (left, above))
-    _draw_legend(draw, seen, score_threshold, (above + height + _GAP, width))
+    for index, (panel, text) in enumerate(zip(panels, captions, strict=True)):
+        left, top = _GAP + index % columns * (column + _GAP), index // columns * row_height
+        draw.multiline_text((left, top + _GAP // 2), text, fill=_CAPTION_COLOUR, font=font, spacing=4)
+        canvas.paste(panel.picture, (left, top + above))
+    _draw_legend(draw, seen, score_threshold, (rows * row_height + _GAP, width))
     return canvas
 
 
@@ -231,11 +305,10 @@ def _text_width(text: str, font: object) -> float:
 def _draw_legend(draw: ImageDraw.ImageDraw, seen: SeenStages, score_threshold: float, place: tuple[int, int]) -> None:
     """A swatch and the name of every class that is detected, the most frequent first, as far as the row reaches."""
     top, width = place
-    font = caption_font(16)
     found, counts = np.unique(seen.detections.above(score_threshold).labels, return_counts=True)
     left = _GAP
     for label in found[np.argsort(-counts, kind="stable")]:
-        name = seen.metadata.category_name(int(label))
+        name, font = caption(seen.metadata.category_name(int(label)), 16)
         right = left + 24 + _text_width(name, font)
         if right > width - _GAP:
             draw.text((left, top), "...", fill=_CAPTION_COLOUR, font=font)

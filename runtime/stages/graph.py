@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from runtime.metadata import ModelMetadata
+from asag.runtime.metadata import ModelMetadata
 
 DETECTIONS = "detections"
 """What follows the last stage: scores, and the best of them."""

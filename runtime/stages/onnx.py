@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.errors import BackendUnavailableError, one_line
-from runtime.onnx_file import read_onnx
-from runtime.postprocessing import OUTPUT_NAMES
-from runtime.session import INPUT_NAMES
-from runtime.stages.graph import made_by, shown_values
+from asag.runtime.errors import BackendUnavailableError, one_line
+from asag.runtime.onnx_file import read_onnx
+from asag.runtime.postprocessing import OUTPUT_NAMES
+from asag.runtime.session import INPUT_NAMES
+from asag.runtime.stages.graph import made_by, shown_values
 
 
 class OnnxStages:

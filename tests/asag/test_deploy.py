@@ -12,7 +12,7 @@ from asag.deploy import DeployedDetector, weights_digest
 from asag.families.asag.config import HEADS
 from asag.families.asag.detector import ASAGDetector
 from asag.parts.boxes import cxcywh_to_xyxy
-from runtime.metadata import ModelMetadata
+from asag.runtime.metadata import ModelMetadata
 from tests.builders import (
     CATEGORY_IDS,
     normalized_batch,

@@ -19,12 +19,12 @@ from asag.ops import (
     sampling_mixing_definition,
 )
 from asag.ops.cuda import KernelOp
+from asag.trt_plugins.launch import DeviceArray, prepare_call
+from asag.trt_plugins.operations import OPERATIONS
+from asag.trt_plugins.plan import Plan, make_plan
 from tests.builders import random_detector, random_picture, small_info, uint8_batch
 from tests.ptx_machine.launch import launch_ptx
 from tests.trt_plugins.kernel_cases import LEVELS, attention_inputs, tensors
-from trt_plugins.launch import DeviceArray, prepare_call
-from trt_plugins.operations import OPERATIONS
-from trt_plugins.plan import Plan, make_plan
 
 pytestmark = pytest.mark.usefixtures("played_device")
 

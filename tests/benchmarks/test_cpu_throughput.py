@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from asag.runtime import open_session
+from asag.runtime.parity.agreement import compare_detections
 from benchmarks import cpu_speed
 from benchmarks.cpu_throughput import FolderTimes, compare_on_folder, measure_folder, one_by_one, throughput_table
-from runtime import open_session
-from runtime.parity.agreement import compare_detections
 from tests.builders import random_picture, small_info
 from tests.exports import small_export
 
@@ -33,7 +33,7 @@ def test_variants_are_timed_and_detect_the_same(
     found = compare_on_folder(checkpoint, tmp_path, pictures, rounds=2, images=3, threads=2)
     assert [times.name.partition(",")[0] for times in found] == ["PyTorch eager", "PyTorch eager", "ONNX Runtime"]
     assert all(len(times.wall) == 2 and min(times.wall + times.processor) > 0 for times in found)
-    with open_session(checkpoint) as reference, open_session(tmp_path / "model.onnx", contexts=2) as exported:
+    with open_session(checkpoint) as reference, open_session(tmp_path / "small.onnx", contexts=2) as exported:
         for ours, theirs in zip(exported.detect(pictures), one_by_one(reference, pictures), strict=True):
             assert compare_detections(0, theirs, ours, 100).within()
 

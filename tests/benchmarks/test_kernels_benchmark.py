@@ -17,6 +17,8 @@ import torch
 from click.testing import CliRunner
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from asag.runtime.speed.limits import Rates
+from asag.trt_plugins.launch import ITEM_SIZES, DeviceArray, prepare_call
 from benchmarks import kernels
 from benchmarks.kernel_cases import DEMO, PUBLISHED, Case, cases
 from benchmarks.kernel_results import (
@@ -36,8 +38,6 @@ from benchmarks.kernel_results import (
 )
 from benchmarks.kernels import Device, case_groups, main
 from benchmarks.timing import ClockTimer, NotCapturableError, Sampler, Spread, interleave
-from runtime.speed.limits import Rates
-from trt_plugins.launch import ITEM_SIZES, DeviceArray, prepare_call
 
 SMALL = dataclasses.replace(
     DEMO, name="published", finest=(24, 40), first=40, anchors_per_patch=5, capacity=(4, 6), queries=12

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from asag.runtime import open_session
+from asag.runtime.coco_dataset import CocoFolder, open_coco
 from benchmarks.padding_cost import measure_padding, native_size, padded_size
-from runtime import open_session
-from runtime.coco_dataset import CocoFolder, open_coco
 from tests.builders import CATEGORY_IDS, CATEGORY_NAMES, random_picture, write_checkpoint
 from tests.runtime.toy_detector import ToySession, toy_metadata, write_toy_dataset
 

@@ -9,12 +9,12 @@ import pytest
 
 from asag.checkpoint import load_detector
 from asag.deploy import DeployedDetector
-from export.model import export_onnx
-from runtime.coco_dataset import CocoFolder, open_coco
-from runtime.opening import open_session
-from runtime.parity.comparison import ParityReport, compare
-from runtime.preprocessing import prepare
-from train.synthetic import write_synthetic_dataset
+from asag.export.model import export_onnx
+from asag.runtime.coco_dataset import CocoFolder, open_coco
+from asag.runtime.opening import open_session
+from asag.runtime.parity.comparison import ParityReport, compare
+from asag.runtime.preprocessing import prepare
+from asag.train.synthetic import write_synthetic_dataset
 
 pytestmark = pytest.mark.slow
 

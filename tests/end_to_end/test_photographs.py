@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from asag.checkpoint import CheckpointInfo, save_detector
+from asag.cli.main import main
 from asag.datasets import COCO_CATEGORIES
 from asag.detector import build_detector
 from asag.families import find_preset
 from asag.published import load_published
-from asag_cli.main import main
+from tests.golden_files import module
 
 pytestmark = pytest.mark.slow
 
@@ -31,15 +30,6 @@ def run(*arguments: str | Path) -> int:
     return int(exited.value.code or 0)
 
 
-def load_module(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def models(goldens: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A checkpoint with the reference weights, which probe P4 and P3, and its exported file."""
@@ -47,7 +37,7 @@ def models(goldens: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     shapes = json.loads((goldens / "asag_a_r50_100.shapes.json").read_text())
     preset = find_preset(PRESET)
     detector = build_detector(preset.config)
-    load_published(detector, load_module(goldens / "golden_weights.py").golden_state_dict(shapes))
+    load_published(detector, module(goldens).golden_state_dict(shapes))
     checkpoint, exported = folder / "r50.safetensors", folder / "r50.onnx"
     save_detector(checkpoint, detector, CheckpointInfo.of(preset, COCO_CATEGORIES))
     assert run("export", checkpoint, "-o", exported) == 0

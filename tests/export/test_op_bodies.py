@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from torch import Tensor
 
+from asag.export.op_bodies import HELPER_FUNCTIONS, OP_FUNCTIONS
+from asag.export.op_bodies.domain import DOMAIN_VERSION, OPSET_VERSION
 from asag.ops import (
     adaptive_probing_definition,
     deformable_attention_definition,
@@ -25,10 +27,8 @@ from asag.ops import (
     sampling_mixing_definition,
     select_tokens_definition,
 )
-from export.op_bodies import HELPER_FUNCTIONS, OP_FUNCTIONS
-from export.op_bodies.domain import DOMAIN_VERSION, OPSET_VERSION
+from asag.trt_plugins.operations import DOMAIN
 from tests.trt_plugins.kernel_cases import attention_inputs, scores_with_ties
-from trt_plugins.operations import DOMAIN
 
 FUNCTIONS = {function.name: function.to_function_proto() for function in (*OP_FUNCTIONS, *HELPER_FUNCTIONS)}
 ELEMENT_TYPES = {

@@ -17,17 +17,17 @@ from click.testing import CliRunner
 from onnx import TensorProto, defs, helper, numpy_helper
 
 from asag.deploy import DeployedDetector
+from asag.export import emulation
+from asag.export.emulation import emulate_bfloat16
+from asag.export.operator_set import is_widened, operators, raise_operator_set
+from asag.export.precision import BFLOAT16_OPERATOR_SET, convert_precision, half_nodes
 from asag.family import Stage, Value
-from export import emulation
-from export.emulation import emulate_bfloat16
-from export.operator_set import is_widened, operators, raise_operator_set
-from export.precision import BFLOAT16_OPERATOR_SET, convert_precision, half_nodes
-from runtime.errors import BackendUnavailableError
-from runtime.opening import open_session
-from runtime.stages.graph import made_by, shown_values
+from asag.runtime.errors import BackendUnavailableError
+from asag.runtime.opening import open_session
+from asag.runtime.stages.graph import made_by, shown_values
+from asag.trt_plugins.operations import OPERATIONS
 from tests.builders import random_picture, small_info, uint8_batch
 from tests.exports import small_export
-from trt_plugins.operations import OPERATIONS
 
 SIZE = small_info().input.size
 

@@ -11,16 +11,16 @@ import pytest
 from asag.checkpoint import CheckpointInfo
 from asag.datasets import DATASETS
 from asag.deploy import DeployedDetector
+from asag.export.model import export_onnx
 from asag.families import find_preset
 from asag.families.asag import ASAG
 from asag.family import InputSpec
-from export.model import export_onnx
-from runtime import open_session
-from runtime.backends.pytorch_session import PyTorchSession
-from runtime.engines.build import BuildOptions, build_engine
-from runtime.errors import BackendUnavailableError
-from runtime.metadata import ModelMetadata
-from runtime.parity.agreement import compare_detections
+from asag.runtime import open_session
+from asag.runtime.backends.pytorch_session import PyTorchSession
+from asag.runtime.engines.build import BuildOptions, build_engine
+from asag.runtime.errors import BackendUnavailableError
+from asag.runtime.metadata import ModelMetadata
+from asag.runtime.parity.agreement import compare_detections
 from tests.builders import random_detector, random_picture, small_config
 
 INPUT_SIZE = (256, 320)

@@ -17,19 +17,23 @@ from hypothesis import strategies as st
 from onnx import TensorProto, numpy_helper
 from PIL import Image
 
-from export import quantization
-from export.calibration import largest_magnitudes
-from export.precision import convert_precision
-from export.quantization import quantize_int8
-from export.quantized_graph import int8_step, quantizable_layers, quantize_layers
-from runtime.engines.backend import TENSORRT_RTX
-from runtime.engines.build import build_engine
-from runtime.errors import BackendUnavailableError
-from runtime.metadata import ModelMetadata
-from runtime.opening import open_session
-from runtime.preprocessing import load_image, prepare
+from asag.export import quantization
+from asag.export.calibration import largest_magnitudes
+from asag.export.exported_file import read_exported
+from asag.export.precision import convert_precision
+from asag.export.quantization import quantize_int8
+from asag.export.quantized_graph import int8_step, quantizable_layers, quantize_layers
+from asag.runtime.coco_dataset import CocoFolder
+from asag.runtime.engines.backend import TENSORRT_RTX
+from asag.runtime.engines.build import build_engine
+from asag.runtime.errors import BackendUnavailableError
+from asag.runtime.metadata import ModelMetadata
+from asag.runtime.opening import open_session
+from asag.runtime.preprocessing import load_image, prepare
 from tests.builders import random_picture
 from tests.exports import small_export
+from tests.runtime.coco_files import entry as annotation
+from tests.runtime.coco_files import write_split
 
 ANCHOR_CONVOLUTIONS = 3 * 2 + 1  # two for each of P3, P4 and P5, and the one of P6
 
@@ -283,17 +287,18 @@ def test_a_budget_that_float16_alone_breaks_is_refused() -> None:
 def test_nothing_is_written_when_the_budget_is_refused(
     model: Path, images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "own.json").write_text(
-        '{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}, {"id": 3, "name": "b"},'
-        ' {"id": 7, "name": "c"}]}'
-    )
+    _, metadata = read_exported(model)
+    classes = zip(metadata.category_ids, metadata.category_names, strict=True)
+    categories = [{"id": number, "name": name} for number, name in classes]
+    annotations = write_split(tmp_path / "data", [annotation(category_id=categories[0]["id"])], categories=categories)
+    dataset = CocoFolder(tmp_path / "data" / "val2017", annotations)
     monkeypatch.setattr(quantization._Trial, "average_precision", lambda _, layers, *rest: 0.7 if layers is None else 0)
     output = tmp_path / "int8.onnx"
     output.write_text("an older file")
     with pytest.raises(ValueError, match="with no layer in int8"):
-        quantize_int8(model, output, images, tmp_path / "own.json", tmp_path, 0.1)
+        quantize_int8(model, output, images, dataset, 0.1)
     assert output.read_text() == "an older file"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["int8.onnx", "own.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "int8.onnx"]
 
 
 def test_bad_input(model: Path, images: list[Path], tmp_path: Path) -> None:
@@ -310,7 +315,6 @@ def test_bad_input(model: Path, images: list[Path], tmp_path: Path) -> None:
         (damaged, images, {}, "cannot read .*damaged.onnx as ONNX"),
         (foreign, images, {}, "foreign.onnx: not an asag model"),
         (model, [picture], {}, "picture.png is not an image"),
-        (model, images, {"annotations": picture}, "give both"),
         (model, images, {"max_ap_drop": 0.01}, "needs a dataset"),
     ]
     for source, calibration, options, message in cases:

@@ -13,13 +13,13 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
+from asag.export.op_bodies import bodies_of
+from asag.export.op_bodies.domain import DOMAIN_VERSION, OPSET_VERSION
+from asag.export.operators import translation_table
+from asag.export.precision import convert_precision
 from asag.ops import multi_scale_deformable_attention, select_tokens
-from export.op_bodies import bodies_of
-from export.op_bodies.domain import DOMAIN_VERSION, OPSET_VERSION
-from export.operators import translation_table
-from export.precision import convert_precision
+from asag.trt_plugins.operations import DOMAIN
 from tests.runtime.toy_detector import toy_metadata
-from trt_plugins.operations import DOMAIN
 
 SHAPES, POINTS = ((3, 4), (1, 2)), (2, 1)
 CAPACITY = 5

@@ -8,8 +8,8 @@ import torch
 from onnx import TensorProto, helper
 from torch.torch_version import TorchVersion
 
+from asag.export.stage_names import name_stages
 from asag.family import Stage, Value
-from export.stage_names import name_stages
 from tests.exports import small_export
 
 STAGES = (

@@ -9,11 +9,11 @@ import pytest
 
 from asag.checkpoint import load_detector
 from asag.deploy import DeployedDetector
+from asag.export.model import export_onnx
 from asag.families.asag.config import HEADS, LEVELS
-from export.model import export_onnx
-from runtime import open_session
-from runtime.parity.agreement import compare_detections
-from runtime.parity.comparison import open_candidate, open_reference
+from asag.runtime import open_session
+from asag.runtime.parity.agreement import compare_detections
+from asag.runtime.parity.comparison import open_candidate, open_reference
 from tests.builders import random_detector, random_picture, small_info, write_checkpoint
 
 PICTURES = [random_picture(1, 160, 192), random_picture(2, 70, 150)]

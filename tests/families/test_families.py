@@ -16,7 +16,7 @@ from asag.families import FAMILIES, all_presets, family_of, find_family
 from asag.family import Family, Preset
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("asag", "asag_cli", "benchmarks", "export", "runtime", "train", "trt_plugins")
+SOURCES = ("asag", "cli", "benchmarks", "export", "runtime", "train", "trt_plugins")
 DEFAULT = re.compile(r"^(DEFAULT_)?PRESET = |default: |--preset |@click.option\(.*default=")
 """Lines that name a preset because a command has a default or shows an example."""
 

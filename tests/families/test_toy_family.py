@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from asag import families
+from asag.cli.main import main
 from asag.detector import Detector, Predictions, stage
 from asag.family import Choice, Family, InputSpec, Preset, Stage, Value
 from asag.parts.backbones.resnet import ResNet
 from asag.parts.boxes import content_scale
 from asag.training.protocol import Batch, ParameterGroup, Step, Target, rates_of
-from asag_cli.main import main
 
 # The family begins here.
 
@@ -90,6 +90,7 @@ class PublishedGrid:
 
 class GridTraining:
     parts: ClassVar[Mapping[str, str]] = {"loss_class": "classes", "loss_box": "boxes"}
+    remarks = ("cells learn the objects nearest to them",)
 
     def __init__(self, detector: GridDetector, settings: GridSettings) -> None:
         self.detector, self.weights = detector, {"loss_class": 1.0, "loss_box": settings.box_weight}

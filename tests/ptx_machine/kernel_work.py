@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from asag.trt_plugins.operations import OPERATIONS
 from benchmarks.kernel_cases import PUBLISHED, Case, cases
 from tests.ptx_machine.launch import run_ptx
 from tests.ptx_machine.work import Work
 from tests.trt_plugins.kernel_cases import to_element
-from trt_plugins.operations import OPERATIONS
 
 QUERIES = 2
 

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from asag.trt_plugins.compile import FIRST_WITH_TENSOR_CORES, compile_plan, supported_capabilities
+from asag.trt_plugins.launch import ITEM_SIZES, Call, DeviceArray, prepare_call
+from asag.trt_plugins.operations import OPERATIONS
+from asag.trt_plugins.plan import Plan
 from tests.ptx_machine.machine import Machine
 from tests.ptx_machine.memory import GlobalMemory
 from tests.ptx_machine.program import Program, parse
 from tests.ptx_machine.work import Work
-from trt_plugins.compile import FIRST_WITH_TENSOR_CORES, compile_plan, supported_capabilities
-from trt_plugins.launch import ITEM_SIZES, Call, DeviceArray, prepare_call
-from trt_plugins.operations import OPERATIONS
-from trt_plugins.plan import Plan
 
 Arrays = Sequence[DeviceArray]
 

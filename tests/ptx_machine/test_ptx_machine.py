@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-import trt_plugins.compile
+import asag.trt_plugins.compile
+from asag.trt_plugins.compile import kernel_source
 from tests.ptx_machine.arithmetic import COMPARISONS, convert, function_of
 from tests.ptx_machine.launch import run_ptx
 from tests.ptx_machine.memory import KernelFaultError
@@ -25,7 +26,6 @@ from tests.trt_plugins.kernel_cases import (
     scores_with_ties,
     to_element,
 )
-from trt_plugins.compile import kernel_source
 
 BARRIER = re.compile(r"__sync(threads|warp)\(\);")
 KERNELS = (
@@ -87,7 +87,7 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
 
     def replace(file_name: str, text: str) -> None:
         monkeypatch.setattr(
-            trt_plugins.compile, "kernel_source", lambda name: text if name == file_name else kernel_source(name)
+            asag.trt_plugins.compile, "kernel_source", lambda name: text if name == file_name else kernel_source(name)
         )
 
     return replace

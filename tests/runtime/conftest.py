@@ -9,10 +9,10 @@ from typing import Any
 import onnx
 import pytest
 
-from runtime import open_session
-from runtime.backends.engine_session import EngineSession
-from runtime.coco_dataset import CocoFolder
-from runtime.metadata import ModelMetadata
+from asag.runtime import open_session
+from asag.runtime.backends.engine_session import EngineSession
+from asag.runtime.coco_dataset import CocoFolder
+from asag.runtime.metadata import ModelMetadata
 from tests.runtime import cuda_stand_in, engine_stand_in
 from tests.runtime.cuda_stand_in import StandInCuda
 from tests.runtime.engine_stand_in import StandInMachine

@@ -13,8 +13,8 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
-from runtime.postprocessing import non_maximum_suppression, postprocess
-from runtime.preprocessing import prepare
+from asag.runtime.postprocessing import non_maximum_suppression, postprocess
+from asag.runtime.preprocessing import prepare
 from tests.runtime.toy_detector import toy_metadata
 
 WATCHED = "*sched_get_priority_max*"

@@ -19,12 +19,12 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
-from runtime.backends.engine_session import EngineSession
-from runtime.engines.backend import BACKENDS, EngineBackend
-from runtime.engines.manifest import EngineManifest, batch_profiles, manifest_path
-from runtime.files import write_json
-from runtime.metadata import ModelMetadata
-from runtime.postprocessing import OUTPUT_NAMES
+from asag.runtime.backends.engine_session import EngineSession
+from asag.runtime.engines.backend import BACKENDS, EngineBackend
+from asag.runtime.engines.manifest import EngineManifest, batch_profiles, manifest_path
+from asag.runtime.files import write_json
+from asag.runtime.metadata import ModelMetadata
+from asag.runtime.postprocessing import OUTPUT_NAMES
 from tests.runtime.cuda_stand_in import StandInCuda
 from tests.runtime.toy_detector import ToySession
 

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from runtime import captions
-from runtime.captions import caption
+from asag.runtime import captions
+from asag.runtime.captions import caption
 
 TEXTS = ["ring 0.93", "圆形", "квадрат", "삼각형", "נקודה", "गोल", "ring ünï"]
 

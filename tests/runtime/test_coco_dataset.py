@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from runtime.coco_dataset import CocoFolder, find_split, open_coco
-from runtime.coco_evaluation import evaluate_session
+from asag.runtime.coco_dataset import CocoFolder, open_coco
+from asag.runtime.coco_evaluation import evaluate_session
 from tests.runtime.coco_files import entry, write_split
 from tests.runtime.toy_detector import ToySession, toy_metadata
 
@@ -23,20 +22,13 @@ def test_image_of_another_size_is_refused(toy_dataset: CocoFolder) -> None:
 def test_wrong_folders_name_what_was_looked_for(toy_dataset: CocoFolder, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="dataset not found"):
         open_coco(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match=r"looked for annotations/instances_val2017\.json, val2017/_annot"):
+    with pytest.raises(FileNotFoundError, match=r"looked for annotations/instances_val2017\.json .* val2017/_annot"):
         open_coco(tmp_path)
     root = toy_dataset.images_dir.parent
     with pytest.raises(FileNotFoundError, match=r"no split test2017"):
         open_coco(root, "test2017")
     with pytest.raises(FileNotFoundError, match="no annotations: looked for"):
         CocoFolder(root, root / "none.json")
-
-
-def test_a_labelling_tool_s_folders_are_found(tmp_path: Path) -> None:
-    path = write_split(tmp_path, [entry()], split="valid")
-    shutil.move(path, tmp_path / "valid" / "_annotations.coco.json")
-    assert find_split(tmp_path, "val2017") == (tmp_path / "valid", tmp_path / "valid" / "_annotations.coco.json")
-    assert len(open_coco(tmp_path)) == 1
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime.coco_dataset import CocoFolder, open_coco
-from runtime.coco_evaluation import coco_records, evaluate, evaluate_session
-from runtime.postprocessing import Detections
+from asag.runtime.coco_dataset import CocoFolder, open_coco
+from asag.runtime.coco_evaluation import coco_records, evaluate, evaluate_session
+from asag.runtime.postprocessing import Detections
 from tests.runtime.toy_detector import ToySession
 
 

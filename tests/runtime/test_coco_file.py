@@ -9,10 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from runtime.coco_dataset import CocoFolder
-from runtime.coco_evaluation import evaluate
-from runtime.coco_file import read_coco_file
-from runtime.postprocessing import Detections
+from asag.runtime.coco_dataset import CocoFolder
+from asag.runtime.coco_evaluation import evaluate
+from asag.runtime.coco_file import read_coco_file
+from asag.runtime.postprocessing import Detections
 from tests.runtime.coco_files import CATEGORIES, entry, image_entry, write_split
 
 PLAIN = [entry(1, (1, 2, 10, 20)), entry(1, (30, 5, 20, 20), 7), entry(2, (0, 0, 60, 40))]

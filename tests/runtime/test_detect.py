@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runtime.coco_dataset import CocoFolder
-from runtime.detect import DetectionSummary, detect_files, expand_paths
+from asag.runtime import image_source
+from asag.runtime.coco_dataset import CocoFolder
+from asag.runtime.detect import DetectionSummary, detect_files, expand_paths
 from tests.runtime.toy_detector import ToySession
 
 
@@ -95,8 +96,10 @@ def test_wrong_arguments(folder: Path, tmp_path: Path) -> None:
 
 
 def test_folders_are_read_to_the_bottom_and_what_is_skipped_is_named(
-    folder: Path, caplog: pytest.LogCaptureFixture
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    without_heic = image_source.image_suffixes() - {".heic"}
+    monkeypatch.setattr(image_source, "image_suffixes", lambda: without_heic)
     (folder / "below" / "deep").mkdir(parents=True)
     for name in ("below/deep/d.ppm", "below/e.jfif", "f.jp2", ".hidden.png"):
         Image.new("RGB", (9, 9)).save(folder / name, {"e.jfif": "JPEG"}.get(Path(name).name))
@@ -104,8 +107,10 @@ def test_folders_are_read_to_the_bottom_and_what_is_skipped_is_named(
     found = [path.relative_to(folder).as_posix() for path in expand_paths([folder])]
     assert found == ["a.png", "b.png", "below/deep/d.ppm", "below/e.jfif", "c.JPG", "f.jp2"]
     assert "skipped 2 files that are no images: notes.txt, phone.heic; for HEIC: pip install pillow-heif" in caplog.text
-    assert len(expand_paths([folder], leave_out=folder / "below")) == 4
-    assert len(expand_paths([folder], leave_out=folder)) == 6
+    before = len(expand_paths([folder]))
+    detect_files(ToySession(), [folder], folder / "results")
+    assert len(expand_paths([folder])) == before, "the pictures of an earlier run are no images to detect on"
+    assert len(expand_paths([folder / "results"])) == before
 
 
 def test_an_interrupted_run_writes_what_it_has(folder: Path, tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ from itertools import pairwise
 import numpy as np
 from PIL import Image
 
-from runtime.drawing import class_colour, draw_detections
-from runtime.postprocessing import Detections
+from asag.runtime.drawing import class_colour, draw_detections
+from asag.runtime.postprocessing import Detections
 from tests.runtime.toy_detector import toy_metadata
 
 

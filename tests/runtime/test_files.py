@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.files import atomic_path, write_bytes, write_json
+from asag.runtime.files import atomic_path, write_bytes, write_json
 
 
 def test_write_makes_folders_and_replaces(tmp_path: Path) -> None:

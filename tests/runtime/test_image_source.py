@@ -14,9 +14,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from runtime.detect import detect_files
-from runtime.errors import BackendUnavailableError
-from runtime.image_source import read_ahead, read_images, video_length
+from asag.runtime.detect import detect_files
+from asag.runtime.errors import BackendUnavailableError
+from asag.runtime.image_source import read_ahead, read_images, video_length
 from tests.runtime.toy_detector import ToySession
 
 FRAMES = 12

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
-HEAVY = ("torch", "torchvision", "onnx", "asag.detector", "asag.families", "train", "export")
+HEAVY = ("torch", "torchvision", "onnx", "asag.detector", "asag.families", "asag.train", "asag.export")
 """Of `asag` only the data types that describe a family are light."""
 
 
@@ -22,14 +22,18 @@ def run_python(code: str, *arguments: str) -> str:
 
 
 def test_importing_runtime_imports_no_backend() -> None:
-    code = f"import runtime, sys; print([name for name in {(*HEAVY, 'onnxruntime', 'numpy')} if name in sys.modules])"
+    code = (
+        f"import asag.runtime, sys; print([name for name in {(*HEAVY, 'onnxruntime', 'numpy')} if name in sys.modules])"
+    )
     assert run_python(code).strip() == "[]"
 
 
 def test_no_module_imports_torch() -> None:
     served = ROOT / "runtime/serving/model.py"  # runs inside Triton's server alone
     paths = sorted(set((ROOT / "runtime").rglob("*.py")) - {served})
-    modules = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in paths]
+    modules = [
+        "asag." + ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in paths
+    ]
     code = f"import {', '.join(modules)}, sys; print([name for name in {HEAVY} if name in sys.modules])"
     assert run_python(code).strip() == "[]"
 
@@ -39,8 +43,8 @@ def test_detecting_with_onnx_never_imports_torch(toy_onnx: Path, tmp_path: Path)
     Image.fromarray(np.full((40, 60, 3), 200, np.uint8)).save(image)
     code = f"""
 import sys
-from runtime import open_session
-from runtime.detect import detect_files
+from asag.runtime import open_session
+from asag.runtime.detect import detect_files
 summary = detect_files(open_session(sys.argv[1]), [sys.argv[2]], sys.argv[3])
 print(summary.images, summary.detections, [name for name in {HEAVY} if name in sys.modules])
 """
@@ -48,7 +52,7 @@ print(summary.images, summary.detections, [name for name in {HEAVY} if name in s
 
 
 def test_unknown_name_is_an_attribute_error() -> None:
-    import runtime
+    from asag import runtime
 
     assert set(runtime.__all__) <= set(dir(runtime))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):

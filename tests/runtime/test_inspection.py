@@ -9,9 +9,9 @@ import onnx
 import pytest
 import safetensors.numpy
 
-from runtime.engines.build import BuildOptions, build_engine
-from runtime.errors import BackendUnavailableError
-from runtime.inspection import Inspection, inspect_file
+from asag.runtime.engines.build import BuildOptions, build_engine
+from asag.runtime.errors import BackendUnavailableError
+from asag.runtime.inspection import Inspection, inspect_file
 from tests.runtime.toy_detector import build_toy_model
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.machine import describe_machine
+from asag.runtime.machine import describe_machine
 
 
 def test_the_clocks_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

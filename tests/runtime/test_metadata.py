@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from asag.family import Stage, Value
-from runtime.metadata import ModelMetadata
+from asag.runtime.metadata import ModelMetadata
 from tests.runtime.toy_detector import toy_metadata
 
 

@@ -13,9 +13,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from runtime import Detections, Session, open_session
-from runtime.detect import detect_files
-from runtime.parity.agreement import compare_detections
+from asag.runtime import Detections, Session, open_session
+from asag.runtime.detect import detect_files
+from asag.runtime.parity.agreement import compare_detections
 from tests.builders import random_picture
 from tests.exports import small_export
 

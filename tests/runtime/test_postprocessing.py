@@ -1,10 +1,16 @@
 from __future__ import annotations
 
+import importlib.util
+import sys
+from types import SimpleNamespace
+
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.postprocessing import box_iou, non_maximum_suppression, postprocess
+from asag.runtime.errors import BackendUnavailableError
+from asag.runtime.postprocessing import Detections, box_iou, non_maximum_suppression, postprocess
 from tests.runtime.toy_detector import toy_metadata
 
 
@@ -69,3 +75,28 @@ def test_suppression_runs_where_the_model_asks_for_it() -> None:
     (suppressed,) = postprocess(outputs, [(100, 100)], toy_metadata(nms_iou=0.7))
     assert np.allclose(suppressed.scores, [0.9, 0.7])
     assert suppressed.labels.tolist() == [1, 3]
+
+
+@pytest.mark.parametrize("genuine", [False, True])
+def test_detections_for_supervision(genuine: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if genuine and importlib.util.find_spec("supervision") is None:
+        pytest.skip("supervision is not installed")
+    if not genuine:
+        monkeypatch.setitem(sys.modules, "supervision", SimpleNamespace(Detections=SimpleNamespace))
+    boxes, scores, _ = random_detections(seed=3, count=3)
+    ours = Detections(boxes, scores, np.array([7, 1, 3]), 0, (90, 120))
+    theirs = ours.to_supervision(toy_metadata())
+    assert theirs.xyxy.tolist() == boxes.tolist()
+    assert theirs.confidence.tolist() == scores.tolist()
+    assert theirs.class_id.tolist() == [7, 1, 3]
+    assert theirs.data["class_name"].tolist() == ["ring", "circle", "square"]
+    nothing = ours.above(2.0).to_supervision(toy_metadata())
+    assert nothing.xyxy.shape == (0, 4)
+    assert not ours.to_supervision().data
+
+
+def test_without_supervision_a_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "supervision", None)
+    detections = Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64), 0, (9, 9))
+    with pytest.raises(BackendUnavailableError, match=r"pip install 'asag\[supervision\]'"):
+        detections.to_supervision()

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from runtime.preprocessing import as_image, load_image, prepare, resize, resized_size
+from asag.runtime.preprocessing import as_image, load_image, prepare, resize, resized_size
 from tests.runtime.toy_detector import toy_metadata
 
 SIDE = st.integers(1, 5000)

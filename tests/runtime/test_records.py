@@ -8,7 +8,15 @@ from typing import Annotated
 
 import pytest
 
-from runtime.records import NULL_IS_INFINITE, NULL_IS_NAN, check_format, convert, convert_fields, read_json, to_json
+from asag.runtime.records import (
+    NULL_IS_INFINITE,
+    NULL_IS_NAN,
+    check_format,
+    convert,
+    convert_fields,
+    read_json,
+    to_json,
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,25 +14,25 @@ import safetensors.torch
 from onnx import numpy_helper
 
 from asag.checkpoint import load_detector
+from asag.export.conversion import convert_file
+from asag.export.exported_file import read_exported
+from asag.export.quantized_graph import quantizable_layers
 from asag.family import InputSpec
-from export.conversion import convert_file
-from export.exported_file import read_exported
-from export.quantized_graph import quantizable_layers
-from runtime import open_session
-from runtime.engines.manifest import manifest_path, read_manifest
-from runtime.files import write_json
-from runtime.inspection import inspect_file
-from runtime.metadata import ModelMetadata
-from runtime.onnx_file import read_onnx
-from runtime.parity.agreement import compare_detections
-from runtime.parity.comparison import compare, open_candidate, open_reference
-from runtime.parity.stage_comparison import can_compare, compare_stages
-from runtime.records import read_json
-from runtime.reports.document import make_document, read_document
-from runtime.session import Session
-from runtime.speed.stage_times import measure_stages
-from runtime.speed.stage_work import stage_work
-from runtime.stages.draw import stage_panels
+from asag.runtime import open_session
+from asag.runtime.engines.manifest import manifest_path, read_manifest
+from asag.runtime.files import write_json
+from asag.runtime.inspection import inspect_file
+from asag.runtime.metadata import ModelMetadata
+from asag.runtime.onnx_file import read_onnx
+from asag.runtime.parity.agreement import compare_detections
+from asag.runtime.parity.comparison import compare, open_candidate, open_reference
+from asag.runtime.parity.stage_comparison import can_compare, compare_stages
+from asag.runtime.records import read_json
+from asag.runtime.reports.document import make_document, read_document
+from asag.runtime.session import Session
+from asag.runtime.speed.stage_times import measure_stages
+from asag.runtime.speed.stage_work import stage_work
+from asag.runtime.stages.draw import stage_panels
 from tests.builders import random_picture, small_info, write_checkpoint
 from tests.exports import SmallExport, small_export
 from tests.runtime.engine_stand_in import write_engine

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-import runtime.session
-from runtime import open_session
-from runtime.errors import BackendUnavailableError
-from runtime.session import Pending, check_device
+import asag.runtime.session
+from asag.runtime import open_session
+from asag.runtime.errors import BackendUnavailableError
+from asag.runtime.session import Pending, check_device
 from tests.runtime.toy_detector import HEIGHT, WIDTH, ToySession, build_toy_model, toy_metadata
 
 
@@ -259,7 +259,7 @@ def test_batches_in_flight_keep_their_order(count: int, tmp_path: Path) -> None:
 
 
 def test_public_names_are_those_of_the_session_module() -> None:
-    assert open_session is runtime.opening.open_session
+    assert open_session is asag.runtime.opening.open_session
 
 
 def test_a_file_that_opens_and_does_not_run_is_one_line(tmp_path: Path) -> None:

@@ -10,15 +10,15 @@ import pytest
 from PIL import Image
 
 from asag.family import Stage, Value
-from runtime import open_session
-from runtime.detect import detect_files
-from runtime.drawing import class_colour
-from runtime.parity.comparison import compare
-from runtime.postprocessing import Detections
-from runtime.reports.document import make_document
-from runtime.reports.page import write_page
-from runtime.session import Session
-from runtime.stages.draw import BOX_COLOUR, PLACE_COLOUR, SeenStages, draw_stages, stage_panels
+from asag.runtime import open_session
+from asag.runtime.detect import detect_files
+from asag.runtime.drawing import class_colour
+from asag.runtime.parity.comparison import compare
+from asag.runtime.postprocessing import Detections
+from asag.runtime.reports.document import make_document
+from asag.runtime.reports.page import write_page
+from asag.runtime.session import Session
+from asag.runtime.stages.draw import BOX_COLOUR, PLACE_COLOUR, SeenStages, draw_stages, stage_panels
 from tests.builders import random_detector, random_picture, write_checkpoint
 from tests.runtime.toy_detector import ToySession, toy_metadata, write_toy_dataset
 
@@ -112,6 +112,64 @@ def test_cells_are_those_of_the_features() -> None:
     assert panel.caption == "kept tokens: 1"
     # A cell of the second map has 8 pixels of the input, 80 of the picture.
     assert outline(np.asarray(panel.picture), PLACE_COLOUR) == (320, 240, 400, 319)
+
+
+LOOKING = (
+    Stage("features", (Value("map", "maps"),)),
+    Stage("layer_0", (Value("points", "points", unit=2), Value("boxes", "boxes")), part="decoder"),
+    Stage("layer_1", (Value("points", "points", frame="content"), Value("boxes", "boxes")), part="decoder"),
+    Stage("head", (Value("logits", "scores"), Value("boxes", "boxes", frame="content"))),
+)
+
+
+def looking_stages(score: float) -> SeenStages:
+    """Two queries of the image of :func:`one_of_each`, of which the second scores more, and where they look."""
+    small = [[0.5, 0.5, 0.1, 0.1]] * 2
+    pixels = [[24, 16, 4, 4]] * 2
+    values = {
+        "sizes": np.array([[32, 48]], np.float32),
+        "layer_0/points": np.array([[[[[3, 4, 1]]], [[[18, 12, 3]]]]], np.float32),
+        "layer_0/boxes": np.array([pixels], np.float32),
+        "layer_1/points": np.array([[[[0.75, 0.25], [np.nan, 0]], [[0.25, 0.75], [np.inf, 0]]]], np.float32),
+        "layer_1/boxes": np.array([pixels], np.float32),
+        "head/logits": np.array([[[-9, -9, -9], [-9, score, -9]]], np.float32),
+        "head/boxes": np.array([small], np.float32),
+    }
+    return SeenStages(values, seen_stages().detections, toy_metadata(stages=LOOKING))
+
+
+def test_the_points_of_the_best_detections_are_drawn_at_every_stage() -> None:
+    panels = stage_panels(Image.new("RGB", (96, 64)), looking_stages(score=2.0), 0.3)
+    assert [panel.caption for panel in panels[:2]] == [
+        "layer 0: 2; where the best 1 look, in a colour each",
+        "layer 1: 2; where the best 1 look, in a colour each",
+    ]
+    dots = []
+    for panel in panels[:2]:
+        pixels = np.asarray(panel.picture).copy()
+        pixels[130:190, 210:270] = 0  # the box
+        left, top, right, bottom = outline(pixels, class_colour(0))
+        dots.append(((left + right) / 2, (top + bottom) / 2, (right - left) / 2))
+    # A cell of 2 * 2^3 pixels at (36, 24) of the input, and no cell at a quarter and three quarters of the content.
+    assert dots[0] == pytest.approx((360, 240, 3), abs=1)
+    assert dots[1] == pytest.approx((120, 240, 2), abs=1)
+    assert dots[0][2] > dots[1][2]
+
+
+def test_points_of_what_is_not_found_are_not_drawn() -> None:
+    panels = stage_panels(Image.new("RGB", (96, 64)), looking_stages(score=-2.0), 0.3)
+    assert panels[0].caption == "layer 0: 2; where the best 0 look, in a colour each"
+    assert not (np.asarray(panels[0].picture) == class_colour(0)).all(axis=2).any()
+
+
+def test_many_panels_stand_in_rows() -> None:
+    layers = tuple(Stage(f"layer_{number}", (Value("boxes", "boxes"),), part="decoder") for number in range(6))
+    seen = looking_stages(2.0)
+    values = {**seen.values, **{f"{layer.name}/boxes": seen.values["layer_0/boxes"] for layer in layers}}
+    seen = SeenStages(values, seen.detections, toy_metadata(stages=(LOOKING[0], *layers, LOOKING[-1])))
+    picture = draw_stages(Image.new("RGB", (96, 64)), seen, 0.3)
+    assert 4 * 480 < picture.width < 5 * 480
+    assert 2 * 320 < picture.height < 3 * 320
 
 
 def test_no_places_and_nothing_found() -> None:

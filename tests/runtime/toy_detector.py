@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from runtime.coco_dataset import CocoFolder, open_coco
-from runtime.metadata import ModelMetadata
-from runtime.session import Session
+from asag.runtime.coco_dataset import CocoFolder, open_coco
+from asag.runtime.metadata import ModelMetadata
+from asag.runtime.session import Session
 
 HEIGHT, WIDTH, CELLS = 64, 96, 4
 CATEGORY_IDS, CATEGORY_NAMES = (1, 3, 7), ("circle", "square", "ring")

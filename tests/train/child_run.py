@@ -16,23 +16,33 @@ from pathlib import Path
 import torch
 
 from asag import families
+from asag.families.adamixer import ADAMIXER
 from asag.families.asag import ASAG
 from asag.family import Family, InputSpec
-from train.config import TrainConfig
+from asag.train.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-MICRO, FROZEN = "micro", "micro-frozen"
+MICRO, FROZEN, RECOLLECTED = "micro", "micro-frozen", "micro-recollected"
 
 
 def micro_families() -> tuple[Family, ...]:
-    """The families, with two presets of a tiny network on 96-pixel images: norms that learn, and norms that stay."""
+    """The families, with presets of tiny networks on 96-pixel images: norms that learn, norms that stay, and one that
+    trains with recollected queries.
+    """
     tiny = ASAG.presets["asag-a-tiny"]
     size = dataclasses.replace(tiny.config.size, backbone_width=8, anchor_hidden=32, feed_forward=32)
     learning = dataclasses.replace(tiny.config, size=size)
     frozen = dataclasses.replace(learning, train_batch_statistics=False)
     micro = dataclasses.replace(tiny, config=learning, input=InputSpec(96, 96, (96, 96)))
     presets = {**ASAG.presets, MICRO: micro, FROZEN: dataclasses.replace(micro, config=frozen)}
-    return (dataclasses.replace(ASAG, presets=presets), *families.FAMILIES[1:])
+    other = ADAMIXER.presets["adamixer-tiny"]
+    size = dataclasses.replace(other.config.size, backbone_width=8, feed_forward=32)
+    config = dataclasses.replace(other.config, size=size, queries=12, train_batch_statistics=False)
+    recollected = {**ADAMIXER.presets, RECOLLECTED: dataclasses.replace(other, config=config, input=micro.input)}
+    made = {ASAG.name: presets, ADAMIXER.name: recollected}
+    return tuple(
+        dataclasses.replace(family, presets=made.get(family.name, family.presets)) for family in families.FAMILIES
+    )
 
 
 def start(config: TrainConfig, folder: Path, **variables: str) -> subprocess.Popen[str]:
@@ -47,7 +57,7 @@ def start(config: TrainConfig, folder: Path, **variables: str) -> subprocess.Pop
 
 def record_gradients(folder: Path) -> None:
     """From now on every step of this process writes its gradients to ``folder/<step>.pt``."""
-    from train.step import StepMaker
+    from asag.train.step import StepMaker
 
     make = StepMaker.make
 
@@ -63,7 +73,7 @@ def record_gradients(folder: Path) -> None:
 
 def record_buffers(path: Path) -> None:
     """From now on every step of this process writes the buffers of its detector, and its average whole, to a file."""
-    from train.step import StepMaker
+    from asag.train.step import StepMaker
 
     make = StepMaker.make
 
@@ -78,7 +88,7 @@ def record_buffers(path: Path) -> None:
 
 
 def main() -> None:
-    from train.loop import train
+    from asag.train.loop import train
 
     torch.set_num_threads(1)
     families.FAMILIES = micro_families()

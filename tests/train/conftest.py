@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from asag import families
+from asag.train.config import TrainConfig
+from asag.train.synthetic import write_synthetic_dataset
 from tests.train.child_run import FROZEN, MICRO, micro_families
-from train.config import TrainConfig
-from train.synthetic import write_synthetic_dataset
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from asag.detector import Detector, build_detector
 from asag.families.asag.config import ASAGConfig, ModelSize
 from asag.families.deformable.config import DeformableConfig
 from asag.families.deformable.config import ModelSize as DeformableSize
-from train.initialization import load_backbone
+from asag.train.initialization import load_backbone
 
 
 @pytest.fixture

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from asag.checkpoint import load_detector
-from asag.training.protocol import rates_of
-from train.checkpointing import (
+from asag.train.checkpointing import (
     TrainingState,
     has_run,
     keep_state,
@@ -21,8 +20,9 @@ from train.checkpointing import (
     save_state,
     state_path,
 )
-from train.config import TrainConfig
-from train.schedule import build_optimizer, build_schedule
+from asag.train.config import TrainConfig
+from asag.train.schedule import build_optimizer, build_schedule
+from asag.training.protocol import rates_of
 
 
 @pytest.fixture
@@ -83,6 +83,16 @@ def test_an_interrupted_write_keeps_the_older_file(micro_preset, config, tmp_pat
         save_state(path, state, config.computation())
     assert path.read_bytes() == before
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def test_a_state_without_an_option_had_it_off(micro_preset, config, tmp_path):
+    state = make_state(config, seed=1)
+    path = state_path(tmp_path, 1)
+    earlier = {name: value for name, value in config.computation().items() if name not in ("freeze", "stored_pixels")}
+    save_state(path, state, earlier)
+    load_state(path, state, config.computation())
+    with pytest.raises(ValueError, match=r"freeze None -> \['neck'\]"):
+        load_state(path, state, dataclasses.replace(config, freeze=("neck",)).computation())
 
 
 def test_damaged_or_foreign_files_are_refused_in_one_line(micro_preset, config, tmp_path):
@@ -167,7 +177,7 @@ def test_a_full_disk_keeps_the_older_states(micro_preset, config, tmp_path, monk
 def test_the_system_tells_why_a_state_could_not_be_written(micro_preset, config, tmp_path, monkeypatch):
     if not Path("/dev/full").exists():
         pytest.skip("this system has no /dev/full, a disk without space")
-    monkeypatch.setattr("train.checkpointing.atomic_path", lambda path: nullcontext(Path("/dev/full")))
+    monkeypatch.setattr("asag.train.checkpointing.atomic_path", lambda path: nullcontext(Path("/dev/full")))
     with pytest.raises(OSError, match=r"^cannot write .*state-0*0\.pt: No space left on device$"):
         keep_state(tmp_path, make_state(config, seed=1), {}, keep=2)
 

@@ -3,10 +3,10 @@ import json
 import click
 import pytest
 
+from asag.cli.train import resolve_config
 from asag.families import find_preset
-from asag_cli.train import resolve_config
-from train.config import TrainConfig
-from train.config_file import read_config_file
+from asag.train.config import TrainConfig
+from asag.train.config_file import read_config_file
 
 
 def write(path, text):
@@ -59,7 +59,7 @@ def test_the_record_of_an_earlier_version_is_read_and_written_alike():
         **{"stop_after": None, "time_limit": None},
     }
     config = TrainConfig.of(record)
-    assert config.to_dict() == record | {"stored_pixels": False}
+    assert {name: value for name, value in config.to_dict().items() if name in record} == record
     assert config == TrainConfig.for_preset("asag-a-tiny", "shapes", "run", steps=9, denoising_scale=0.4)
     # What a state of that version says of its run must be what a resumed one says.
     assert config.computation().items() <= record.items()

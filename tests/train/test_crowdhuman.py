@@ -5,11 +5,11 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from asag_cli.data import data
-from runtime.coco_dataset import open_coco
-from runtime.postprocessing import Detections
-from train.crowdhuman import convert_crowdhuman
-from train.crowdhuman_evaluation import (
+from asag.cli.data import data
+from asag.runtime.coco_dataset import open_coco
+from asag.runtime.postprocessing import Detections
+from asag.train.crowdhuman import convert_crowdhuman
+from asag.train.crowdhuman_evaluation import (
     REFERENCE_RATES,
     ImageCase,
     average_precision,
@@ -18,7 +18,7 @@ from train.crowdhuman_evaluation import (
     match_detections,
     measure,
 )
-from train.dataset import open_training_split
+from asag.train.dataset import open_training_split
 
 FAR, NEAR, OTHER = [0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10]
 

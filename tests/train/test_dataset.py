@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,11 +11,12 @@ from torch.utils.data import DataLoader
 from torchvision.ops import box_convert
 
 from asag.normalization import IMAGE_MEAN, IMAGE_STD, ImageNormalization
-from runtime.metadata import ModelMetadata
-from runtime.preprocessing import prepare, resize, resized_size
-from train.dataset import DetectionDataset, open_training_split
-from train.loading import StepSampler, make_loader, steps_per_epoch
-from train.transforms import RandomCrop, Sample, TrainingTransform, collate
+from asag.runtime.metadata import ModelMetadata
+from asag.runtime.preprocessing import prepare, resize, resized_size
+from asag.train.dataset import DetectionDataset, open_training_split
+from asag.train.loading import StepSampler, make_loader, steps_per_epoch
+from asag.train.transforms import RandomCrop, Sample, TrainingTransform, collate
+from tests.runtime import layouts
 
 
 def write_dataset(root, images, annotations, categories=({"id": 2, "name": "cat"}, {"id": 7, "name": "dog"})):
@@ -72,6 +74,20 @@ def test_classes_and_boxes_follow_from_the_file(tmp_path):
     assert target["boxes"].tolist() == [[50, 30, 60, 35], [1, 2, 4, 6]]
 
 
+@pytest.mark.parametrize("write", layouts.LAYOUTS)
+def test_training_opens_every_layout(tmp_path, write):
+    write(tmp_path)
+    dataset = open_training_split(tmp_path)
+    assert dataset.counts.images_without_objects == 1
+    found = {}
+    for index in range(len(dataset)):
+        _, target = dataset[index]
+        names = [dataset.category_names[label] for label in target["labels"]]
+        boxes = map(tuple, target["boxes"].round(decimals=3).tolist())
+        found[Path(dataset.file_name(index)).stem] = list(zip(names, boxes, strict=True))
+    assert found == {name: objects for name, objects in layouts.OBJECTS["train"].items() if objects}
+
+
 def test_what_is_left_out_is_counted(tmp_path, caplog):
     bad = [[5, 5, 0, 4], [5, 5, -3, 4], [float("nan"), 1, 2, 2], [100, 0, 5, 5], [1, 2, 3], "box", [-9, 0, 5, 5]]
     write_dataset(
@@ -98,6 +114,21 @@ def test_what_is_left_out_is_counted(tmp_path, caplog):
     assert dataset.counts.images_without_objects == 2
     assert len(caplog.records) == 1
     assert f"{len(bad)} bad boxes" in dataset.counts.sentence()
+
+
+def test_images_without_any_annotation_are_background(tmp_path):
+    write_dataset(
+        tmp_path,
+        [(number, 40, 40) for number in range(1, 6)],
+        [annotation(1, [1, 1, 5, 5]), annotation(2, [1, 1, 9, 9], iscrowd=1), annotation(3, [1, 1, 0, 5])],
+    )
+    dataset = open_training_split(tmp_path, background_images=True)
+    assert [dataset.file_name(index) for index in range(len(dataset))] == ["1.png", "4.png", "5.png"]
+    _, target = dataset[2]
+    assert target["boxes"].shape == (0, 4)
+    assert target["labels"].shape == (0,)
+    assert (dataset.counts.background_images, dataset.counts.images_without_objects) == (2, 2)
+    assert dataset.counts.sentence().startswith("3 images with 1 objects and 2 of them without; left out: 2 images")
 
 
 def test_missing_files_are_named(tmp_path):

@@ -11,16 +11,16 @@ from torch.amp import GradScaler
 
 from asag.deploy import DeployedDetector
 from asag.families import family_of
+from asag.runtime.backends.pytorch_session import PyTorchSession
+from asag.runtime.preprocessing import as_image, prepare
+from asag.train.checkpointing import TrainingState
+from asag.train.config import TrainConfig
+from asag.train.processes import Processes
+from asag.train.schedule import build_optimizer, build_schedule
+from asag.train.step import StepMaker, prepare_detector
 from benchmarks.training import random_pieces
-from runtime.backends.pytorch_session import PyTorchSession
-from runtime.preprocessing import as_image, prepare
 from tests.builders import random_detector, random_picture, small_config, small_info
 from tests.other_device import other_device
-from train.checkpointing import TrainingState
-from train.config import TrainConfig
-from train.processes import Processes
-from train.schedule import build_optimizer, build_schedule
-from train.step import StepMaker, prepare_detector
 
 CPU = torch.device("cpu")
 

@@ -12,9 +12,9 @@ import pytest
 from asag.checkpoint import CheckpointInfo
 from asag.detector import build_detector
 from asag.families import find_preset
-from runtime.coco_dataset import open_coco
-from train.evaluation import Evaluation, evaluate_detector
-from train.processes import Processes
+from asag.runtime.coco_dataset import open_coco
+from asag.train.evaluation import Evaluation, evaluate_detector
+from asag.train.processes import Processes
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from train.config import TrainConfig
-from train.initialization import starting_detector
+from asag.train.config import TrainConfig
+from asag.train.initialization import starting_detector
 
 DATASET = SimpleNamespace(category_ids=(1, 2), category_names=("circle", "star"))
 

@@ -17,17 +17,17 @@ from PIL import Image
 
 from asag import families
 from asag.checkpoint import load_detector
-from runtime.coco_evaluation import CocoResult
+from asag.runtime.coco_evaluation import CocoResult
+from asag.train.checkpointing import has_run, kept_states
+from asag.train.config import TrainConfig
+from asag.train.config_file import read_config_file
+from asag.train.evaluation import Evaluation
+from asag.train.initialization import load_backbone, untrained_detector
+from asag.train.loop import CONFIG_FILE, WEIGHTS_FILE, resolve_device, train
+from asag.train.pictures import read_table
+from asag.train.reporting import EVALUATIONS_FILE, LOSSES_FILE, group_losses
+from asag.train.synthetic import write_synthetic_dataset
 from tests.train.child_run import micro_families
-from train.checkpointing import has_run, kept_states
-from train.config import TrainConfig
-from train.config_file import read_config_file
-from train.evaluation import Evaluation
-from train.initialization import load_backbone
-from train.loop import CONFIG_FILE, WEIGHTS_FILE, resolve_device, train
-from train.pictures import read_table
-from train.reporting import EVALUATIONS_FILE, LOSSES_FILE, group_losses
-from train.synthetic import write_synthetic_dataset
 
 
 def weights_of(folder):
@@ -299,7 +299,7 @@ def test_the_best_weights_are_kept(config, monkeypatch):
         score = next(scores)
         return Evaluation(CocoResult(score, score, score, math.nan, score, score, 3))
 
-    monkeypatch.setattr("train.loop.evaluate_detector", evaluate)
+    monkeypatch.setattr("asag.train.loop.evaluate_detector", evaluate)
     result = train(dataclasses.replace(config, evaluation_interval=2, keep_checkpoints=1), progress=False)
     assert result.evaluation.ap == 0.2
     assert json.loads((config.output / "best.json").read_text()) == {"step": 4, "score": 0.3}
@@ -308,6 +308,77 @@ def test_the_best_weights_are_kept(config, monkeypatch):
     assert any(not torch.equal(best[name], last[name]) for name in last)
     assert [row["AP"] for row in read_table(config.output / EVALUATIONS_FILE)] == [0.1, 0.3, 0.2]
     assert [step for step, _ in kept_states(config.output)] == [6]
+
+
+def rising_until(monkeypatch, *scores):
+    """Evaluations that give these scores, one after the other."""
+    left = iter(scores)
+
+    def evaluate(detector, info, validation, **options):
+        score = next(left)
+        return Evaluation(CocoResult(score, score, score, math.nan, score, score, 3))
+
+    monkeypatch.setattr("asag.train.loop.evaluate_detector", evaluate)
+
+
+def test_a_run_ends_when_nothing_gets_better(config, monkeypatch, caplog):
+    config = dataclasses.replace(config, evaluation_interval=1, patience=2, picture_interval=0)
+    rising_until(monkeypatch, 0.1, 0.3, 0.2, 0.3, 0.2, 0.4)
+    # An interruption does not start the count anew.
+    assert not train(dataclasses.replace(config, stop_after=3), progress=False).finished
+    with caplog.at_level(logging.INFO):
+        result = train(dataclasses.replace(config, resume=True), progress=False)
+    assert (result.step, result.early, result.finished) == (4, True, True)
+    assert "ended early, after 4 of 6 steps: 2 evaluations in a row" in caplog.text
+    assert (result.best, result.best_score) == (config.output / "best.safetensors", 0.3)
+    assert [step for step, _ in kept_states(config.output)][-1] == 4
+    # It stays ended, and goes on where more patience is asked for.
+    assert train(dataclasses.replace(config, resume=True), progress=False).step == 4
+    result = train(dataclasses.replace(config, resume=True, patience=4), progress=False)
+    assert (result.step, result.early, result.best_score) == (6, False, 0.4)
+    with pytest.raises(ValueError, match="patience counts evaluations"):
+        dataclasses.replace(config, evaluation_interval=0)
+
+
+def test_frozen_parts_stay_as_they_are(config, tmp_path):
+    parts = ("neck", "backbone.layer1", "backbone.bn1")
+    train(dataclasses.replace(config, steps=1, freeze=parts), progress=False)
+    torch.manual_seed(config.seed)
+    start, end = untrained_detector(config, num_classes=6).state_dict(), weights_of(config.output)
+    kept = {name for name in start if torch.equal(start[name], end[name])}
+    frozen = {name for name in start if name.startswith(parts)}
+    assert frozen <= kept, "running statistics too"
+    assert any(name.startswith("backbone.layer2") and "running_mean" in name for name in set(start) - kept)
+    with pytest.raises(ValueError, match=r"no part 'head' that could train; its parts are backbone, .*neck"):
+        train(dataclasses.replace(config, output=tmp_path / "other", freeze=("head",)), progress=False)
+
+
+def test_only_one_split_is_a_warning(config, shapes, tmp_path, caplog, monkeypatch):
+    rising_until(monkeypatch, 0.1)
+    content = (shapes / "annotations" / "instances_train2017.json").read_text()
+    (tmp_path / "one" / "annotations").mkdir(parents=True)
+    (tmp_path / "one" / "annotations" / "instances_default.json").write_text(content)
+    (tmp_path / "one" / "images").symlink_to(shapes / "train2017")
+    train(
+        dataclasses.replace(config, data=tmp_path / "one", steps=1, evaluation_interval=1, picture_interval=0),
+        progress=False,
+    )
+    assert "has one split, which is trained and evaluated on" in caplog.text
+
+
+def test_steps_of_background_alone(config, shapes, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(shapes, data)
+    path = data / "annotations" / "instances_train2017.json"
+    content = json.loads(path.read_text())
+    first = content["images"][0]["id"]
+    content["annotations"] = [one for one in content["annotations"] if one["image_id"] == first]
+    path.write_text(json.dumps(content))
+    background = config.replaced(data=data, background_images=True, batch_size=1, steps=3, denoising_scale=0.4)
+    result = train(background, progress=False)
+    assert result.step == 3
+    assert json.loads((config.output / CONFIG_FILE).read_text())["images"] == 7
+    assert all(math.isfinite(value) for value in result.losses.values())
 
 
 def test_pictures_and_curves(config, shapes):

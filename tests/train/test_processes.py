@@ -18,17 +18,21 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import distributed
 
+from asag.checkpoint import CheckpointInfo, save_detector
+from asag.families import find_preset
+from asag.families.adamixer.training.settings import AdaMixerSettings
 from asag.families.asag.training.settings import ASAGSettings
+from asag.train.checkpointing import kept_states
+from asag.train.config import TrainConfig
+from asag.train.devices import check_gpus
+from asag.train.loading import StepSampler
+from asag.train.loop import CONFIG_FILE, WEIGHTS_FILE, train
+from asag.train.pictures import read_table
+from asag.train.processes import Processes, joined_processes
+from asag.train.reporting import LOSSES_FILE
+from asag.train.step import StepMaker
+from tests.families.adamixer.small_detector import random_detector
 from tests.train import child_run
-from train.checkpointing import kept_states
-from train.config import TrainConfig
-from train.devices import check_gpus
-from train.loading import StepSampler
-from train.loop import CONFIG_FILE, WEIGHTS_FILE, train
-from train.pictures import read_table
-from train.processes import Processes, joined_processes
-from train.reporting import LOSSES_FILE
-from train.step import StepMaker
 
 
 @pytest.fixture
@@ -107,8 +111,29 @@ def assert_gradients_close(found, expected):
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4 * scale + 1e-7, msg=name)
 
 
+@pytest.fixture(params=["ASAG", "recollection"])
+def method(request, config, tmp_path):
+    """The run above, or that of a detector whose stages train on several sets of queries.
+
+    It does not start from random weights: all its boxes would be the whole image, and where an object ends at the
+    image's edge, rounding would decide the sign of the L1 loss's gradient.
+    """
+    if request.param == "ASAG":
+        return config
+    preset = find_preset(child_run.RECOLLECTED)
+    weights = tmp_path / "weights.safetensors"
+    names = dict(enumerate("abcdef"))
+    start = random_detector(dataclasses.replace(preset.config, num_classes=len(names)))
+    save_detector(weights, start, CheckpointInfo.of(preset, names))
+    # Rounding of the first step, however small, would grow through three stages of random weights in the second.
+    rates = {"learning_rate": 1e-12, "backbone_learning_rate": 1e-12}
+    settings = AdaMixerSettings("batched")
+    return dataclasses.replace(config, preset=preset.name, settings=settings, initial_weights=weights, **rates)
+
+
 @pytest.mark.slow
-def test_two_processes_make_the_step_of_one(config, gradients, tmp_path):
+def test_two_processes_make_the_step_of_one(method, gradients, tmp_path):
+    config = method
     whole = train(config, progress=False)
     folder = tmp_path / "gradients"
     folder.mkdir()
@@ -190,6 +215,14 @@ def test_norms_that_learn_do_not_count_a_piece_twice(config, micro_preset, tmp_p
     state = safetensors.torch.load_file(config.output / WEIGHTS_FILE)
     counts = {int(value) for name, value in state.items() if name.endswith("num_batches_tracked")}
     assert counts == {2}
+
+
+def test_a_run_says_what_its_training_remarks(config, caplog):
+    settings = AdaMixerSettings("batched")
+    config = dataclasses.replace(config, preset=child_run.RECOLLECTED, settings=settings, steps=1, batch_size=1)
+    with caplog.at_level(logging.INFO, logger="train"):
+        train(config, progress=False)
+    assert "recollection: 6 copies of 3 stages a step, batched" in caplog.text
 
 
 def test_more_pieces_than_images_are_refused(config):

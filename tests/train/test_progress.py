@@ -7,12 +7,12 @@ import shutil
 
 import pytest
 
-from train.config import TrainConfig
-from train.loop import train
-from train.pictures import read_table
-from train.reporting import EVALUATIONS_FILE
-from train.schedule import EVALUATIONS, evaluation_interval
-from train.step import StepMaker
+from asag.train.config import TrainConfig
+from asag.train.loop import train
+from asag.train.pictures import read_table
+from asag.train.reporting import EVALUATIONS_FILE
+from asag.train.schedule import EVALUATIONS, evaluation_interval
+from asag.train.step import StepMaker
 
 
 @pytest.fixture
@@ -64,10 +64,10 @@ def test_the_images_of_validation_are_checked_before_the_first_step(config, copi
     victim = sorted((copied / "val2017").iterdir())[1]
     if damage == "missing":
         victim.unlink()
-        expected = rf"1 images of .*instances_val2017\.json are missing in .*val2017, the first is {victim.name}"
+        expected = rf"1 of 3 images of .*instances_val2017\.json are missing in .*val2017, the first is {victim.name}"
     elif damage == "damaged":
         victim.write_bytes(b"no picture")
-        expected = rf"cannot read image .*{victim.name}"
+        expected = rf"{victim.name} is not an image in a known format"
     else:
         shutil.copy(next((copied / "train2017").iterdir()), victim)
         path = copied / "annotations" / "instances_val2017.json"

@@ -6,11 +6,11 @@ from torch import nn
 
 from asag.families import FAMILIES, all_presets, find_preset
 from asag.families.asag.training.settings import ASAGSettings
+from asag.runtime.records import to_json
+from asag.train.averaging import average_of
+from asag.train.config import TrainConfig
+from asag.train.schedule import build_optimizer, build_schedule, learning_rate_factor
 from asag.training.protocol import ParameterGroup, rates_of
-from runtime.records import to_json
-from train.averaging import average_of
-from train.config import TrainConfig
-from train.schedule import build_optimizer, build_schedule, learning_rate_factor
 
 
 def config(**options):

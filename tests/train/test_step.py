@@ -17,14 +17,14 @@ from torch.amp import GradScaler
 
 from asag.detector import Detector
 from asag.families import family_of
+from asag.train.averaging import average_of
+from asag.train.checkpointing import TrainingState
+from asag.train.config import TrainConfig
+from asag.train.processes import ALONE, Processes
+from asag.train.schedule import build_optimizer, build_schedule
+from asag.train.step import StepMaker, feature_precision, prepare_detector, synchronize_norms
 from benchmarks.training import random_pieces
 from tests.builders import random_detector, small_config
-from train.averaging import average_of
-from train.checkpointing import TrainingState
-from train.config import TrainConfig
-from train.processes import ALONE, Processes
-from train.schedule import build_optimizer, build_schedule
-from train.step import StepMaker, feature_precision, prepare_detector, synchronize_norms
 
 CPU = torch.device("cpu")
 TWO = Processes(rank=0, count=2, local_rank=0, local_count=2)
@@ -116,7 +116,7 @@ class Exchanges(nn.Module):
 
 
 def test_gradients_are_exchanged_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.step.DistributedDataParallel", Exchanges)
+    monkeypatch.setattr("asag.train.step.DistributedDataParallel", Exchanges)
     monkeypatch.setattr(Processes, "sum", lambda self, values: self.count * values)
     config = recipe(accumulate=2)
     maker, _ = make_step(random_detector(small_config(**FROZEN)).train(), config, processes=TWO)

@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
-from train.synthetic import CATEGORIES, write_synthetic_dataset
-from train.synthetic_images import paint_image
+from asag.train.synthetic import CATEGORIES, write_synthetic_dataset
+from asag.train.synthetic_images import paint_image
 
 SPLITS = {"train2017": 30, "val2017": 4}
 
@@ -76,7 +76,7 @@ def test_boxes_lie_inside_and_hardly_overlap(dataset):
 
 
 def test_a_box_is_tight_to_the_painted_pixels(monkeypatch):
-    monkeypatch.setattr("train.synthetic_images._background", lambda h, w, g: np.full((h, w, 3), 128, np.float32))
+    monkeypatch.setattr("asag.train.synthetic_images._background", lambda h, w, g: np.full((h, w, 3), 128, np.float32))
     for seed in range(12):
         picture, objects = paint_image(256, 256, (1, 1), np.random.default_rng(seed))
         changed = (np.asarray(picture).astype(int) != 128).any(axis=2)

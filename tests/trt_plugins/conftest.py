@@ -15,9 +15,9 @@ from types import ModuleType
 import pytest
 
 from asag.deploy import DeployedDetector
-from export.model import export_onnx
+from asag.export.model import export_onnx
+from asag.trt_plugins.compile import supported_capabilities
 from tests.builders import random_detector, small_info
-from trt_plugins.compile import supported_capabilities
 
 BINDINGS = "tensorrt-cu13-bindings"
 RUNTIME = "tensorrt-lean-cu13-libs"

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trt_plugins.operations import OPERATIONS
+from asag.trt_plugins.operations import OPERATIONS
 
 TYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "bool": "BOOL", "int32": "INT32", "int64": "INT64"}
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from asag.deploy import DeployedDetector
+from asag.export.model import export_onnx
 from asag.ops import (
     adaptive_probing_definition,
     deformable_attention_definition,
@@ -24,12 +25,14 @@ from asag.ops import (
     sampling_mixing_definition,
     select_tokens_definition,
 )
+from asag.runtime import open_session
+from asag.runtime.engines.backend import TENSORRT
+from asag.runtime.engines.build import BuildOptions, build_engine
+from asag.trt_plugins.launch import DeviceArray, current_capability, launch
+from asag.trt_plugins.operations import OPERATIONS
+from asag.trt_plugins.plugins import register_plugins
 from benchmarks import kernel_cases
 from benchmarks.kernel_cases import op_model, signature
-from export.model import export_onnx
-from runtime import open_session
-from runtime.engines.backend import TENSORRT
-from runtime.engines.build import BuildOptions, build_engine
 from tests.builders import random_detector, small_info
 from tests.trt_plugins.kernel_cases import (
     DEMO,
@@ -49,9 +52,6 @@ from tests.trt_plugins.kernel_cases import (
     to_element,
     to_float,
 )
-from trt_plugins.launch import DeviceArray, current_capability, launch
-from trt_plugins.operations import OPERATIONS
-from trt_plugins.plugins import register_plugins
 
 pytestmark = pytest.mark.gpu
 

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.kernel_cases import DEMO, PUBLISHED, Case, cases, signature
-from benchmarks.kernel_resources import resource_rows
-from trt_plugins.compile import (
+from asag.trt_plugins.compile import (
     ARCHITECTURES,
     FIRST_WITH_TENSOR_CORES,
     compile_plan,
     resource_usage,
     supported_capabilities,
 )
-from trt_plugins.operations import OPERATIONS, STATIC_SHARED_LIMIT
-from trt_plugins.plan import Plan, make_plan
+from asag.trt_plugins.operations import OPERATIONS, STATIC_SHARED_LIMIT
+from asag.trt_plugins.plan import Plan, make_plan
+from benchmarks.kernel_cases import DEMO, PUBLISHED, Case, cases, signature
+from benchmarks.kernel_resources import resource_rows
 
 pytestmark = pytest.mark.usefixtures("compiler")
 
@@ -82,7 +82,7 @@ def test_the_second_compilation_comes_from_disk(tmp_path: Path, monkeypatch: pyt
     def refuse(*arguments: object) -> None:
         raise AssertionError("compiled again")
 
-    monkeypatch.setattr("trt_plugins.compile._compile", refuse)
+    monkeypatch.setattr("asag.trt_plugins.compile._compile", refuse)
     assert compile_plan(plan, 90) == first
     with pytest.raises(AssertionError, match="compiled again"):
         compile_plan(plan, 86)

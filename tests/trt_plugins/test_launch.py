@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from asag.trt_plugins.compile import compile_plan
+from asag.trt_plugins.launch import DeviceArray, launch, prepare_call
+from asag.trt_plugins.operations import OPERATIONS
+from asag.trt_plugins.plan import make_plan
 from benchmarks.kernel_cases import DEMO, signature
-from trt_plugins.compile import compile_plan
-from trt_plugins.launch import DeviceArray, launch, prepare_call
-from trt_plugins.operations import OPERATIONS
-from trt_plugins.plan import make_plan
 
 ADDRESS = 4096
 
@@ -137,8 +137,8 @@ def test_without_a_gpu_launching_says_what_is_missing() -> None:
 
 
 LAUNCH_SCRIPT = """
-from trt_plugins.compile import compile_plan
-from trt_plugins.launch import DeviceArray, launch
+from asag.trt_plugins.compile import compile_plan
+from asag.trt_plugins.launch import DeviceArray, launch
 inputs = [DeviceArray({address}, (2, 340, 5), "float32"), DeviceArray(8192, (2, 340), "bool")]
 outputs = [DeviceArray(16384, (2, 100, 4), "float32"), DeviceArray(32768, (2, 100), "bool")]
 for stream in (0, 77):

@@ -13,15 +13,15 @@ import onnxruntime
 import pytest
 from onnx import helper
 
-from export.op_bodies import HELPER_FUNCTIONS
-from runtime.engines.backend import TENSORRT
-from runtime.engines.build import BuildOptions, build_engine
-from runtime.engines.manifest import read_manifest
-from runtime.engines.network import read_source, with_plugins
-from runtime.errors import BackendUnavailableError
+from asag.export.op_bodies import HELPER_FUNCTIONS
+from asag.runtime.engines.backend import TENSORRT
+from asag.runtime.engines.build import BuildOptions, build_engine
+from asag.runtime.engines.manifest import read_manifest
+from asag.runtime.engines.network import read_source, with_plugins
+from asag.runtime.errors import BackendUnavailableError
+from asag.trt_plugins.operations import DOMAIN, OPERATIONS
 from tests.builders import small_info
 from tests.runtime.toy_detector import build_toy_model, toy_metadata
-from trt_plugins.operations import DOMAIN, OPERATIONS
 
 CAPABILITY = 90
 USED = {"AdaptiveProbing": 2, "GatherAnchors": 1, "PyramidRoIAlign": 1, "SamplingMixing": 1}
@@ -30,7 +30,7 @@ USED = {"AdaptiveProbing": 2, "GatherAnchors": 1, "PyramidRoIAlign": 1, "Samplin
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine whose GPU has compute capability 9.0."""
-    monkeypatch.setattr("trt_plugins.launch.current_capability", lambda: CAPABILITY)
+    monkeypatch.setattr("asag.trt_plugins.launch.current_capability", lambda: CAPABILITY)
 
 
 def test_plugins_stand_without_bodies(exported: Path) -> None:
@@ -191,7 +191,7 @@ def test_what_tensorrts_builder_is_asked_for(
     tf32: bool,
 ) -> None:
     builder = StandInBuilder(tensorrt)
-    monkeypatch.setattr("runtime.engines.backend.EngineBackend.load", lambda backend: builder.module())
+    monkeypatch.setattr("asag.runtime.engines.backend.EngineBackend.load", lambda backend: builder.module())
     options = BuildOptions(TENSORRT, (1, 4), ("sm_90",), workspace_mib=512, tf32=tf32)
     result = build_engine(exported, tmp_path / "small.engine", options)
 
@@ -218,7 +218,7 @@ def test_inlined_on_tensorrt_has_no_plugins(
     tensorrt: ModuleType, gpu: None, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     builder = StandInBuilder(tensorrt)
-    monkeypatch.setattr("runtime.engines.backend.EngineBackend.load", lambda backend: builder.module())
+    monkeypatch.setattr("asag.runtime.engines.backend.EngineBackend.load", lambda backend: builder.module())
     options = BuildOptions(TENSORRT, (1,), op_lowering="inlined")
     manifest = build_engine(exported, tmp_path / "small.engine", options).manifest
     parsed = onnx.load_model_from_string(builder.parsed)

@@ -11,6 +11,8 @@ import onnxruntime
 import pytest
 from onnx import helper
 
+from asag.export.op_bodies import HELPER_FUNCTIONS, bodies_of
+from asag.export.op_bodies.domain import OPSET_VERSION
 from asag.ops import (
     adaptive_probing_definition,
     deformable_attention_definition,
@@ -19,11 +21,10 @@ from asag.ops import (
     sampling_mixing_definition,
     select_tokens_definition,
 )
+from asag.runtime.engines.backend import TENSORRT_RTX
+from asag.runtime.errors import BackendUnavailableError
+from asag.trt_plugins.operations import DOMAIN, OPERATIONS
 from benchmarks.kernel_cases import DEMO, op_model, signature
-from export.op_bodies import HELPER_FUNCTIONS, bodies_of
-from export.op_bodies.domain import OPSET_VERSION
-from runtime.engines.backend import TENSORRT_RTX
-from runtime.errors import BackendUnavailableError
 from tests.trt_plugins.kernel_cases import (
     LEVELS,
     RELU_IN_PIXELS,
@@ -36,7 +37,6 @@ from tests.trt_plugins.kernel_cases import (
     scores_with_ties,
     tensors,
 )
-from trt_plugins.operations import DOMAIN, OPERATIONS
 
 
 def run_body(

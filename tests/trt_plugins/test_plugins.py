@@ -12,13 +12,13 @@ import onnx
 import pytest
 from onnx import helper
 
-from export.op_bodies import OP_FUNCTIONS
+from asag.export.op_bodies import OP_FUNCTIONS
+from asag.trt_plugins.compile import compile_plan
+from asag.trt_plugins.launch import prepare_call
+from asag.trt_plugins.operations import DOMAIN, OPERATIONS
+from asag.trt_plugins.plan import make_plan
+from asag.trt_plugins.plugins import register_plugins
 from tests.trt_plugins.plugin_driver import TYPES, create, embed, with_expressions
-from trt_plugins.compile import compile_plan
-from trt_plugins.launch import prepare_call
-from trt_plugins.operations import DOMAIN, OPERATIONS
-from trt_plugins.plan import make_plan
-from trt_plugins.plugins import register_plugins
 
 CAPABILITY = 90
 MAPS = [(None, 64, 40, 56), (None, 64, 20, 28), (None, 64, 10, 14), (None, 64, 5, 7)]
@@ -114,7 +114,7 @@ def test_the_just_in_time_twin_launches_on_tensorrts_memory(
     trt: ModuleType, monkeypatch: pytest.MonkeyPatch, channels_last: bool
 ) -> None:
     launches = []
-    monkeypatch.setattr("trt_plugins.plugins.launch", lambda *arguments: launches.append(arguments))
+    monkeypatch.setattr("asag.trt_plugins.plugins.launch", lambda *arguments: launches.append(arguments))
     shapes, attributes = EXAMPLES["SamplingMixing"]
     numbers = [tuple(2 if side is None else side for side in shape) for shape in shapes]
     operation = OPERATIONS["SamplingMixing"]

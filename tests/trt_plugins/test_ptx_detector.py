@@ -13,10 +13,10 @@ from torch import Tensor
 import asag.ops.cuda
 from asag.deploy import DeployedDetector
 from asag.ops.cuda import KernelOp, find_definition
+from asag.trt_plugins.launch import DeviceArray
+from asag.trt_plugins.operations import OPERATIONS
 from tests.builders import random_detector, random_picture, small_info, uint8_batch
 from tests.ptx_machine.launch import launch_ptx
-from trt_plugins.launch import DeviceArray
-from trt_plugins.operations import OPERATIONS
 
 
 @pytest.mark.slow

@@ -4,13 +4,13 @@ A new op is its definition in `asag.ops`, its body in `export.op_bodies`, its ke
 module here with its :class:`Operation`, which is listed below.
 """
 
-from trt_plugins.operations.adaptive_probing import ADAPTIVE_PROBING
-from trt_plugins.operations.deformable_attention import DEFORMABLE_ATTENTION
-from trt_plugins.operations.description import DOMAIN, ELEMENT_TYPES, STATIC_SHARED_LIMIT, Operation, Tensor, Work
-from trt_plugins.operations.gather_anchors import GATHER_ANCHORS
-from trt_plugins.operations.pyramid_roi_align import PYRAMID_ROI_ALIGN
-from trt_plugins.operations.sampling_mixing import SAMPLING_MIXING
-from trt_plugins.operations.select_tokens import SELECT_TOKENS
+from asag.trt_plugins.operations.adaptive_probing import ADAPTIVE_PROBING
+from asag.trt_plugins.operations.deformable_attention import DEFORMABLE_ATTENTION
+from asag.trt_plugins.operations.description import DOMAIN, ELEMENT_TYPES, STATIC_SHARED_LIMIT, Operation, Tensor, Work
+from asag.trt_plugins.operations.gather_anchors import GATHER_ANCHORS
+from asag.trt_plugins.operations.pyramid_roi_align import PYRAMID_ROI_ALIGN
+from asag.trt_plugins.operations.sampling_mixing import SAMPLING_MIXING
+from asag.trt_plugins.operations.select_tokens import SELECT_TOKENS
 
 __all__ = ["DOMAIN", "ELEMENT_TYPES", "OPERATIONS", "STATIC_SHARED_LIMIT", "Operation", "Tensor", "Work"]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from trt_plugins.operations.description import (
+from asag.trt_plugins.operations.description import (
     STATIC_SHARED_LIMIT,
     Array,
     Attributes,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from trt_plugins.operations.description import (
+from asag.trt_plugins.operations.description import (
     Array,
     Attributes,
     Dimension,

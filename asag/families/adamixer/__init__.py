@@ -21,7 +21,8 @@ QUERY_TOLERANCE = 1e-4
 def stages(config: AdaMixerConfig) -> tuple[Stage, ...]:
     """The stages of a configuration: nothing is chosen by the data, so no rows have to be paired."""
     queries = (Value("queries", "queries"), Value("xyzr", "queries", exported=False), Value("boxes", "boxes"))
-    layers = [Stage(f"decoder_{number}", queries, "decoder", QUERY_TOLERANCE) for number in range(config.stages)]
+    layer = (Value("points", "points"), *queries)
+    layers = [Stage(f"decoder_{number}", layer, "decoder", QUERY_TOLERANCE) for number in range(config.stages)]
     head = (Value("logits", "scores"), Value("boxes", "boxes", frame="content"))
     return (
         Stage("features", tuple(Value(f"p{level}", "maps") for level in (2, 3, 4, 5))),

@@ -44,13 +44,18 @@ class DecoderStage(nn.Module):
         nn.init.zeros_(self.branches.box_deltas.weight)
         nn.init.constant_(self.branches.class_logits.bias, -math.log(1 / FIRST_PROBABILITY - 1))
 
-    def refine(self, features: list[Tensor], attended: Tensor, xyzr: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-        """What follows attention, of every query alone; arguments as in :meth:`forward`."""
-        queries = self.feed_forward(self.sample_and_mix(features, attended, boxes, xyzr[..., 2:3]))
+    def points(self, attended: Tensor, xyzr: Tensor, boxes: Tensor) -> Tensor:
+        """Where queries look after attention: [B, N, G, P, 3], x, y and 2^z in pixels of the input."""
+        return self.sample_and_mix.sampling_points(attended, boxes, xyzr[..., 2:3])
+
+    def refine(self, features: list[Tensor], attended: Tensor, points: Tensor, xyzr: Tensor) -> tuple[Tensor, Tensor]:
+        """What follows attention, of every query alone: queries and xyzr of the next stage."""
+        queries = self.feed_forward(self.sample_and_mix(features, attended, points))
         return queries, refine_xyzr(xyzr, self.branches.deltas(queries))
 
     def forward(self, features: list[Tensor], queries: Tensor, xyzr: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
         """features: P2..P5, each [B, C, H, W]; queries: [B, N, C]; xyzr: [B, N, 4], pixels of the input; boxes: the
         same as `cxcywh` -> queries and xyzr of the next stage.
         """
-        return self.refine(features, self.attention(queries, xyzr, boxes), xyzr, boxes)
+        attended = self.attention(queries, xyzr, boxes)
+        return self.refine(features, attended, self.points(attended, xyzr, boxes), xyzr)

@@ -53,7 +53,10 @@ class AdaMixerDetector(Detector):
         queries, xyzr = self.start(sizes)
         queries, xyzr, boxes = stage("start", queries=queries, xyzr=xyzr, boxes=decode_xyzr(xyzr))
         for number, layer in enumerate(self.decoder):
-            queries, xyzr = layer(features, queries, xyzr, boxes)
+            assert isinstance(layer, DecoderStage)
+            attended = layer.attention(queries, xyzr, boxes)
+            (points,) = stage(f"decoder_{number}", points=layer.points(attended, xyzr, boxes))
+            queries, xyzr = layer.refine(features, attended, points, xyzr)
             queries, xyzr, boxes = stage(f"decoder_{number}", queries=queries, xyzr=xyzr, boxes=decode_xyzr(xyzr))
         logits = self.decoder[-1].branches.logits(queries)  # type: ignore[union-attr, operator]
         logits, boxes = stage("head", logits=logits, boxes=boxes / content_scale(sizes))

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from asag.parts.layers import MapNorm
+
 
 class ChannelNeck(nn.Module):
     """C2..C5 [B, C_l, H_l, W_l] -> P2..P5 [B, C, H_l, W_l]: a convolution of one cell each, then one norm for all.
@@ -17,7 +19,7 @@ class ChannelNeck(nn.Module):
         super().__init__()
         convolutions = [nn.Conv2d(width, channels, 1) for width in inputs]
         self.lateral = nn.ModuleList(convolutions)
-        self.norm = nn.GroupNorm(groups, channels)
+        self.norm = MapNorm(groups, channels)
         for convolution in convolutions:
             nn.init.xavier_uniform_(convolution.weight)
             nn.init.zeros_(convolution.bias)  # type: ignore[arg-type]  # it has one

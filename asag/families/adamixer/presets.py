@@ -8,6 +8,7 @@ from typing import Any
 
 from asag.families.adamixer.config import AdaMixerConfig, ModelSize
 from asag.family import InputSpec, Preset, Published
+from asag.training.recipes import FROM_RANDOM_WEIGHTS, MULTI_SCALE
 
 ADAMIXER_PAPER = "AdaMixer: A Fast-Converging Query-Based Object Detector, CVPR 2022"
 RECOLLECTION_PAPER = "Enhanced Training of Query-Based Object Detection via Selective Query Recollection, CVPR 2023"
@@ -34,28 +35,9 @@ _COMMON = {
     "warmup_start": 0.001,
 }
 _SHORT = {**_COMMON, "epochs": 12, "milestones": (8, 11)}
-_LONG = {
-    **_COMMON,
-    "epochs": 36,
-    "milestones": (24, 33),
-    "training_shorter_sides": tuple(range(480, 801, 32)),
-    "crop_probability": 0.5,
-}
+_LONG = {**_COMMON, **MULTI_SCALE, "epochs": 36, "milestones": (24, 33)}
 _RECOLLECTED = {"recollection": "batched"}
-_TINY_RECIPE = {
-    # Starts from random weights on few small images, so the backbone learns as fast as the rest.
-    "epochs": 12,
-    "batch_size": 8,
-    "learning_rate": 1e-3,
-    "backbone_learning_rate": 1e-3,
-    "weight_decay": 0.05,
-    "gradient_clip": 1.0,
-    "warmup_steps": 200,
-    "schedule": "cosine",
-    "milestones": (),
-    "ema_decay": 0.998,
-    "workers": 0,
-}
+_TINY_RECIPE = {**FROM_RANDOM_WEIGHTS, "epochs": 12}
 
 
 def _coco(config: AdaMixerConfig, recipe: Mapping[str, Any], ap: float, paper: str = ADAMIXER_PAPER) -> Preset:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from asag.families.adamixer.config import AdaMixerConfig
+from asag.foreign_files import renamed
 from asag.parts.backbones.resnet import BLOCKS_PER_STAGE
 
 _START = (
@@ -40,10 +41,7 @@ _NAMES = (*_START, *((rf"roi_head\.bbox_head\.(\d+)\.{theirs}", rf"decoder.\1.{o
 
 def translate_name(published: str) -> str | None:
     """Our name of a published tensor, or None when it is not part of the detector."""
-    for pattern, replacement in _NAMES:
-        if re.match(pattern, published):
-            return re.sub(f"^{pattern}", replacement, published)
-    return None
+    return renamed(published, _NAMES)
 
 
 class PublishedAdaMixer:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 PATCH_CELLS = {"P4": (16, 15), "P3": (8, 15)}
 """Of each probed level: pixels of a cell, and cells along each side of a patch."""
 
+POINT_UNIT = 4
+"""Pixels of a unit of sampling points."""
+
 QUERY_TOLERANCE = 1e-4
 """Queries that compete for an object magnify the rounding of their anchors' coordinates, so the stages that compare
 queries get as much room as detections have in parity."""
@@ -42,7 +45,8 @@ def stages(config: ASAGConfig) -> tuple[Stage, ...]:
         Value("boxes", "boxes", frame="content", exported=works_on_boxes),
         Value("logits", "scores", exported=False),
     )
-    head = (Value("logits", "scores"), Value("boxes", "boxes", frame="content"))
+    looks = () if works_on_boxes else (Value("points", "points", unit=POINT_UNIT),)
+    head = (*looks, Value("logits", "scores"), Value("boxes", "boxes", frame="content"))
     return (
         *found,
         Stage("anchors", (Value("boxes", "boxes"), Value("valid", "valid")), aligns=True),

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from asag.families.asag.config import ANCHOR_BUDGETS, BACKBONES, HEADS, ASAGConfig
+from asag.foreign_files import renamed
 from asag.parts.backbones.resnet import BLOCKS_PER_STAGE
 
 _ATTENTION = (
@@ -92,10 +93,8 @@ def translate_name(published: str) -> str | None:
         rest = published[match.end() :]
         if not rules:
             return ours + rest
-        for pattern, replacement in rules:
-            if re.match(pattern, rest):
-                return ours + _even_layers(re.sub(f"^{pattern}", replacement, rest))
-        return None
+        name = renamed(rest, rules)
+        return None if name is None else ours + _even_layers(name)
     return None
 
 

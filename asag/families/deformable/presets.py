@@ -8,6 +8,7 @@ from typing import Any
 
 from asag.families.deformable.config import DeformableConfig, ModelSize
 from asag.family import InputSpec, Preset, Published
+from asag.training.recipes import FROM_RANDOM_WEIGHTS, MULTI_SCALE
 
 DEFORMABLE_PAPER = "Deformable DETR: Deformable Transformers for End-to-End Object Detection, ICLR 2021"
 SPARSE_PAPER = "Sparse DETR: Efficient End-to-End Object Detection with Learnable Sparsity, ICLR 2022"
@@ -34,24 +35,11 @@ _RECIPE = {
     "epochs": 50,
     "milestones": (40,),
     "warmup_steps": 0,
-    "training_shorter_sides": tuple(range(480, 801, 32)),
-    "crop_probability": 0.5,
+    **MULTI_SCALE,
+    "background_images": True,
 }
 _RECOLLECTED = {**_RECIPE, "batch_size": 32, "recollection": "batched"}
-_TINY_RECIPE = {
-    # Starts from random weights on few small images, so the backbone learns as fast as the rest.
-    "epochs": 24,
-    "batch_size": 8,
-    "learning_rate": 4e-4,
-    "backbone_learning_rate": 4e-4,
-    "weight_decay": 0.05,
-    "gradient_clip": 1.0,
-    "warmup_steps": 200,
-    "schedule": "cosine",
-    "milestones": (),
-    "ema_decay": 0.998,
-    "workers": 0,
-}
+_TINY_RECIPE = {**FROM_RANDOM_WEIGHTS, "epochs": 8}
 
 
 def _coco(config: DeformableConfig, ap: float, paper: str, recipe: Mapping[str, Any] = _RECIPE) -> Preset:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from asag.datasets import COCO_CATEGORIES
 from asag.families.deformable.config import LEVELS, DeformableConfig, ModelSize
+from asag.foreign_files import renamed
 from asag.parts.backbones.resnet import resnet_of
 from asag.parts.backbones.swin import DEPTHS
 
@@ -77,13 +78,11 @@ def translate_name(name: str, config: DeformableConfig) -> str | None:
     """Our name of a tensor of the authors, or None where it has none: not part of the detector, not needed, stacked."""
     if (head := _HEADS.fullmatch(name)) is not None:
         return _head_name(head["kind"], int(head["number"]), int(head["layer"] or 0), head["leaf"], config)
-    for pattern, replacement in _NAMES:
-        if re.match(pattern, name):
-            ours = re.sub(f"^{pattern}", replacement, name)
-            for theirs, own in _ATTENTION:
-                ours = ours.replace(theirs, own)
-            return ours
-    return None
+    ours = renamed(name, _NAMES)
+    if ours is not None:
+        for theirs, own in _ATTENTION:
+            ours = ours.replace(theirs, own)
+    return ours
 
 
 def _head_name(kind: str, number: int, layer: int, leaf: str, config: DeformableConfig) -> str:
@@ -138,10 +137,7 @@ _OTHERS = (
 
 def authors_name(name: str) -> str:
     """The name that the authors would have given a tensor of another file; their own names stay."""
-    for pattern, replacement in _OTHERS:
-        if re.match(pattern, name):
-            return re.sub(f"^{pattern}", replacement, name)
-    return name
+    return renamed(name, _OTHERS) or name
 
 
 class PublishedDeformable:

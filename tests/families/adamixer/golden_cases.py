@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
-import sys
 from collections.abc import Mapping
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -21,29 +17,16 @@ from asag.families.adamixer.config import AdaMixerConfig
 from asag.families.adamixer.detector import AdaMixerDetector
 from asag.families.adamixer.geometry import decode_xyzr
 from tests.builders import normalized_batch
+from tests.golden_files import GOLDENS, Case, module
+from tests.golden_files import read_case as read_case_of
 
-# The same folder as the fixture `goldens`; its names are needed while tests are collected.
-FOLDER = Path(__file__).resolve().parents[4] / "shared" / "goldens" / "sqr"
+FOLDER = GOLDENS / "sqr"
 SHAPES = {"resnet50": "adamixer_r50_100", "resnet101": "adamixer_r101_300"}
 
 
-@functools.cache
-def module(folder: Path) -> ModuleType:
-    """`golden_weights.py` of a folder."""
-    spec = importlib.util.spec_from_file_location(f"golden_weights_{folder.name}", folder / "golden_weights.py")
-    assert spec is not None
-    assert spec.loader is not None
-    found = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = found
-    spec.loader.exec_module(found)
-    return found
-
-
-def read_case(name: str) -> tuple[dict[str, NDArray], dict[str, Any]]:
-    """A case's arrays and its `meta`."""
-    with np.load(FOLDER / f"{name}.npz", allow_pickle=False) as file:
-        arrays = dict(file)
-    return arrays, json.loads(str(arrays.pop("meta")))
+def read_case(name: str) -> Case:
+    """A case of the folder."""
+    return read_case_of(FOLDER, name)
 
 
 def published_shapes(options: Mapping[str, Any]) -> dict[str, list[int]]:
@@ -117,5 +100,5 @@ def first_stage(layer: Any, features: list[Tensor], queries: Tensor, xyzr: Tenso
         "stage0_attention": attended,
         "stage0_points": points,
         "stage0_sampled": sample_pyramid(tuple(features), points, layer.sample_and_mix.point_unit),
-        "stage0_mixed": layer.sample_and_mix(features, attended, boxes, scale),
+        "stage0_mixed": layer.sample_and_mix(features, attended, points),
     }

@@ -14,9 +14,9 @@ from asag.checkpoint import CheckpointInfo
 from asag.datasets import COCO_CATEGORIES
 from asag.deploy import DeployedDetector
 from asag.family import InputSpec
-from runtime.metadata import ModelMetadata
-from runtime.parity.agreement import compare_detections
-from runtime.postprocessing import OUTPUT_NAMES, Detections, postprocess
+from asag.runtime.metadata import ModelMetadata
+from asag.runtime.parity.agreement import compare_detections
+from asag.runtime.postprocessing import OUTPUT_NAMES, Detections, postprocess
 from tests.families.adamixer.golden_cases import FOLDER, all_values, golden_batch, golden_detector, read_case
 
 CASES = sorted(path.stem for path in FOLDER.glob("adamixer_*.npz"))

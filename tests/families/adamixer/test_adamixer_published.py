@@ -15,8 +15,9 @@ from asag.families.adamixer.detector import AdaMixerDetector
 from asag.families.adamixer.presets import PRESETS
 from asag.families.adamixer.published import PublishedAdaMixer, translate_name
 from asag.published import convert_published, identify
-from tests.families.adamixer.golden_cases import module, published_shapes
+from tests.families.adamixer.golden_cases import published_shapes
 from tests.families.adamixer.small_detector import random_detector, small_config
+from tests.golden_files import module
 
 OPTIONS = [
     {"backbone": "resnet50", "queries": 100, "stages": 6},

@@ -19,13 +19,15 @@ from asag.families.adamixer.training.forward import training_outputs
 from asag.families.adamixer.training.settings import AdaMixerSettings
 from asag.families.adamixer.training.training import AdaMixerTraining
 from asag.parts.boxes import content_scale, cxcywh_to_xyxy
+from asag.train.config import TrainConfig
 from asag.training.assignment import assign, pad_targets
 from asag.training.protocol import Batch, Step, Target
-from asag.training.recollection import StagePredictions
+from asag.training.recollection import StagePredictions, recollected_copies
 from asag.training.set_losses import LOSSES, WEIGHTS, copy_losses, matching_costs
+from benchmarks.training import random_pieces
 from tests.families.adamixer.golden_cases import FOLDER, golden_batch, golden_detector, read_case
 from tests.families.adamixer.small_detector import random_detector, small_config
-from train.config import TrainConfig
+from tests.train.test_step import make_step
 
 LOSS_TOLERANCE = 1e-4
 GRADIENT_TOLERANCE = 3e-3
@@ -163,8 +165,68 @@ def test_copies_of_every_stage(recollection: str, counts: list[int]) -> None:
         outputs = training_outputs(detector, batch, Step(0), recollection)
         plain = detector(batch.images, batch.sizes)
     assert [len(found.logits) for found in outputs] == counts
+    if recollection != "none":
+        assert recollected_copies(5) == tuple(counts)
+        (remark,) = AdaMixerTraining(detector, AdaMixerSettings(recollection)).remarks
+        assert remark.startswith(f"recollection: 19 copies of 5 stages a step, {recollection}: ")
     torch.testing.assert_close(outputs[-1].logits[-1], plain.logits, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(outputs[-1].boxes[-1], plain.boxes, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def whole_step() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Losses and gradients of a step in one piece, all copies at once."""
+    return made_step("batched", pieces=1)
+
+
+def made_step(recollection: str, pieces: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The same four images and weights each time."""
+    config = TrainConfig.for_preset(
+        *("adamixer-tiny", ".", "."),
+        batch_size=4,
+        accumulate=pieces,
+        device="cpu",
+        gradient_clip=1e9,
+        recollection=recollection,
+    )
+    detector = random_detector(small_config(train_batch_statistics=False)).train()
+    maker, _ = make_step(detector, config)
+    losses = maker.make(random_pieces(config, 96, 128, 3), 0).losses
+    return losses, {name: p.grad.clone() for name, p in detector.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(("recollection", "pieces"), [("batched", 2), ("one_by_one", 1), ("one_by_one", 2)])
+def test_a_step_is_the_same_in_pieces_and_copy_by_copy(
+    whole_step: tuple[dict[str, Tensor], dict[str, Tensor]], recollection: str, pieces: int
+) -> None:
+    losses, gradients = made_step(recollection, pieces)
+    expected_losses, expected = whole_step
+    assert losses.keys() == expected_losses.keys()
+    for name, value in losses.items():
+        assert float(value) == pytest.approx(float(expected_losses[name]), rel=1e-4), name
+    assert gradients.keys() == expected.keys()
+    for name, value in expected.items():
+        scale = float(value.abs().max())
+        torch.testing.assert_close(gradients[name], value, rtol=1e-3, atol=1e-3 * scale, msg=name)
+
+
+def test_copies_one_by_one_keep_nothing_of_a_stage() -> None:
+    """Between forward and backward: what autograd keeps of a stage, beside the parameters."""
+    detector = random_detector(small_config(stages=4, train_batch_statistics=False)).train()
+    batch = Batch(torch.randn(2, 3, 64, 96), torch.full((2, 2), 64.0), [])
+    kept = {}
+    for recollection in ("none", "one_by_one", "batched"):
+        sizes: dict[int, int] = {}
+
+        def keep(tensor: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            outputs = training_outputs(detector, batch, Step(0), recollection)
+        kept[recollection] = sum(sizes.values())
+        del outputs
+    assert kept["one_by_one"] < kept["none"] < 0.6 * kept["batched"]
 
 
 def test_a_batch_without_objects_has_a_finite_loss_of_classes_alone() -> None:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -23,14 +21,14 @@ from asag.families.asag.config import HEADS, ASAGConfig
 from asag.families.asag.detector import ASAGDetector
 from asag.family import InputSpec
 from asag.parts.boxes import cxcywh_to_xyxy
-from runtime.metadata import ModelMetadata
-from runtime.parity.agreement import compare_detections
-from runtime.postprocessing import OUTPUT_NAMES, Detections, postprocess
+from asag.runtime.metadata import ModelMetadata
+from asag.runtime.parity.agreement import compare_detections
+from asag.runtime.postprocessing import OUTPUT_NAMES, Detections, postprocess
 from tests.builders import normalized_batch
 from tests.families.asag.everything import all_stages
+from tests.golden_files import GOLDENS as FOLDER
+from tests.golden_files import module
 
-# The same folder as the fixture `goldens`; its names are needed while tests are collected.
-FOLDER = Path(__file__).resolve().parents[4] / "shared" / "goldens"
 CASES = sorted(path.stem for path in FOLDER.glob("asag_*.npz"))
 
 # One per decoder, of an image whose sides are multiples of 32.
@@ -45,19 +43,9 @@ BOX_TOLERANCE = 1e-5
 """Of normalized coordinates, and of patch coordinates."""
 
 
-@functools.cache
-def golden_weights() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("golden_weights", FOLDER / "golden_weights.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @functools.lru_cache(maxsize=1)
 def unshifted_state(shapes_name: str) -> dict[str, NDArray[np.float32]]:
-    return golden_weights().golden_state_dict(json.loads((FOLDER / shapes_name).read_text()))
+    return module(FOLDER).golden_state_dict(json.loads((FOLDER / shapes_name).read_text()))
 
 
 def golden_detector(options: Mapping[str, Any], confidence_shift: float) -> ASAGDetector:
@@ -67,7 +55,7 @@ def golden_detector(options: Mapping[str, Any], confidence_shift: float) -> ASAG
     # The shift reaches few tensors; making all of them again for each case would take longer than the detector.
     shifted = {name: list(value.shape) for name, value in state.items() if ".proj_" in name and name.endswith("bias")}
     detector = build_detector(ASAGConfig(**options))
-    load_published(detector, state | golden_weights().golden_state_dict(shifted, confidence_shift))
+    load_published(detector, state | module(FOLDER).golden_state_dict(shifted, confidence_shift))
     assert isinstance(detector, ASAGDetector)
     return detector
 
@@ -191,7 +179,7 @@ def test_stages_and_detections(goldens: Path, case: str) -> None:
         expected = dict(file)
     meta = json.loads(str(expected["meta"]))
     detector = golden_detector(meta["options"], meta["confidence_shift"])
-    pictures = [golden_weights().golden_image(*arguments) for arguments in meta["images"]]
+    pictures = [module(FOLDER).golden_image(*arguments) for arguments in meta["images"]]
     height, width = np.max([picture.shape[:2] for picture in pictures], axis=0)
     images, sizes = normalized_batch(pictures, height, width)
     found = all_stages(detector, images, sizes)

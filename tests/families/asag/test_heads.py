@@ -79,11 +79,11 @@ def test_sample_and_mix_adds_to_the_query() -> None:
     detector = random_detector()
     layer, features = detector.heads["main"].sample_and_mix, pyramid(detector.config.size.channels)
     queries, _, _, xyzr = proposals_of(detector)
-    boxes, scale = decode_xyzr(xyzr), xyzr[..., 2:3]
-    points, parameters = layer.sampling_points(queries, boxes, scale), layer.parameters_of_query(queries)
+    points = layer.sampling_points(queries, decode_xyzr(xyzr), xyzr[..., 2:3])
+    parameters = layer.parameters_of_query(queries)
     mixed = sampling_mixing(features, points, parameters, detector.config.size.mixed_points)
     expected = F.layer_norm(queries + layer.out_projection(mixed), (queries.shape[-1],))
-    torch.testing.assert_close(layer(features, queries, boxes, scale), expected)
+    torch.testing.assert_close(layer(features, queries, points), expected)
 
 
 def test_deltas_of_sparse_rcnn() -> None:

@@ -12,16 +12,16 @@ import pytest
 import torch
 
 from asag.checkpoint import CheckpointInfo, save_detector
+from asag.cli.main import main
 from asag.deploy import DeployedDetector
+from asag.export.model import build_onnx
+from asag.export.precision import convert_precision
 from asag.families.deformable import DEFORMABLE
 from asag.family import InputSpec
 from asag.parts.backbones.swin import DEPTHS
-from asag_cli.main import main
-from export.model import build_onnx
-from export.precision import convert_precision
-from runtime import open_session
-from runtime.metadata import ModelMetadata
-from runtime.onnx_file import write_metadata
+from asag.runtime import open_session
+from asag.runtime.metadata import ModelMetadata
+from asag.runtime.onnx_file import write_metadata
 from tests.builders import random_picture, uint8_batch
 from tests.families.deformable.small_detector import PLAIN, SPARSE, random_detector, small_config, small_info
 

@@ -23,11 +23,12 @@ from asag.family import InputSpec
 from asag.parts.deformable_layers import DecoderLayer
 from asag.parts.levels import Levels, levels_of
 from asag.parts.positions import map_embedding
+from asag.runtime.metadata import ModelMetadata
+from asag.runtime.parity.agreement import compare_detections
+from asag.runtime.postprocessing import OUTPUT_NAMES, Detections, postprocess
 from asag.training.protocol import Batch, Step
-from runtime.metadata import ModelMetadata
-from runtime.parity.agreement import compare_detections
-from runtime.postprocessing import OUTPUT_NAMES, Detections, postprocess
-from tests.families.deformable.golden_cases import SPARSE, golden_batch, golden_detector, module, names, read_case
+from tests.families.deformable.golden_cases import SPARSE, golden_batch, golden_detector, names
+from tests.golden_files import module, read_case
 
 CASES = sorted({name for start in ("deform", "efficient", "sparse", "two") for name in names(SPARSE, start)})
 

@@ -20,21 +20,13 @@ from asag.families.deformable.training.forward import Selection, TrainingOutputs
 from asag.families.deformable.training.settings import DeformableSettings
 from asag.families.deformable.training.training import DeformableTraining
 from asag.parts.deformable_attention import Sampling
+from asag.train.config import TrainConfig
 from asag.training.protocol import Batch, Step, Target
 from asag.training.recollection import StagePredictions
 from asag.training.timing import PartTimer
-from tests.families.deformable.golden_cases import (
-    SPARSE,
-    config_of,
-    golden_batch,
-    golden_detector,
-    module,
-    names,
-    read_case,
-    targets_of,
-)
+from tests.families.deformable.golden_cases import SPARSE, config_of, golden_batch, golden_detector, names, targets_of
 from tests.families.deformable.small_detector import PLAIN, random_detector, small_config
-from train.config import TrainConfig
+from tests.golden_files import module, read_case
 
 LOSS_TOLERANCE = 1e-4
 GRADIENT_TOLERANCE = 3e-3

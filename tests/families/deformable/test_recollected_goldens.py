@@ -22,8 +22,9 @@ from asag.training.assignment import Matches, assign, pad_targets
 from asag.training.protocol import Batch, Step, Target
 from asag.training.recollection import StagePredictions
 from asag.training.set_losses import LOSSES, WEIGHTS, copy_losses, matching_costs
-from tests.families.deformable.golden_cases import RECOLLECTED, golden_batch, golden_detector, names, read_case
+from tests.families.deformable.golden_cases import RECOLLECTED, golden_batch, golden_detector, names
 from tests.families.deformable.test_deformable_goldens import check_detections
+from tests.golden_files import read_case
 
 LOGIT_TOLERANCE = 1e-4
 BOX_TOLERANCE = 5e-6

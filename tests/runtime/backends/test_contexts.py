@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from runtime.opening import open_session
+from asag.runtime.opening import open_session
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runtime import open_session
-from runtime.engines.backend import BACKENDS
-from runtime.errors import BackendUnavailableError
-from runtime.postprocessing import Detections
+from asag.runtime import open_session
+from asag.runtime.engines.backend import BACKENDS
+from asag.runtime.errors import BackendUnavailableError
+from asag.runtime.postprocessing import Detections
 from tests.builders import random_picture
 from tests.exports import small_export
 from tests.runtime import cuda_stand_in, engine_stand_in

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runtime import open_session
-from runtime.parity.agreement import compare_detections
-from runtime.postprocessing import OUTPUT_NAMES
-from runtime.preprocessing import prepare
+from asag.runtime import open_session
+from asag.runtime.parity.agreement import compare_detections
+from asag.runtime.postprocessing import OUTPUT_NAMES
+from asag.runtime.preprocessing import prepare
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_without_torch_the_remedy_is_named(tmp_path: Path) -> None:
     code = """
 import sys
 sys.modules["torch"] = None
-from runtime import BackendUnavailableError, open_session
+from asag.runtime import BackendUnavailableError, open_session
 try:
     open_session(sys.argv[1])
 except BackendUnavailableError as error:

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from runtime import open_session
-from runtime.backends.device_memory import CudaDevice, DeviceArray, stream_handle
-from runtime.backends.onnxruntime_session import OnnxRuntimeSession
-from runtime.engines.backend import BACKENDS
-from runtime.engines.build import BuildOptions, build_engine
-from runtime.errors import BackendUnavailableError
-from runtime.postprocessing import OUTPUT_NAMES
-from runtime.session import Session
+from asag.runtime import open_session
+from asag.runtime.backends.device_memory import CudaDevice, DeviceArray, stream_handle
+from asag.runtime.backends.onnxruntime_session import OnnxRuntimeSession
+from asag.runtime.engines.backend import BACKENDS
+from asag.runtime.engines.build import BuildOptions, build_engine
+from asag.runtime.errors import BackendUnavailableError
+from asag.runtime.postprocessing import OUTPUT_NAMES
+from asag.runtime.session import Session
 from tests.runtime.cuda_stand_in import ALLOCATIONS, SYNCHRONIZATIONS, StandInCuda
 from tests.runtime.engine_stand_in import StandInMachine, assert_right, batch_of
 from tests.runtime.toy_detector import ToySession

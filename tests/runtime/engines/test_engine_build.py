@@ -17,12 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import helper
 
-from runtime import open_session
-from runtime.engines.backend import TENSORRT, TENSORRT_RTX, EngineBackend
-from runtime.engines.build import BuildOptions, BuildResult, build_engine
-from runtime.engines.manifest import batch_profiles, check_target, manifest_path, read_manifest
-from runtime.errors import BackendUnavailableError
-from runtime.parity.comparison import Unavailable, open_candidate
+from asag.runtime import open_session
+from asag.runtime.engines.backend import TENSORRT, TENSORRT_RTX, EngineBackend
+from asag.runtime.engines.build import BuildOptions, BuildResult, build_engine
+from asag.runtime.engines.manifest import batch_profiles, check_target, manifest_path, read_manifest
+from asag.runtime.errors import BackendUnavailableError
+from asag.runtime.parity.comparison import Unavailable, open_candidate
 from tests.runtime.toy_detector import ToySession, build_toy_model, toy_metadata
 
 try:
@@ -135,7 +135,7 @@ def test_the_manifest_tells_what_was_fused(tmp_path: Path) -> None:
 @pytest.fixture
 def local_backend(monkeypatch: pytest.MonkeyPatch) -> EngineBackend:
     """TensorRT's rules with TensorRT-RTX's module, whose builder runs anywhere, on a machine with an sm_86 GPU."""
-    monkeypatch.setattr("trt_plugins.launch.current_capability", lambda: 86)
+    monkeypatch.setattr("asag.trt_plugins.launch.current_capability", lambda: 86)
     return dataclasses.replace(TENSORRT, module=TENSORRT_RTX.module)
 
 
@@ -195,8 +195,8 @@ def test_killed_at_the_worst_moment(toy_onnx: Path) -> None:
     script = f"""
 import os, signal
 from pathlib import Path
-from runtime.engines import build as engine_build
-from runtime.files import write_json
+from asag.runtime.engines import build as engine_build
+from asag.runtime.files import write_json
 def killed(path, values):
     write_json(path, values)
     os.kill(os.getpid(), signal.SIGKILL)

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from runtime.engines.layers import BuildMessages, EngineLayers, summarize
-from runtime.records import convert, to_json
+from asag.runtime.engines.layers import BuildMessages, EngineLayers, summarize
+from asag.runtime.records import convert, to_json
 
 LISTED = """Layers:
 Name: node_conv2d_myl0_17, LayerType: correlation, Inputs: [ { Name: a, Dimensions: [1,3], Datatype: Float }], \

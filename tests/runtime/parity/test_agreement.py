@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.parity.agreement import compare_detections
-from runtime.postprocessing import Detections
+from asag.runtime.parity.agreement import compare_detections
+from asag.runtime.postprocessing import Detections
 
 
 def random_detections(seed: int, count: int, levels: int | None = None) -> Detections:

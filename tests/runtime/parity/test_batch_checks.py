@@ -7,10 +7,10 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
-from runtime import open_session
-from runtime.coco_dataset import CocoFolder
-from runtime.parity.batch_checks import check_batches
-from runtime.parity.comparison import compare
+from asag.runtime import open_session
+from asag.runtime.coco_dataset import CocoFolder
+from asag.runtime.parity.batch_checks import check_batches
+from asag.runtime.parity.comparison import compare
 from tests.runtime.toy_detector import ToySession, build_toy_model, toy_metadata
 
 IMAGES = [np.random.default_rng(seed).integers(1, 255, (64, 96, 3), np.uint8) for seed in range(5)]

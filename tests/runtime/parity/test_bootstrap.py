@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime.coco_dataset import CocoFolder
-from runtime.coco_evaluation import evaluate, evaluate_with_matches
-from runtime.files import write_json
-from runtime.parity.bootstrap import average_precision, draw_weights, interval
-from runtime.postprocessing import Detections
+from asag.runtime.coco_dataset import CocoFolder
+from asag.runtime.coco_evaluation import evaluate, evaluate_with_matches
+from asag.runtime.files import write_json
+from asag.runtime.parity.bootstrap import average_precision, draw_weights, interval
+from asag.runtime.postprocessing import Detections
 from tests.runtime.toy_detector import ToySession, write_toy_dataset
 
 

@@ -3,9 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from runtime.coco_dataset import CocoFolder
-from runtime.parity.budgets import Budgets, over_budget
-from runtime.parity.comparison import ParityReport, Unavailable, compare
+from asag.runtime.coco_dataset import CocoFolder
+from asag.runtime.parity.budgets import Budgets, over_budget
+from asag.runtime.parity.comparison import ParityReport, Unavailable, compare
 from tests.runtime.toy_detector import ToySession
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from runtime import open_session
-from runtime.coco_dataset import CocoFolder
-from runtime.parity.comparison import ParityReport, Unavailable, compare, open_candidate, parity_table
+from asag.runtime import open_session
+from asag.runtime.coco_dataset import CocoFolder
+from asag.runtime.parity.comparison import ParityReport, Unavailable, compare, open_candidate, parity_table
 from tests.runtime.toy_detector import ToySession, toy_metadata
 
 UNAVAILABLE = Unavailable("toy.engine", "tensorrt-rtx", "fp16", "no NVIDIA driver on this machine")

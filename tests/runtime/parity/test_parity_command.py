@@ -10,9 +10,9 @@ import pytest
 from click.testing import CliRunner, Result
 from onnx import helper
 
-from asag_cli.parity import parity
-from runtime.files import write_json
-from runtime.reports.page import find_reports
+from asag.cli.parity import parity
+from asag.runtime.files import write_json
+from asag.runtime.reports.page import find_reports
 from tests.builders import CATEGORY_IDS, CATEGORY_NAMES, random_picture
 from tests.exports import small_export
 
@@ -67,7 +67,7 @@ def test_an_export_is_within_every_budget(files: Files, tmp_path: Path) -> None:
     assert "batches of 2, 4 give the results of batch 1" in done.output
     (document,), _ = find_reports([tmp_path])
     assert [len(group.pictures) for group in document.pictures] == [2, 2, 2]
-    assert [len(group.pictures) for group in document.stage_pictures] == [4, 4, 4]
+    assert [len(group.pictures) for group in document.stage_pictures] == [5, 5, 5]
     assert document.start_pictures == ()
 
 
@@ -82,7 +82,7 @@ def test_a_budget_fails_and_the_stage_is_named(files: Files, tmp_path: Path) -> 
     (document,), _ = find_reports([tmp_path])
     (start,) = document.start_pictures
     shown = [picture.caption.partition(": ")[2].partition(":")[0] for picture in start.pictures]
-    assert shown == ["P4 patches", "anchors", "detections"] * 2, "what both show, side by side"
+    assert shown == ["P4 patches", "anchors", "head", "detections"] * 2, "what both show, side by side"
     assert "starts to differ at detections" in start.title
 
 

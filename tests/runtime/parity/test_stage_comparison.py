@@ -14,12 +14,12 @@ from onnx import numpy_helper
 from PIL import Image
 from rich.console import Console
 
-from runtime.backends.onnxruntime_session import OnnxRuntimeSession
-from runtime.backends.pytorch_session import PyTorchSession
-from runtime.coco_dataset import CocoFolder, open_coco
-from runtime.parity.stage_comparison import StageReport, can_compare, compare_stages, stage_table
-from runtime.stages.graph import DETECTIONS
-from runtime.stages.onnx import OnnxStages
+from asag.runtime.backends.onnxruntime_session import OnnxRuntimeSession
+from asag.runtime.backends.pytorch_session import PyTorchSession
+from asag.runtime.coco_dataset import CocoFolder, open_coco
+from asag.runtime.parity.stage_comparison import StageReport, can_compare, compare_stages, stage_table
+from asag.runtime.stages.graph import DETECTIONS
+from asag.runtime.stages.onnx import OnnxStages
 from tests.builders import random_picture
 from tests.exports import small_export
 

@@ -17,17 +17,17 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from asag_cli.report import published_levels
-from asag_cli.report import report as report_command
-from runtime.files import write_json
-from runtime.parity.comparison import Unavailable, compare
-from runtime.parity.stage_comparison import StageDifference, StageReport
-from runtime.records import read_json
-from runtime.reports.charts import Level, Point, accuracy_latency, colours_of, score_histogram, stage_bars
-from runtime.reports.document import make_document, read_document
-from runtime.reports.page import find_reports, write_page
-from runtime.speed.benchmark import measure
-from tests.asag_cli.damage import damage_json
+from asag.cli.report import published_levels
+from asag.cli.report import report as report_command
+from asag.runtime.files import write_json
+from asag.runtime.parity.comparison import Unavailable, compare
+from asag.runtime.parity.stage_comparison import StageDifference, StageReport
+from asag.runtime.records import read_json
+from asag.runtime.reports.charts import Level, Point, accuracy_latency, colours_of, score_histogram, stage_bars
+from asag.runtime.reports.document import make_document, read_document
+from asag.runtime.reports.page import find_reports, write_page
+from asag.runtime.speed.benchmark import measure
+from tests.cli.damage import damage_json
 from tests.runtime.toy_detector import ToySession, write_toy_dataset
 
 

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runtime.errors import BackendUnavailableError
-from runtime.opening import open_session
-from runtime.scale_out.detection import detect_with_ray, find_sources
-from runtime.scale_out.worker import WorkerOptions
+from asag.runtime.errors import BackendUnavailableError
+from asag.runtime.opening import open_session
+from asag.runtime.scale_out.detection import detect_with_ray, find_sources
+from asag.runtime.scale_out.worker import WorkerOptions
 
 pyarrow = pytest.importorskip("pyarrow", reason="needs Ray Data: pip install 'ray[data]'")
 pytest.importorskip("ray", reason="needs Ray Data: pip install 'ray[data]'")

@@ -19,12 +19,12 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from runtime.engines.build import BuildOptions, build_engine
-from runtime.errors import BackendUnavailableError
-from runtime.metadata import ModelMetadata
-from runtime.preprocessing import prepare, to_rgb
-from runtime.serving.client import TritonSession
-from runtime.serving.repository import ServedModel, configuration, write_repository
+from asag.runtime.engines.build import BuildOptions, build_engine
+from asag.runtime.errors import BackendUnavailableError
+from asag.runtime.metadata import ModelMetadata
+from asag.runtime.preprocessing import prepare, to_rgb
+from asag.runtime.serving.client import TritonSession
+from asag.runtime.serving.repository import ServedModel, configuration, write_repository
 from tests.runtime.toy_detector import ToySession, build_toy_model, toy_metadata
 
 PIXELS = [np.random.default_rng(number).integers(0, 256, (40 + number, 60, 3), np.uint8) for number in range(5)]
@@ -138,8 +138,8 @@ def served(toy_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> A
         ),
     )
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", stand_in)  # type: ignore[arg-type]
-    monkeypatch.delitem(sys.modules, "runtime.serving.model", raising=False)
-    model = importlib.import_module("runtime.serving.model").TritonPythonModel()
+    monkeypatch.delitem(sys.modules, "asag.runtime.serving.model", raising=False)
+    model = importlib.import_module("asag.runtime.serving.model").TritonPythonModel()
     (tmp_path / "1").mkdir()
     toy_onnx.rename(tmp_path / "1" / "model.onnx")
     place = {"model_repository": str(tmp_path), "model_version": "1"}

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from asag_cli.bench import bench
+from asag.cli.bench import bench
 from tests.builders import random_picture
 from tests.exports import small_export
 

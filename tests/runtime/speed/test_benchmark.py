@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from runtime.parity.comparison import Unavailable
-from runtime.speed.benchmark import measure, measure_throughput
-from runtime.speed.energy import EnergyMeter
-from runtime.speed.peak_memory import peak_memory_mib
-from runtime.speed.table import benchmark_table
+from asag.runtime.parity.comparison import Unavailable
+from asag.runtime.speed.benchmark import measure, measure_throughput
+from asag.runtime.speed.energy import EnergyMeter
+from asag.runtime.speed.peak_memory import peak_memory_mib
+from asag.runtime.speed.table import benchmark_table
 from tests.runtime.toy_detector import ToySession
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from runtime.speed import limits
-from runtime.speed.limits import ModelLimits, Rates, measure_rates, model_limits, stage_limit
-from runtime.speed.stage_times import StageTimes
-from runtime.speed.stage_work import StageWork
-from runtime.speed.table import limit_table
+from asag.runtime.speed import limits
+from asag.runtime.speed.limits import ModelLimits, Rates, measure_rates, model_limits, stage_limit
+from asag.runtime.speed.stage_times import StageTimes
+from asag.runtime.speed.stage_work import StageWork
+from asag.runtime.speed.table import limit_table
 from tests.exports import small_export
 
 RATES = Rates("a machine", operations=1e9, half_operations=4e9, bytes=1e6)

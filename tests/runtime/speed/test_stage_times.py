@@ -16,11 +16,11 @@ from torch import Tensor
 from asag.deploy import DeployedDetector
 from asag.detector import Predictions
 from asag.family import Stage, Value
-from runtime.backends.onnxruntime_session import OnnxRuntimeSession
-from runtime.backends.pytorch_session import PyTorchSession
-from runtime.speed.stage_times import StageTimes, measure_stages
-from runtime.speed.table import stage_times_table
-from runtime.stages.graph import network_parts, node_parts
+from asag.runtime.backends.onnxruntime_session import OnnxRuntimeSession
+from asag.runtime.backends.pytorch_session import PyTorchSession
+from asag.runtime.speed.stage_times import StageTimes, measure_stages
+from asag.runtime.speed.table import stage_times_table
+from asag.runtime.stages.graph import network_parts, node_parts
 from tests.builders import random_detector, random_picture, small_config, small_info
 from tests.exports import small_export
 from tests.runtime.toy_detector import ToySession, build_toy_model, toy_metadata

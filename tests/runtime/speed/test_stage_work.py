@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from asag.deploy import DeployedDetector
 from asag.parts.backbones.resnet import ResNet
-from runtime.onnx_file import read_onnx
-from runtime.speed.stage_work import GraphValues, node_operations, stage_work
+from asag.runtime.onnx_file import read_onnx
+from asag.runtime.speed.stage_work import GraphValues, node_operations, stage_work
 from tests.exports import small_export
 
 

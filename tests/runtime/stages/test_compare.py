@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from asag.family import Kind, Stage, Value
-from runtime.stages.compare import Difference, stage_differences
+from asag.runtime.stages.compare import Difference, stage_differences
 
 SIDE = 200.0
 """Longer side of the input in pixels."""
@@ -53,6 +53,15 @@ def test_places_in_the_image_are_compared_with_its_side(kind: Kind, frame: str, 
     candidate.flat[5] -= 3
     value = Value("v", kind, frame=frame)  # type: ignore[arg-type]
     assert differences(value, reference, candidate)[0] == pytest.approx(expected)
+
+
+def test_points_have_any_axes_a_unit_and_a_logarithm() -> None:
+    reference = GENERATOR.random((1, 6, 2, 3, 3))
+    value = Value("v", "points", unit=4)
+    for axis, expected in ((0, 0.5 * 4 / SIDE), (1, 0.5 * 4 / SIDE), (2, 0.5)):
+        candidate = reference.copy()
+        candidate[0, 4, 1, 2, axis] += 0.5
+        assert differences(value, reference, candidate)[0] == pytest.approx(expected)
 
 
 def test_a_box_s_confidence_is_compared_as_it_is() -> None:

@@ -54,6 +54,7 @@ def _one_by_one(layer: DecoderStage, features: list[Tensor], queries: Tensor, xy
 def _together(layer: DecoderStage, features: list[Tensor], queries: Tensor, xyzr: Tensor) -> Copies:
     """All copies at once; shapes as in :func:`_one_by_one`."""
     count, boxes = len(queries), decode_xyzr(xyzr)
-    attended = layer.attention(*map(as_images, (queries, xyzr, boxes))).unflatten(0, (count, -1))
-    made = layer.refine(features, as_queries(attended), as_queries(xyzr), as_queries(boxes))
+    attended = as_queries(layer.attention(*map(as_images, (queries, xyzr, boxes))).unflatten(0, (count, -1)))
+    points = layer.points(attended, as_queries(xyzr), as_queries(boxes))
+    made = layer.refine(features, attended, points, as_queries(xyzr))
     return tuple(as_copies(part, count) for part in made)

@@ -12,7 +12,7 @@ from asag.families.adamixer.training.criterion import detection_losses, loss_nam
 from asag.families.adamixer.training.forward import training_outputs
 from asag.families.adamixer.training.settings import AdaMixerSettings
 from asag.training.protocol import Batch, ParameterGroup, Step, Target, rates_of
-from asag.training.recollection import StagePredictions
+from asag.training.recollection import StagePredictions, remarks
 from asag.training.set_losses import LOSSES, WEIGHTS
 from asag.training.timing import PartTimer
 from asag.training.transfer import to_device
@@ -23,6 +23,7 @@ class AdaMixerTraining:
 
     weights: Mapping[str, float]
     parts: Mapping[str, str]
+    remarks: Sequence[str]
 
     def __init__(self, detector: AdaMixerDetector, settings: AdaMixerSettings) -> None:
         self.timer = PartTimer(enabled=False)
@@ -32,6 +33,7 @@ class AdaMixerTraining:
             loss_name(kind, stage): weight for stage in stages for kind, weight in zip(LOSSES, WEIGHTS, strict=True)
         }
         self.parts = {loss_name(kind, stage): f"stage {stage}" for stage in stages for kind in LOSSES}
+        self.remarks = remarks(len(stages), settings.recollection)
 
     def outputs(self, batch: Batch, step: Step) -> tuple[StagePredictions, ...]:
         """What every stage says, of all copies that the settings ask for."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from asag.detector import stage
 from asag.families.asag.config import ASAGConfig
 from asag.families.asag.geometry import decode_xyzr
 from asag.families.asag.proposals import Proposals, normalized_boxes
@@ -30,6 +31,7 @@ class AdaMixerHead(nn.Module):
         xyzr = proposals.xyzr
         boxes = decode_xyzr(xyzr)
         queries = self.attention(queries, xyzr, boxes, allowed)
-        queries = self.feed_forward(self.sample_and_mix(features, queries, boxes, xyzr[..., 2:3]))
+        (points,) = stage("head", points=self.sample_and_mix.sampling_points(queries, boxes, xyzr[..., 2:3]))
+        queries = self.feed_forward(self.sample_and_mix(features, queries, points))
         logits, deltas = self.branches(queries)
         return logits, normalized_boxes(refine_xyzr(xyzr, deltas), sizes)

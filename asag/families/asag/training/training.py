@@ -24,6 +24,7 @@ class ASAGTraining:
 
     weights = WEIGHTS
     parts = PARTS
+    remarks = ()
 
     def __init__(self, detector: ASAGDetector, settings: ASAGSettings) -> None:
         self.timer = PartTimer(enabled=False)

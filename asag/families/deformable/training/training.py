@@ -12,6 +12,7 @@ from asag.families.deformable.training.criterion import SELECTION, detection_los
 from asag.families.deformable.training.forward import TrainingOutputs, training_outputs
 from asag.families.deformable.training.settings import DeformableSettings
 from asag.training.protocol import Batch, ParameterGroup, Step, Target, rates_of
+from asag.training.recollection import remarks
 from asag.training.set_losses import LOSSES, WEIGHTS
 from asag.training.timing import PartTimer
 from asag.training.transfer import to_device
@@ -30,6 +31,7 @@ class DeformableTraining:
 
     weights: Mapping[str, float]
     parts: Mapping[str, str]
+    remarks: Sequence[str]
 
     def __init__(self, detector: DeformableDetector, settings: DeformableSettings) -> None:
         self.timer = PartTimer(enabled=False)
@@ -40,6 +42,7 @@ class DeformableTraining:
         if not config.train_batch_statistics:
             for norm in detector.backbone.norms():
                 norm.requires_grad_(False)
+        self.remarks = remarks(config.size.decoder_layers, settings.recollection)
         names = output_names(config)
         self.weights = {
             f"{kind}_{name}": weight for name in names for kind, weight in zip(LOSSES, WEIGHTS, strict=True)

@@ -11,11 +11,11 @@ from torch import nn
 from asag.families.asag.config import DECODERS, LEVELS
 from asag.families.asag.training.settings import ASAGSettings
 from asag.families.asag.training.training import ASAGTraining
+from asag.train.config import TrainConfig
 from asag.training.protocol import Batch, Step
 from asag.training.randomness import image_generators
 from benchmarks.training import random_pieces
 from tests.builders import random_detector, small_config
-from train.config import TrainConfig
 
 FROZEN = {"train_batch_statistics": False}
 
