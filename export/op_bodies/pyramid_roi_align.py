@@ -8,7 +8,7 @@ from asag.export.op_bodies.pyramid import FlattenPyramid
 
 
 @script(asag_opset, default_opset=op)
-def PyramidRoIAlign(p2, p3, p4, p5, boxes):  # noqa: N802
+def PyramidRoIAlign(p2, p3, p4, p5, boxes, maps: int = 4, first_stride: int = 4):  # noqa: N802
     """Each bin is a weighted sum of 16 gathered cells: two samples per axis, two neighbours per sample."""
     cells, heights, widths, firsts = FlattenPyramid(p2, p3, p4, p5)
     channels = op.Shape(p2, start=1, end=2)
@@ -19,8 +19,11 @@ def PyramidRoIAlign(p2, p3, p4, p5, boxes):  # noqa: N802
     extent = op.Slice(boxes, [2], [4], [2])
     scale = op.Sqrt(op.Gather(extent, 0, axis=2) * op.Gather(extent, 1, axis=2))
     ratio = op.Log(op.Max(scale / 224.0, 1e-30)) / 0.6931471805599453
-    level = op.Clip(op.Floor(4.0 + ratio + 1e-6), 2.0, 5.0) - 2.0
-    stride = op.Unsqueeze(4.0 * op.Pow(2.0, level), op.Constant(value_ints=[2]))
+    finest_stride = op.Cast(op.Constant(value_int=first_stride), to=TensorProto.FLOAT)
+    finest = op.Round(op.Log(finest_stride) / 0.6931471805599453)
+    coarsest = finest + op.Cast(op.Constant(value_int=maps), to=TensorProto.FLOAT) - 1.0
+    level = op.Clip(op.Floor(4.0 + ratio + 1e-6), finest, coarsest) - finest
+    stride = op.Unsqueeze(finest_stride * op.Pow(2.0, level), op.Constant(value_ints=[2]))
     level_index = op.Cast(level, to=TensorProto.INT64)
     height = op.Gather(heights, level_index, axis=0)
     width = op.Gather(widths, level_index, axis=0)

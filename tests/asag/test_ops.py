@@ -42,7 +42,7 @@ def arguments(name: str, batch: int) -> tuple[Any, ...]:
             [3, 2],
         ),
         "gather_anchors": (anchors(batch, 12), everything, 7, 0.1, 2, 6),
-        "pyramid_roi_align": (*features(batch), anchors(batch, 5)[..., :4]),
+        "pyramid_roi_align": (*features(batch), anchors(batch, 5)[..., :4], 3, 8),
         "sampling_mixing": (
             *features(batch),
             torch.rand(batch, 4, 2, 3, 3) * 8,

@@ -76,6 +76,16 @@ def test_constant_map_gives_its_constant() -> None:
     torch.testing.assert_close(found.amax(dim=(2, 3, 4)), torch.tensor([[4.0, 8.0, 16.0, 32.0]]))
 
 
+def test_fewer_maps_of_a_larger_stride() -> None:
+    """Three maps from stride 8 on: small boxes are of the first one; of four maps P3 to P5 give the same."""
+    features, boxes = pyramid(1, 3, 5), torch.tensor([[[60.0, 60.0, side, side] for side in (10.0, 120.0, 300.0, 900.0)]])
+    found = pyramid_roi_align(features[1:], boxes, 8)
+    expected = pyramid_roi_align(features, boxes)
+    assert torch.equal(found[:, 1:], expected[:, 1:])
+    assert not torch.equal(found[:, 0], expected[:, 0])
+    assert torch.equal(pyramid_roi_align(features[1:2], boxes, 8)[:, :2], found[:, :2])
+
+
 def test_images_keep_apart() -> None:
     features = pyramid(2, 3, 1)
     boxes = torch.tensor([[[30.0, 30.0, 20.0, 20.0]]]).repeat(2, 1, 1)

@@ -99,7 +99,7 @@ def test_attributes_are_those_of_the_preset(deployed: DeployedDetector, proto: o
     gather = found["GatherAnchors"][0]
     assert gather.pop("keep_threshold") == pytest.approx(budget.keep_threshold)
     assert gather == {"first": 5 * budget.fixed_anchors, "fewest": budget.fewest, "most": budget.most}
-    assert found["PyramidRoIAlign"] == [{}]
+    assert found["PyramidRoIAlign"] == [{"maps": 4, "first_stride": 4}]
     mixed_points = deployed.detector.config.size.mixed_points
     assert found["SamplingMixing"] == [{"mixed_points": mixed_points, "activation": 0, "point_unit": 4}]
 

@@ -221,6 +221,7 @@ def test_pyramid_roi_align(batch: int, queries: int, cells: tuple[int, int], see
     boxes[generator.random((batch, queries)) < 0.1] = 0
     given = (*pyramid(batch, 4, 32 * cells[0], 32 * cells[1], seed), torch.from_numpy(boxes))
     check("PyramidRoIAlign", given, tolerance=1e-4)
+    check("PyramidRoIAlign", given, tolerance=1e-4, maps=3, first_stride=8)
 
 
 @pytest.mark.parametrize("side", [112.0, 224.0, 448.0])
@@ -230,6 +231,8 @@ def test_pyramid_roi_align_at_the_border_of_two_levels(side: float) -> None:
     near += [(side - 0.01, side - 0.01), (side + 0.01, side + 0.01)]
     boxes = torch.tensor([[(40.0, 40.0, width, height) for width, height in near]])
     check("PyramidRoIAlign", (*pyramid(1, 3, 96, 96, 0), boxes), tolerance=1e-4)
+    for maps, stride in ((2, 8), (4, 2), (3, 16)):
+        check("PyramidRoIAlign", (*pyramid(1, 3, 96, 96, 0), boxes), tolerance=1e-4, maps=maps, first_stride=stride)
 
 
 @EXAMPLES

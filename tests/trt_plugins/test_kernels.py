@@ -177,12 +177,25 @@ def test_align_equals_definition(run: Run, element: str, channels_last: bool) ->
 
 
 @settings(deadline=None, max_examples=15)
-@given(seed=st.integers(0, 2**31), height=st.integers(1, 12), width=st.integers(1, 12))
-def test_align_of_any_map(seed: int, height: int, width: int) -> None:
+@given(
+    seed=st.integers(0, 2**31),
+    height=st.integers(1, 12),
+    width=st.integers(1, 12),
+    given=st.sampled_from([(4, 4), (3, 8), (1, 32)]),
+)
+def test_align_of_any_map(seed: int, height: int, width: int, given: tuple[int, int]) -> None:
     random = np.random.default_rng(seed)
     inputs = [*pyramid(random, 1, 4, (height, width)), roi_boxes(random, 1, 10, 300)]
-    expected = pyramid_roi_align_definition(*tensors(*inputs)).numpy()
-    assert_close(run_ptx("PyramidRoIAlign", inputs)[0], expected, 1e-4)
+    expected = pyramid_roi_align_definition(*tensors(*inputs), *given).numpy()
+    attributes = dict(zip(("maps", "first_stride"), given, strict=True))
+    assert_close(run_ptx("PyramidRoIAlign", inputs, attributes)[0], expected, 1e-4)
+
+
+@pytest.mark.parametrize(("maps", "stride"), [(0, 4), (5, 4), (4, 12), (4, 0)])
+def test_align_has_no_kernel_for_other_pyramids(maps: int, stride: int) -> None:
+    inputs = [*pyramid(np.random.default_rng(0), 1, 4, (8, 8)), np.zeros((1, 1, 4), np.float32)]
+    with pytest.raises(ValueError, match=f"1 to 4 maps and a power of two as stride, not {maps} and {stride}"):
+        run_ptx("PyramidRoIAlign", inputs, {"maps": maps, "first_stride": stride})
 
 
 def test_align_counts_nan_boxes_as_the_finest_level() -> None:

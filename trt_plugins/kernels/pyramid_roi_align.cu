@@ -2,13 +2,13 @@
 //
 // Grid (channel chunks, queries, images). The 14 sample places per axis are worked out once per block and held in shared
 // memory: a bin's value is a sum over rows and columns of products of two weights. Compile-time constants: ELEMENT,
-// CHANNELS, CHUNK (channels per block, divides CHANNELS), THREADS, CHANNELS_LAST.
+// CHANNELS, CHUNK (channels per block, divides CHANNELS), MAPS (how many of the maps count), FIRST_LEVEL (the binary
+// logarithm of the first one's stride), THREADS, CHANNELS_LAST.
 #include "device.cuh"
 
 constexpr int ROI_SIDE = 7;
 constexpr int BINS = ROI_SIDE * ROI_SIDE;
 constexpr int SAMPLES = 2 * ROI_SIDE;  // per axis
-constexpr int FIRST_STRIDE = 4;
 // float32: as the compiler sees fit. 16 bits: left alone, it saves registers until some spill.
 constexpr int BLOCKS_AT_ONCE = sizeof(ELEMENT) == 4 ? 0 : 4;
 
@@ -31,11 +31,11 @@ __device__ Place sample_place(float at, int cells) {
     return place;
 }
 
-// P2..P5 as 0..3: floor(4 + log2(sqrt(area) / 224) + 1e-6), clamped; a NaN area counts as the finest.
+// The maps as 0, 1, ..: floor(4 + log2(sqrt(area) / 224) + 1e-6), clamped; a NaN area counts as the finest.
 __device__ int pyramid_level(float width, float height) {
     const float scale = sqrtf(__fmul_rn(width, height));
     const float level = floorf(__fadd_rn(__fadd_rn(4.0f, log2f(scale / 224.0f)), 1e-6f));
-    return int(fmaxf(fminf(level, 5.0f), 2.0f)) - 2;
+    return int(fmaxf(fminf(level, float(FIRST_LEVEL + MAPS - 1)), float(FIRST_LEVEL))) - FIRST_LEVEL;
 }
 
 // The 4 x 4 cells under a bin, and their weights.
@@ -85,7 +85,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
     if (thread < 2 * SAMPLES) {
         const bool vertical = thread >= SAMPLES;
         const int sample = thread % SAMPLES;
-        const float scale = 1.0f / float(FIRST_STRIDE << level);
+        const float scale = 1.0f / float(1 << (FIRST_LEVEL + level));
         const float centre = boxes[query * 4 + vertical], extent = vertical ? box_height : box_width;
         const float start = (centre - extent / 2) * scale, end = (centre + extent / 2) * scale;
         const float bin = fmaxf(end - start, 1.0f) / ROI_SIDE;

@@ -37,21 +37,28 @@ def _output_shapes(shapes: Sequence[Shape], attributes: Attributes) -> list[list
 
 def _layout(shapes: Sequence[Shape], attributes: Attributes, element: str, tensor_cores: bool) -> Layout:
     channels, boxes = fixed(shapes[0][1], "the number of channels"), shapes[4]
+    maps, stride = attributes["maps"], attributes["first_stride"]
+    if not 1 <= maps <= len(PYRAMID) or stride < 1 or stride & (stride - 1):
+        raise ValueError(
+            f"PyramidRoIAlign has 1 to {len(PYRAMID)} maps and a power of two as stride, not {maps} and {stride}"
+        )
     chunk = max(size for size in range(1, 65) if channels % size == 0)
-    constants = {"CHANNELS": channels, "CHUNK": chunk}
+    constants = {"CHANNELS": channels, "CHUNK": chunk, "MAPS": maps, "FIRST_LEVEL": stride.bit_length() - 1}
     return Layout(constants, (channels // chunk, boxes[1], boxes[0]), 256, (boxes[1], *map_sizes(shapes)))
 
 
 def _work(shapes: Sequence[Sequence[int]], attributes: Attributes) -> Work:
     """Each box reads of the one level that it belongs to."""
-    *maps, boxes = shapes
+    *given, boxes = shapes
+    maps = given[: PYRAMID_ROI_ALIGN.complete(attributes)["maps"]]
     taps = math.prod(boxes[:2]) * maps[0][1] * _TAPS
     return Work(2.0 * taps, min(sum(math.prod(shape) for shape in maps), taps))
 
 
 def _sample(random: np.random.Generator, shapes: Sequence[Sequence[int]], attributes: Attributes) -> list[Array]:
     *maps, boxes = shapes
-    height, width = (STRIDES[0] * side for side in maps[0][2:])
+    stride = PYRAMID_ROI_ALIGN.complete(attributes)["first_stride"]
+    height, width = (stride * side for side in maps[0][2:])
     centres = random.random((*boxes[:2], 2)) * (width, height)
     sides = np.exp(random.uniform(np.log(16), np.log(600), (*boxes[:2], 2)))
     return [*sample_maps(random, maps), np.concatenate((centres, sides), axis=-1).astype(np.float32)]
@@ -62,10 +69,11 @@ PYRAMID_ROI_ALIGN = Operation(
     snake_name="pyramid_roi_align",
     inputs=(*PYRAMID, Tensor("boxes", "float32")),
     outputs=(Tensor("rois", "element"),),
-    attributes=(),
+    attributes=(("maps", int), ("first_stride", int)),
     output_shapes=_output_shapes,
     layout=_layout,
     sample=_sample,
     work=_work,
     half_inputs=(0, 1, 2, 3),
+    defaults={"maps": len(PYRAMID), "first_stride": STRIDES[0]},
 )
