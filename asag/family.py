@@ -37,8 +37,9 @@ class Value:
 
     name: str
     kind: Kind
-    frame: Literal["input", "content"] = "input"
-    """Of boxes and points: pixels of the padded input, or fractions of the image's content."""
+    frame: Literal["input", "content", "padded"] = "input"
+    """Of boxes and points: pixels of the padded input, fractions of the image's content, or fractions of the padded
+    input."""
     cell: tuple[int, int] = (1, 1)
     """Of places: pixels of a cell, and cells along each side of what is cut out there."""
     unit: int = 1

@@ -66,8 +66,12 @@ class DeformableAttention(nn.Module):
         :meth:`sampling`.
         """
         sampling = self.sampling(queries, references, levels)
+        return self.gather(sampling, memory, levels), sampling
+
+    def gather(self, sampling: Sampling, memory: Tensor, levels: Levels) -> Tensor:
+        """What the memory [B, T, C] has where the queries look, [B, N, C]."""
         values = self.value_projection(memory).masked_fill(levels.padded.unsqueeze(-1), 0.0)
         values = values.unflatten(-1, (self.heads, -1))
         points = (self.points,) * self.levels
         found = multi_scale_deformable_attention(values, *sampling, levels.shapes, points)
-        return self.output_projection(found), sampling
+        return self.output_projection(found)

@@ -58,8 +58,17 @@ class DecoderLayer(nn.Module):
         self, queries: Tensor, position: Tensor, references: Tensor, memory: Tensor, levels: Levels
     ) -> tuple[Tensor, Sampling]:
         """What follows, of every query alone; arguments as in :meth:`forward`."""
-        found, sampling = self.cross_attention(queries + position, references, memory, levels)
-        return self.feed_forward(self.cross_attention_norm(queries + self.dropout(found))), sampling
+        sampling = self.sampling(queries, position, references, levels)
+        return self.gather(queries, sampling, memory, levels), sampling
+
+    def sampling(self, queries: Tensor, position: Tensor, references: Tensor, levels: Levels) -> Sampling:
+        """Where the queries look; arguments as in :meth:`forward`."""
+        return self.cross_attention.sampling(queries + position, references, levels)
+
+    def gather(self, queries: Tensor, sampling: Sampling, memory: Tensor, levels: Levels) -> Tensor:
+        """The queries with what the memory has there, [B, N, C]."""
+        found = self.cross_attention.gather(sampling, memory, levels)
+        return self.feed_forward(self.cross_attention_norm(queries + self.dropout(found)))
 
     def forward(
         self, queries: Tensor, position: Tensor, references: Tensor, memory: Tensor, levels: Levels

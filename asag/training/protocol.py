@@ -91,16 +91,20 @@ class Training(Protocol):
         """The parameters that train."""
 
 
-def rates_of(detector: Detector) -> list[ParameterGroup]:
-    """The usual groups: the backbone's parameters that train, and all others that do."""
+SLOWNESS = 0.1
+"""Factor of the rate for what moves the places that are looked at (Deformable DETR, section A.4)."""
+
+
+def rates_of(detector: Detector, slow: Sequence[str] = ()) -> list[ParameterGroup]:
+    """The usual groups: the backbone's parameters that train, and all others that do; slow: parts of the names of those
+    that learn at a tenth of the rate.
+    """
     backbone = {id(parameter) for parameter in detector.backbone.parameters()}
-    groups = []
-    for own in (False, True):
-        chosen = tuple(
-            parameter
-            for parameter in detector.parameters()
-            if parameter.requires_grad and (id(parameter) in backbone) is own
-        )
-        if chosen:
-            groups.append(ParameterGroup(chosen, backbone=own))
-    return groups
+    found: dict[tuple[bool, float], list[nn.Parameter]] = {
+        (own, factor): [] for own in (False, True) for factor in (1.0, SLOWNESS)
+    }
+    for name, parameter in detector.named_parameters():
+        if parameter.requires_grad:
+            factor = SLOWNESS if any(part in name for part in slow) else 1.0
+            found[id(parameter) in backbone, factor].append(parameter)
+    return [ParameterGroup(tuple(chosen), *rate) for rate, chosen in found.items() if chosen]

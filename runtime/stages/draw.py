@@ -180,6 +180,7 @@ class _Reader:
             "content": np.array([width, height] * 2, np.float64),
         }
         self._first, self._input_size = seen.metadata.stages[0], seen.metadata.input_size
+        self._scale["padded"] = self._scale["input"] * (*self._input_size[::-1], *self._input_size[::-1])
         self._valid: dict[str, NDArray | None] = {}
         latest = None
         for stage in seen.metadata.stages:

@@ -27,29 +27,35 @@ queries get as much room as detections have in parity."""
 
 def stages(config: ASAGConfig) -> tuple[Stage, ...]:
     """The stages of a configuration."""
-    found = [
-        Stage("features", tuple(Value(f"p{level}", "maps") for level in (2, 3, 4, 5))),
-        Stage("coarse_anchors", (Value("boxes", "boxes"),), part="anchors"),
-    ]
+    # An encoder passes on the rounding of the maps, and then all that follows does.
+    tolerance = QUERY_TOLERANCE if config.encoded else Stage.tolerance
+    levels = range(config.first_level, config.first_level + 4)
+    found = [Stage("features", tuple(Value(f"p{level}", "maps") for level in levels))]
+    if config.encoded:
+        found.append(Stage("encoder", tuple(Value(f"m{level}", "maps") for level in levels), tolerance=tolerance))
+    found.append(Stage("coarse_anchors", (Value("boxes", "boxes"),), "anchors", tolerance))
     for level in config.probed_levels:
         patches = (Value("map", "maps"), Value("corners", "places", cell=PATCH_CELLS[level]), Value("valid", "valid"))
         found += [
-            Stage(f"{level}_patches", patches, part="anchors", aligns=True),
-            Stage(f"{level}_anchors", (Value("boxes", "boxes"),), part="anchors"),
+            Stage(f"{level}_patches", patches, "anchors", tolerance, aligns=True),
+            Stage(f"{level}_anchors", (Value("boxes", "boxes"),), "anchors", tolerance),
         ]
-    # The next step of one decoder works on `xyzr`, that of the other on boxes.
-    works_on_boxes = config.decoder == "sparse_rcnn"
+    # The next step of one decoder works on `xyzr`, that of the others on boxes.
+    works_on_boxes = config.decoder != "adamixer"
     proposals = (
         Value("queries", "queries"),
         Value("xyzr", "queries", exported=not works_on_boxes),
         Value("boxes", "boxes", frame="content", exported=works_on_boxes),
         Value("logits", "scores", exported=False),
     )
-    looks = () if works_on_boxes else (Value("points", "points", unit=POINT_UNIT),)
-    head = (*looks, Value("logits", "scores"), Value("boxes", "boxes", frame="content"))
+    looks = {
+        "adamixer": (Value("points", "points", unit=POINT_UNIT),),
+        "deformable": (Value("points", "points", frame="padded"),),
+    }
+    head = (*looks.get(config.decoder, ()), Value("logits", "scores"), Value("boxes", "boxes", frame="content"))
     return (
         *found,
-        Stage("anchors", (Value("boxes", "boxes"), Value("valid", "valid")), aligns=True),
+        Stage("anchors", (Value("boxes", "boxes"), Value("valid", "valid")), tolerance=tolerance, aligns=True),
         Stage("proposals", proposals, tolerance=QUERY_TOLERANCE),
         Stage("head", head, tolerance=QUERY_TOLERANCE),
     )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from asag.detector import stage
 from asag.families.asag.config import ASAGConfig
+from asag.families.asag.pyramid import Pyramid
 from asag.ops import adaptive_probing, gather_anchors
 from asag.ops.adaptive_probing import PATCH_SIDE
 from asag.ops.pyramid_roi_align import STRIDES
@@ -130,18 +131,18 @@ class AnchorGenerator(nn.Module):
         self.fixed_mlp = MLP((cells * channels, *hidden, budget.fixed_anchors * 5))
         self.probed_mlp = MLP((cells * channels, *hidden, budget.probed_anchors * 5))
 
-    def forward(self, features: list[Tensor], sizes: Tensor, capacity: tuple[int, int] | None = None) -> Anchors:
-        """features: P2..P5, each [B, C, H, W]; sizes: [B, 2] (height, width) of the content in pixels.
+    def forward(self, pyramid: Pyramid, sizes: Tensor, capacity: tuple[int, int] | None = None) -> Anchors:
+        """sizes: [B, 2] (height, width) of the content in pixels.
 
         capacity: places for patches per image on P4 and P3, so that every shape is static; None takes as many as the
         fullest image needs and drops query places that no image uses.
         """
-        fixed = self.fixed_level(features, sizes)
+        fixed = self.fixed_level(pyramid, sizes)
         places = dict(zip(self.config.probed_levels, capacity or (None, None), strict=False))
         probed: dict[str, ProbedLevel] = {}
 
         def explore(level: str, coarser: Explored) -> tuple[Explored | None, Tensor]:
-            found, asked = self.probe(level, features, coarser, sizes, places[level])
+            found, asked = self.probe(level, pyramid, coarser, sizes, places[level])
             if found is None:
                 return None, asked
             probed[level] = found
@@ -180,9 +181,9 @@ class AnchorGenerator(nn.Module):
             boxes, chosen = boxes[:, :used], chosen[:, :used]
         return boxes, chosen
 
-    def compressed(self, level: str, features: list[Tensor]) -> Tensor:
+    def compressed(self, level: str, pyramid: Pyramid) -> Tensor:
         """The 8-channel map [B, 8, H, W] of "P3", "P4" or "P5"."""
-        return self.compress[level](features[int(level[1]) - 2])
+        return self.compress[level](pyramid.level(level))
 
     def predict(self, patches: Tensor, level: str) -> Tensor:
         """Patches [..., 225, 8] of `level` (P6 patches use "P5") -> [..., k, 5]: sigmoid boxes, confidence logits."""
@@ -191,26 +192,26 @@ class AnchorGenerator(nn.Module):
         raw = mlp(tokens.flatten(-2)).unflatten(-1, (-1, 5))
         return torch.cat((raw[..., :4].sigmoid(), raw[..., 4:]), dim=-1)
 
-    def fixed_maps(self, features: list[Tensor], sizes: Tensor) -> tuple[Tensor, Tensor]:
+    def fixed_maps(self, pyramid: Pyramid, sizes: Tensor) -> tuple[Tensor, Tensor]:
         """The content of P5 resized to [B, 8, 30, 30], and the P6 map [B, 8, 15, 15]."""
-        p5 = resize_content(self.compressed("P5", features), sizes / LEVEL_STRIDES["P5"], FIXED_SIDE)
+        p5 = resize_content(self.compressed("P5", pyramid), sizes / LEVEL_STRIDES["P5"], FIXED_SIDE)
         return p5, self.p6(F.relu(p5))
 
     def fixed_level(
-        self, features: list[Tensor], sizes: Tensor, views: Callable[[Tensor], Tensor] = itself
+        self, pyramid: Pyramid, sizes: Tensor, views: Callable[[Tensor], Tensor] = itself
     ) -> FixedLevel:
         """The anchors of the four quarters of P5 and of P6.
 
         views: P6 map [B, 8, 15, 15] -> [B, V, 8, 15, 15], what is looked at of it; first the map itself.
         """
-        p5_map, p6_map = self.fixed_maps(features, sizes)
+        p5_map, p6_map = self.fixed_maps(pyramid, sizes)
         p5 = self.predict(split_quarters(p5_map), "P5")
         p6 = self.predict(views(p6_map).flatten(3).transpose(2, 3), "P5")
         (anchors,) = stage("coarse_anchors", boxes=fixed_anchors_to_pixels(p5, p6[:, :1], sizes))
         return FixedLevel(p5, p6, anchors)
 
     def probe(
-        self, level: str, features: list[Tensor], coarser: Explored, sizes: Tensor, capacity: int | None
+        self, level: str, pyramid: Pyramid, coarser: Explored, sizes: Tensor, capacity: int | None
     ) -> tuple[ProbedLevel | None, Tensor]:
         """Explore `level` where the coarser anchors ask for it.
 
@@ -219,7 +220,7 @@ class AnchorGenerator(nn.Module):
         stride = LEVEL_STRIDES[level]
         limit = self.config.budget.patch_limit
         limited = limit is not None and (capacity is None or capacity >= limit)
-        (feature,) = stage(f"{level}_patches", map=self.compressed(level, features))
+        (feature,) = stage(f"{level}_patches", map=self.compressed(level, pyramid))
         found = adaptive_probing(*coarser, feature, sizes, stride, limit if limited else capacity)
         if found.valid.shape[1] == 0 or (capacity is None and not bool(found.valid.any())):
             return None, found.candidate

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-DECODERS = ("adamixer", "sparse_rcnn")
+DECODERS = ("adamixer", "sparse_rcnn", "deformable")
 BACKBONES = ("resnet10", "resnet18", "resnet50", "resnet101")
 LEVELS = ("P3P6", "P4P6", "P5P6")
 DATASETS = ("coco", "crowdhuman")
@@ -53,6 +53,13 @@ class ModelSize:
     mixed_points: int = 128
     dynamic_channels: int = 64
     """Inner width of the dynamic convolution (Sparse R-CNN head only)."""
+    norm_groups: int = 32
+    """Groups of the norms that end the neck; this and what follows with the deformable head only."""
+    encoder_layers: int = 6
+    attended_points: int = 4
+    """Places on each level that a head of deformable attention looks at."""
+    deformable_feed_forward: int = 1024
+    """Width of the perceptrons after deformable attention."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +126,16 @@ class ASAGConfig:
         if self.dataset == "crowdhuman":
             return 0.8
         return 0.7 if self.queries == 300 else None
+
+    @property
+    def encoded(self) -> bool:
+        """Whether an encoder works on the maps before anchors, proposals and heads look at them."""
+        return self.decoder == "deformable"
+
+    @property
+    def first_level(self) -> int:
+        """Of the finest of the four maps: its stride is 2 to this power."""
+        return 3 if self.encoded else 2
 
     @property
     def probed_levels(self) -> tuple[str, ...]:

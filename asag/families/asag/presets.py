@@ -22,9 +22,12 @@ _TINY = ModelSize(
     dynamic_channels=16,
 )
 
+_ENCODED_TINY = replace(_TINY, norm_groups=8, encoder_layers=3, deformable_feed_forward=256)
+
 _A_R50_100 = ASAGConfig("adamixer", "resnet50", 100, head="aux_2")
 _A_R50_300 = replace(_A_R50_100, queries=300)
 _S_R50_100 = replace(_A_R50_100, decoder="sparse_rcnn")
+_D_R50_300 = replace(_A_R50_300, decoder="deformable", head="main")
 
 # A trained detector explores at once: the epoch in which the objects' places guide it is for those that know nothing.
 _CONTINUED = {"first_epoch": 1}
@@ -65,6 +68,14 @@ PRESETS: dict[str, Preset] = {
         recipe=_TINY_RECIPE,
         continued=_CONTINUED,
     ),
+    "asag-d-tiny": Preset(
+        config=ASAGConfig(
+            "deformable", "resnet10", 50, patch_capacity=(16, 32), size=_ENCODED_TINY, train_batch_statistics=True
+        ),
+        input=InputSpec(320, 320, (320, 320)),
+        recipe=_TINY_RECIPE,
+        continued=_CONTINUED,
+    ),
     "asag-a-r50-1x-100": _coco(_A_R50_100, _SHORT, 42.6, "107"),
     "asag-a-r50-1x-300": _coco(_A_R50_300, _SHORT, 43.6, "329"),
     "asag-a-r50-3x-100": _coco(replace(_A_R50_100, head="main"), _LONG, 45.3, "102"),
@@ -72,6 +83,7 @@ PRESETS: dict[str, Preset] = {
     "asag-a-r101-3x-300": _coco(replace(_A_R50_300, backbone="resnet101"), _LONG, 47.5, "296"),
     "asag-s-r50-3x-100": _coco(_S_R50_100, _LONG, 43.9, "100"),
     "asag-s-r50-3x-300": _coco(replace(_S_R50_100, queries=300), _LONG, 45.0, "312"),
+    "asag-d-r50-3x-300": _coco(_D_R50_300, _LONG, 45.8, ""),
     "asag-a-dn-r50-1x-100": _coco(_A_R50_100, {**_SHORT, "denoising_scale": 0.4}, 43.1, "106"),
     "asag-a-crosscl-r50-1x-100": _coco(_A_R50_100, _SHORT, 43.8, "103"),
     "asag-s-crowdhuman": Preset(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from asag.detector import stage
 from asag.families.asag.config import ASAGConfig
 from asag.families.asag.geometry import XYZR_UNIT, decode_xyzr, encode_xyzr
-from asag.ops import pyramid_roi_align
+from asag.families.asag.pyramid import Pyramid
 from asag.ops.pyramid_roi_align import ROI_SIDE
 from asag.parts.boxes import content_scale
 from asag.parts.layers import Branches, FeedForward, GeometryAttention
@@ -35,7 +35,7 @@ def normalized_boxes(xyzr: Tensor, sizes: Tensor) -> Tensor:
 
 
 class DynamicProposals(nn.Module):
-    """P2..P5 and anchors -> :class:`Proposals`."""
+    """Maps and anchors -> :class:`Proposals`."""
 
     def __init__(self, config: ASAGConfig) -> None:
         super().__init__()
@@ -46,9 +46,9 @@ class DynamicProposals(nn.Module):
         self.feed_forward = FeedForward(size.channels, size.feed_forward)
         self.branches = Branches(size.channels, config.classes)
 
-    def forward(self, features: list[Tensor], anchors: Tensor, allowed: Tensor, sizes: Tensor) -> Proposals:
+    def forward(self, pyramid: Pyramid, anchors: Tensor, allowed: Tensor, sizes: Tensor) -> Proposals:
         """anchors: [B, N, 4] `cxcywh` in pixels; allowed: [B, 1, N or 1, N] bool attention mask; sizes: [B, 2]."""
-        rois = pyramid_roi_align(features, anchors)
+        rois = pyramid.rois(anchors)
         queries = self.roi_norm(self.roi_projection(rois.flatten(2)))
         xyzr = encode_xyzr(anchors)
         queries = self.feed_forward(self.attention(queries, xyzr, decode_xyzr(xyzr), allowed))

@@ -16,10 +16,10 @@ def all_stages(detector: ASAGDetector, images: Tensor, sizes: Tensor) -> dict[st
     before it); `anchors` [B, N, 4] (`cxcywh`, pixels), `valid` [B, N]; `proposal_logits`, `proposal_boxes`, and
     `<head>_logits` [B, N, classes], `<head>_boxes` [B, N, 4] (`cxcywh`, fractions of the content) of every head.
     """
-    features = detector.features(images)
-    anchors = detector.anchor_generator(features, sizes, detector.capacity)
+    pyramid = detector.encode(detector.features(images), sizes, images)
+    anchors = detector.anchor_generator(pyramid, sizes, detector.capacity)
     allowed = attention_allowed(anchors.valid)
-    proposals, outputs = detector.decode(features, anchors.boxes, allowed, sizes, detector.heads)
+    proposals, outputs = detector.decode(pyramid, anchors.boxes, allowed, sizes, detector.heads)
     found = {"p6_anchors": anchors.fixed.p6, "p5_anchors": anchors.fixed.p5}
     for level, probed in anchors.probed.items():
         name = level.lower()

@@ -20,6 +20,7 @@ from asag.families.asag.anchors import (
     split_quarters,
 )
 from asag.families.asag.config import ANCHOR_BUDGETS
+from asag.families.asag.pyramid import Pyramid
 from tests.builders import normalized_batch, random_detector, random_picture, small_config
 
 
@@ -111,11 +112,11 @@ def test_centre_on_the_content_edge_counts_nothing(x: float, counts: bool) -> No
 
 def pyramid(
     generator: AnchorGenerator, sizes: list[tuple[int, int]], height: int, width: int
-) -> tuple[list[Tensor], Tensor]:
+) -> tuple[Pyramid, Tensor]:
     torch.manual_seed(5)
     channels = generator.config.size.channels
     features = [torch.randn(len(sizes), channels, height // stride, width // stride) for stride in (4, 8, 16, 32)]
-    return features, torch.tensor(sizes, dtype=torch.float32)
+    return Pyramid(features, 2), torch.tensor(sizes, dtype=torch.float32)
 
 
 @torch.no_grad()
@@ -211,5 +212,5 @@ def test_a_picture_probes_both_levels() -> None:
     """The random detector of these tests explores, so that what is tested about it means something."""
     detector = random_detector()
     images, sizes = normalized_batch([random_picture(0, 192, 224)], 192, 224)
-    found = detector.anchor_generator(detector.features(images), sizes)
+    found = detector.anchor_generator(Pyramid(detector.features(images), 2), sizes)
     assert [int(level.valid.sum()) > 0 for level in found.probed.values()] == [True, True]

@@ -1,4 +1,4 @@
-"""The two decoder heads by their formulas."""
+"""The decoder heads by their formulas."""
 
 from __future__ import annotations
 
@@ -8,19 +8,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from asag.detector import recorded
 from asag.families.asag.detector import ASAGDetector as Detector
 from asag.families.asag.geometry import decode_xyzr, encode_xyzr
 from asag.families.asag.heads.sparse_rcnn import DynamicConvolution, apply_deltas
 from asag.families.asag.proposals import Proposals, normalized_boxes
+from asag.families.asag.pyramid import Pyramid
 from asag.ops import pyramid_roi_align, sampling_mixing
+from asag.parts.levels import levels_of
+from asag.parts.positions import sine_embedding
 from tests.builders import random_detector, small_config
 
 SIZES = torch.tensor([[60.0, 120.0], [128.0, 90.0]])
 
 
-def pyramid(channels: int) -> list[Tensor]:
+def pyramid(channels: int, first: int = 2) -> Pyramid:
     torch.manual_seed(4)
-    return [torch.randn(2, channels, 128 // stride, 128 // stride) for stride in (4, 8, 16, 32)]
+    maps = [torch.randn(2, channels, 128 >> level, 128 >> level) for level in range(first, first + 4)]
+    return Pyramid(maps, first, levels_of(maps, SIZES, torch.zeros(2, 3, 128, 128)))
 
 
 def anchors() -> Tensor:
@@ -81,9 +86,9 @@ def test_sample_and_mix_adds_to_the_query() -> None:
     queries, _, _, xyzr = proposals_of(detector)
     points = layer.sampling_points(queries, decode_xyzr(xyzr), xyzr[..., 2:3])
     parameters = layer.parameters_of_query(queries)
-    mixed = sampling_mixing(features, points, parameters, detector.config.size.mixed_points)
+    mixed = sampling_mixing(features.maps, points, parameters, detector.config.size.mixed_points)
     expected = F.layer_norm(queries + layer.out_projection(mixed), (queries.shape[-1],))
-    torch.testing.assert_close(layer(features, queries, points), expected)
+    torch.testing.assert_close(layer(features.maps, queries, points), expected)
 
 
 def test_deltas_of_sparse_rcnn() -> None:
@@ -122,8 +127,63 @@ def test_sparse_rcnn_head_looks_at_the_proposal() -> None:
     detector = random_detector(small_config(decoder="sparse_rcnn"))
     head, features = detector.heads["main"], pyramid(detector.config.size.channels)
     proposals = proposals_of(detector)
-    rois = pyramid_roi_align(features, anchors())
+    rois = pyramid_roi_align(features.maps, anchors())
     seen: list[Tensor] = []
     head.dynamic_convolution.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
     head(features, proposals.queries, proposals, torch.ones(2, 1, 1, 3, dtype=torch.bool), SIZES)
     torch.testing.assert_close(seen[0], rois, rtol=1e-3, atol=1e-3)
+
+
+def test_boxes_take_their_features_from_p3_to_p5_where_there_is_no_p2() -> None:
+    features, boxes = pyramid(4, first=3), torch.tensor([[[60.0, 60.0, side, side] for side in (9, 300, 900)]])
+    boxes = boxes.repeat(2, 1, 1)
+    assert torch.equal(features.rois(boxes), pyramid_roi_align(features.maps[:3], boxes, 8))
+    assert torch.equal(features.level("P3"), features.maps[0])
+    assert torch.equal(pyramid(4).level("P3"), pyramid(4).maps[1])
+
+
+@torch.no_grad()
+def test_deformable_head_looks_around_the_proposal() -> None:
+    """Places `centre + offset / points * half the box` on each level's padded map, boxes from the proposal's logits."""
+    detector = random_detector(small_config(decoder="deformable"))
+    head, size = detector.heads["main"], detector.config.size
+    features, proposals = pyramid(size.channels, first=3), proposals_of(detector)
+    seen: list[Tensor] = []
+    head.branches.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    allowed = torch.ones(2, 1, 1, 3, dtype=torch.bool)
+    with recorded() as values:
+        logits, boxes = head(features, proposals.queries, proposals, allowed, SIZES)
+    sines = sine_embedding(proposals.boxes * 2 * math.pi, size.channels // 2).flatten(-2)
+    position = head.box_embedding.norm(head.box_embedding.projection(sines))
+    layer, attention = head.layer, head.layer.cross_attention
+    queries = layer.self_attention_norm(proposals.queries + layer.self_attention(proposals.queries, position))
+    shape = (2, 3, size.attention_heads, 4, size.attended_points, 2)
+    offsets = attention.offsets(queries + position).reshape(shape)
+    levels = features.levels
+    assert levels is not None
+    for image, query, number, level, point in ((0, 0, 0, 0, 0), (1, 2, 1, 3, 2), (1, 1, 3, 2, 1)):
+        box = proposals.boxes[image, query] * levels.ratios[image, level].repeat(2)
+        expected = box[:2] + offsets[image, query, number, level, point] / size.attended_points * box[2:] / 2
+        place = values["head/points"][image, query, number, level * size.attended_points + point]
+        torch.testing.assert_close(place, expected)
+    torch.testing.assert_close(logits, head.branches.logits(seen[0]))
+    expected = (torch.logit(proposals.boxes) + head.branches.deltas(seen[0])).sigmoid()
+    torch.testing.assert_close(boxes, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_deformable_head_takes_proposals_that_reach_beyond_the_image() -> None:
+    """They count as what of them can be a fraction; queries that are not there change nothing."""
+    detector = random_detector(small_config(decoder="deformable"))
+    head, features = detector.heads["main"], pyramid(detector.config.size.channels, first=3)
+    proposals, allowed = proposals_of(detector), torch.tensor([True, True, False])[None, None, None]
+    wild = proposals._replace(boxes=torch.tensor([-0.2, 1.4, 0.0, 3.0]).expand(2, 3, 4))
+    held = proposals._replace(boxes=torch.tensor([0.0, 1.0, 0.0, 1.0]).expand(2, 3, 4))
+    found = head(features, proposals.queries, wild, allowed, SIZES)
+    assert all(value.isfinite().all() for value in found)
+    for one, other in zip(found, head(features, proposals.queries, held, allowed, SIZES), strict=True):
+        assert torch.equal(one, other)
+    queries = proposals.queries.clone()
+    queries[:, 2] += 1
+    for one, other in zip(found, head(features, queries, wild, allowed, SIZES), strict=True):
+        torch.testing.assert_close(one[:, :2], other[:, :2])

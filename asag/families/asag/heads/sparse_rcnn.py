@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from asag.families.asag.config import ASAGConfig
 from asag.families.asag.proposals import Proposals
-from asag.ops import pyramid_roi_align
+from asag.families.asag.pyramid import Pyramid
 from asag.ops.pyramid_roi_align import ROI_SIDE
 from asag.parts.boxes import content_scale
 from asag.parts.layers import Branches, FeedForward, SelfAttention, exclude
@@ -56,10 +56,10 @@ class SparseRCNNHead(nn.Module):
         self.branches = Branches(size.channels, config.classes)
 
     def forward(
-        self, features: list[Tensor], queries: Tensor, proposals: Proposals, allowed: Tensor, sizes: Tensor
+        self, pyramid: Pyramid, queries: Tensor, proposals: Proposals, allowed: Tensor, sizes: Tensor
     ) -> tuple[Tensor, Tensor]:
         """queries: [B, N, C], the proposals' plus this head's embedding; allowed: attention mask; sizes: [B, 2]."""
-        rois = pyramid_roi_align(features, proposals.boxes * content_scale(sizes))
+        rois = pyramid.rois(proposals.boxes * content_scale(sizes))
         nothing = torch.zeros((1, 1, 1, 1), device=queries.device)
         queries = self.attention_norm(queries + self.attention(queries, exclude(nothing, allowed)))
         queries = self.convolution_norm(queries + self.dynamic_convolution(queries, rois))

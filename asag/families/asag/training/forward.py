@@ -16,6 +16,7 @@ from asag.families.asag.anchors import LEVEL_STRIDES, AnchorGenerator, Explored,
 from asag.families.asag.config import HEADS
 from asag.families.asag.detector import ASAGDetector, HeadOutput
 from asag.families.asag.proposals import attention_allowed
+from asag.families.asag.pyramid import Pyramid
 from asag.families.asag.training.denoising import denoising_attention_mask, noised_queries
 from asag.families.asag.training.probing import TrainingPatches, four_flips, training_patches
 from asag.ops import adaptive_probing_definition, crop_patches
@@ -78,8 +79,8 @@ def training_outputs(
     detector: ASAGDetector, batch: Batch, step: Step, denoising_scale: float | None = None
 ) -> TrainingOutputs:
     """The forward pass. denoising_scale: adds noised queries (None for none)."""
-    features = detector_features(detector, batch, step)
-    anchors = training_anchors(detector.anchor_generator, features, batch, step)
+    pyramid = detector_pyramid(detector, batch, step)
+    anchors = training_anchors(detector.anchor_generator, pyramid, batch, step)
     sizes = to_device(batch.sizes, batch.images.device)
     boxes, allowed, noised = anchors.boxes, attention_allowed(anchors.valid), 0
     if denoising_scale is not None:
@@ -87,7 +88,7 @@ def training_outputs(
         noised = extra.boxes.shape[1]
         boxes = torch.cat((to_device(extra.boxes, boxes.device) * content_scale(sizes), boxes), dim=1)
         allowed = ~denoising_attention_mask(to_device(extra.group, boxes.device), anchors.valid).unsqueeze(1)
-    proposals, heads = detector.decode(features, boxes, allowed, sizes, HEADS)
+    proposals, heads = detector.decode(pyramid, boxes, allowed, sizes, HEADS)
     stages = {PROPOSALS: HeadOutput(proposals.logits, proposals.boxes), **heads}
     return TrainingOutputs(sizes, anchors, stages, noised)
 
@@ -99,15 +100,16 @@ def count_patches(detector: ASAGDetector, batch: Batch, step: Step) -> int:
     Running statistics of norms stay as they are.
     """
     with _statistics_kept(detector):
-        features = detector_features(detector, batch, step)
-    return training_anchors(detector.anchor_generator, features, batch, step).patches
+        pyramid = detector_pyramid(detector, batch, step)
+    return training_anchors(detector.anchor_generator, pyramid, batch, step).patches
 
 
-def detector_features(detector: ASAGDetector, batch: Batch, step: Step) -> list[Tensor]:
-    """P2..P5 in float32, computed in the step's precision."""
+def detector_pyramid(detector: ASAGDetector, batch: Batch, step: Step) -> Pyramid:
+    """The maps in float32; backbone and neck are computed in the step's precision."""
     precision = step.feature_precision
     with torch.autocast(batch.images.device.type, dtype=precision, enabled=precision is not None):
-        return detector.features(batch.images)
+        features = detector.features(batch.images)
+    return detector.encode(features, to_device(batch.sizes, batch.images.device), batch.images)
 
 
 @contextmanager
@@ -123,10 +125,10 @@ def _statistics_kept(detector: ASAGDetector) -> Iterator[None]:
             norm.track_running_stats = True
 
 
-def training_anchors(generator: AnchorGenerator, features: list[Tensor], batch: Batch, step: Step) -> TrainingAnchors:
+def training_anchors(generator: AnchorGenerator, pyramid: Pyramid, batch: Batch, step: Step) -> TrainingAnchors:
     """The anchors of every patch of this step, and the queries among them."""
-    sizes = to_device(batch.sizes, features[0].device)
-    fixed = generator.fixed_level(features, sizes, four_flips)
+    sizes = to_device(batch.sizes, batch.images.device)
+    fixed = generator.fixed_level(pyramid, sizes, four_flips)
     limit = generator.config.budget.patch_limit
     objects = [target["boxes"] for target in batch.targets]
     probed: dict[str, PatchPredictions] = {}
@@ -141,7 +143,7 @@ def training_anchors(generator: AnchorGenerator, features: list[Tensor], batch: 
             asked = probe_candidates(*coarser, stride)
             wanted = _wanted_patches(coarser, batch.sizes, stride, limit)
         patches = training_patches(*wanted, objects, batch.sizes, stride, step.epoch, step.generators, most=limit)
-        probed[level] = _predict_patches(generator, level, features, patches)
+        probed[level] = _predict_patches(generator, level, pyramid, patches)
         return _explored(probed[level], patches, level, sizes), asked
 
     # What is explored and which anchors become queries is no matter of gradients.
@@ -164,9 +166,9 @@ def _wanted_patches(coarser: Explored, contents: Tensor, stride: int, limit: int
 
 
 def _predict_patches(
-    generator: AnchorGenerator, level: str, features: list[Tensor], patches: TrainingPatches
+    generator: AnchorGenerator, level: str, pyramid: Pyramid, patches: TrainingPatches
 ) -> PatchPredictions:
-    feature = generator.compressed(level, features)
+    feature = generator.compressed(level, pyramid)
     corners, image_index = (to_device(part, feature.device) for part in (patches.corners, patches.image_index))
     anchors = generator.predict(crop_patches(feature, image_index, corners), level)
     return PatchPredictions(anchors, corners, image_index)

@@ -18,6 +18,9 @@ from asag.training.protocol import Batch, ParameterGroup, Step, Target, rates_of
 from asag.training.timing import PartTimer
 from asag.training.transfer import to_device
 
+SLOW = ("attention.offsets.",)
+"""Parts of the names of parameters that learn at a tenth of the rate: those of deformable attention."""
+
 
 class ASAGTraining:
     """The :class:`asag.training.protocol.Training` of a detector. Parts of it that no image reaches do not train."""
@@ -54,8 +57,8 @@ class ASAGTraining:
         return detection_losses(outputs, targets, totals, self.timer)
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """The backbone and the rest."""
-        return rates_of(self._detector)
+        """The backbone, what moves the places that deformable attention looks at, and the rest."""
+        return rates_of(self._detector, SLOW)
 
     def _counted(self, step: Step) -> Step:
         """The step with its epoch as the method counts them."""

@@ -19,7 +19,6 @@ from asag.training.transfer import to_device
 
 SLOW = ("attention.offsets.", "reference_points.")
 """Parts of the names of parameters that learn at a tenth of the rate: they move the places that are looked at."""
-SLOWNESS = 0.1
 
 
 class DeformableTraining:
@@ -68,15 +67,7 @@ class DeformableTraining:
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """The backbone, what moves the places that are looked at, and the rest."""
-        named = self._detector.named_parameters()
-        slow = {id(parameter) for name, parameter in named if any(part in name for part in SLOW)}
-        groups = []
-        for group in rates_of(self._detector):
-            for factor in (1.0, SLOWNESS):
-                chosen = tuple(each for each in group.parameters if (id(each) in slow) is (factor == SLOWNESS))
-                if chosen:
-                    groups.append(ParameterGroup(chosen, group.backbone, factor))
-        return groups
+        return rates_of(self._detector, SLOW)
 
 
 def _part(name: str) -> str:
