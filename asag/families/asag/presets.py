@@ -22,7 +22,7 @@ _TINY = ModelSize(
     dynamic_channels=16,
 )
 
-_ENCODED_TINY = replace(_TINY, norm_groups=8, encoder_layers=3, deformable_feed_forward=256)
+_ENCODED_TINY = replace(_TINY, norm_groups=8, encoder_layers=2, deformable_feed_forward=256)
 
 _A_R50_100 = ASAGConfig("adamixer", "resnet50", 100, head="aux_2")
 _A_R50_300 = replace(_A_R50_100, queries=300)
