@@ -27,7 +27,7 @@ CATEGORY_NAMES = ("circle", "square", "star")
 def small_config(**changes: Any) -> ASAGConfig:
     """`asag-a-tiny` with an even thinner backbone, few patches and three classes; `changes` replaces fields."""
     tiny = PRESETS["asag-a-tiny"].config
-    size = dataclasses.replace(tiny.size, backbone_width=8, anchor_hidden=64, feed_forward=64)
+    size = dataclasses.replace(tiny.size, backbone_width=8, anchor_hidden=64, feed_forward=64, encoder_layers=2)
     small = {"num_classes": len(CATEGORY_IDS), "size": size, "patch_capacity": (6, 8)}
     return dataclasses.replace(tiny, **{**small, **changes})
 

@@ -19,8 +19,8 @@ def content_cells(sizes: Tensor, input_size: tuple[int, int], shape: tuple[int, 
     """
     found = []
     for axis in (0, 1):
-        ratio = torch.tensor(input_size[axis] / shape[axis], dtype=torch.float32, device=sizes.device)
-        pixel = (torch.arange(shape[axis], device=sizes.device) * ratio).floor()
+        cell = torch.arange(shape[axis], device=sizes.device, dtype=torch.float32)
+        pixel = (cell * (input_size[axis] / shape[axis])).floor()
         found.append(pixel < sizes[:, axis : axis + 1])
     return found[0], found[1]
 

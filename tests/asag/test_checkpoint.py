@@ -39,7 +39,7 @@ def check_refused(path: Path, *parts: str) -> None:
         assert part in message
 
 
-@pytest.mark.parametrize("decoder", ["adamixer", "sparse_rcnn"])
+@pytest.mark.parametrize("decoder", ["adamixer", "sparse_rcnn", "deformable"])
 def test_round_trip(tmp_path: Path, decoder: str) -> None:
     detector = random_detector(
         small_config(decoder=decoder, levels="P4P6", head="aux_1", patch_capacity=(3, 5)), seed=3

@@ -51,7 +51,7 @@ def watch(model: nn.Module, *inputs: tuple[tuple[int, ...], torch.dtype]) -> tup
             return model(*values), seen
 
 
-@pytest.mark.parametrize("decoder", ["adamixer", "sparse_rcnn"])
+@pytest.mark.parametrize("decoder", ["adamixer", "sparse_rcnn", "deformable"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_the_deployed_model_stays_on_the_gpu(decoder: str, batch: int) -> None:
     deployed = DeployedDetector(random_detector(small_config(decoder=decoder)), small_info())

@@ -78,7 +78,7 @@ def test_a_mark_on_an_input() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("decoder", "most_nodes"), [("adamixer", 578), ("sparse_rcnn", 535)])
+@pytest.mark.parametrize(("decoder", "most_nodes"), [("adamixer", 578), ("sparse_rcnn", 535), ("deformable", 914)])
 def test_an_exported_graph_has_every_value_that_is_declared(decoder: str, most_nodes: int) -> None:
     exported = small_export(decoder)
     nodes = exported.proto.graph.node

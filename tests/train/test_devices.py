@@ -50,7 +50,7 @@ def one_step(
 
 
 @pytest.mark.parametrize(("accumulate", "epoch"), [(1, 0), (2, 0), (2, 1)])
-@pytest.mark.parametrize("decoder", ["adamixer", "sparse_rcnn"])
+@pytest.mark.parametrize("decoder", ["adamixer", "sparse_rcnn", "deformable"])
 def test_a_training_step(decoder: str, accumulate: int, epoch: int) -> None:
     expected = one_step(decoder, accumulate, epoch, elsewhere=False)
     assert one_step(decoder, accumulate, epoch, elsewhere=True) == pytest.approx(expected, rel=1e-3)
@@ -91,7 +91,7 @@ def test_waits_are_seen() -> None:
             assert len(waits) == 1, waits
 
 
-@pytest.mark.parametrize("decoder", ["adamixer", "sparse_rcnn"])
+@pytest.mark.parametrize("decoder", ["adamixer", "sparse_rcnn", "deformable"])
 def test_the_reference_session(decoder: str) -> None:
     deployed = DeployedDetector(random_detector(small_config(decoder=decoder)), small_info())
     images = [as_image(random_picture(seed, 120, 150)) for seed in range(2)]

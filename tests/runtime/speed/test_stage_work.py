@@ -36,7 +36,7 @@ def test_resnet_50_has_its_known_multiply_adds() -> None:
         assert operations(model) / 2 == pytest.approx(expected, rel=0.005)
 
 
-@pytest.mark.parametrize("decoder", ["adamixer", "sparse_rcnn"])
+@pytest.mark.parametrize("decoder", ["adamixer", "sparse_rcnn", "deformable"])
 def test_the_detector_has_what_pytorch_counts(decoder: str) -> None:
     exported = small_export(decoder)
     deployed = exported.deployed
@@ -64,6 +64,9 @@ def test_the_detector_has_what_pytorch_counts(decoder: str) -> None:
         points, mixed, channels = sizes.sampling_points, sizes.mixed_points, sizes.channels // sizes.sampling_groups
         per_group = points * channels * 16 + points * channels * channels + mixed * points * channels
         mixing = 2 * queries * sizes.sampling_groups * per_group
+    elif decoder == "deformable":
+        levels, taps = 4, 4
+        mixing = 2 * queries * sizes.channels * levels * sizes.attended_points * taps
     assert found["head"].operations == pytest.approx(parts["detector.heads.main"] + mixing + attention)
 
 
