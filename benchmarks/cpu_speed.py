@@ -149,8 +149,8 @@ def ratio_lines(report: BenchmarkReport) -> list[str]:
     return lines
 
 
-def random_checkpoint(folder: Path, name: str = PRESET) -> Path:
-    """A checkpoint of random weights of a preset for :data:`INPUT_SIZE`, called like it.
+def random_checkpoint(folder: Path, name: str = PRESET, size: tuple[int, int] = INPUT_SIZE) -> Path:
+    """A checkpoint of random weights of a preset for inputs of `size` (height, width), called like it.
 
     Timing does not depend on what weights have learned, since shapes are static and all query places are computed. Only
     where queries look decides what is in the caches, so what starts at zero is random too.
@@ -170,7 +170,7 @@ def random_checkpoint(folder: Path, name: str = PRESET) -> Path:
                 parameter.normal_(std=0.02)
     path = folder / f"{name}.safetensors"
     info = CheckpointInfo.of(preset, DATASETS[preset.dataset])
-    save_detector(path, detector, dataclasses.replace(info, input=dataclasses.replace(info.input, size=INPUT_SIZE)))
+    save_detector(path, detector, dataclasses.replace(info, input=dataclasses.replace(info.input, size=size)))
     return path
 
 
