@@ -7,7 +7,6 @@ the command `asag detect` in a process of its own.
 from __future__ import annotations
 
 import dataclasses
-import os
 import subprocess
 import sys
 import tempfile
@@ -215,14 +214,13 @@ def main(
         folder = Path(name)
         images = random_images(folder)
         weights = checkpoints or [random_checkpoint(folder, preset) for preset in presets]
-        load = os.getloadavg()[0]
         models, report = compare_variants(
             weights, folder, images, rounds=rounds, warmup=warmup, threads=threads, stages=stages
         )
         console.print(benchmark_table(report))
         for line in ratio_lines(report):
             console.print(line, highlight=False)
-        console.print(f"processes that ran or waited in the minute before: {load:.1f}", highlight=False)
+        console.print(f"load of the minute before: {report.machine.load:.1f}", highlight=False)
         for model in models:
             found = [measure_detect(model, Path(str(images[0])), folder / "out", threads) for _ in range(3)]
             console.print(detect_line(model.stem, found), highlight=False)

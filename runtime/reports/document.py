@@ -32,6 +32,8 @@ _PICTURE_SIDE = 640
 _STAGE_IMAGES = 3
 SCORE_THRESHOLD = 0.3
 """Detections that score less are not drawn."""
+VISIBLE_SCORE, VISIBLE_PIXELS = 0.01, 1.0
+"""What differs less is not marked in pictures: in 16 bits nearly every detection is beyond parity's tolerances."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +163,7 @@ def _compared_marks(
     reference: Detections, found: Detections, report: ParityReport, score_threshold: float
 ) -> tuple[list[Mark], str]:
     """What is drawn of the detections found: those that differ are ringed, those missing dashed; and a few words."""
-    missing, different = differing(reference, found, report.score_tolerance, report.box_tolerance)
+    missing, different = differing(reference, found, VISIBLE_SCORE, VISIBLE_PIXELS)
     missing &= reference.scores >= score_threshold
     shown = found.scores >= score_threshold
     marks = [
