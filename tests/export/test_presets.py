@@ -32,6 +32,8 @@ CASES = {
     "asag-a-tiny": True,
     "asag-a-r50-1x-100": True,
     "asag-s-crowdhuman": True,
+    "asag-d-tiny": True,
+    "asag-d-r50-3x-300": True,
     "asag-s-r50-3x-100": False,
     "asag-a-r101-3x-300": False,
 }

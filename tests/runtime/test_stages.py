@@ -156,6 +156,21 @@ def test_the_points_of_the_best_detections_are_drawn_at_every_stage() -> None:
     assert dots[0][2] > dots[1][2]
 
 
+def test_points_as_fractions_of_the_padded_input_are_where_they_are_in_the_content() -> None:
+    seen = looking_stages(score=2.0)
+    (points,) = (value for value in LOOKING[2].values if value.kind == "points")
+    stage = dataclasses.replace(LOOKING[2], values=(dataclasses.replace(points, frame="padded"), LOOKING[2].values[1]))
+    # The content has half of the input's height and width.
+    padded = dataclasses.replace(
+        seen,
+        values={**seen.values, "layer_1/points": seen.values["layer_1/points"] / 2},
+        metadata=toy_metadata(stages=(*LOOKING[:2], stage, LOOKING[3])),
+    )
+    image = Image.new("RGB", (96, 64))
+    expected, found = (np.asarray(stage_panels(image, each, 0.3)[1].picture) for each in (seen, padded))
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_points_of_what_is_not_found_are_not_drawn() -> None:
     panels = stage_panels(Image.new("RGB", (96, 64)), looking_stages(score=-2.0), 0.3)
     assert panels[0].caption == "layer 0: 2; where the best 0 look, in a colour each"
