@@ -78,7 +78,8 @@ def test_constant_map_gives_its_constant() -> None:
 
 def test_fewer_maps_of_a_larger_stride() -> None:
     """Three maps from stride 8 on: small boxes are of the first one; of four maps P3 to P5 give the same."""
-    features, boxes = pyramid(1, 3, 5), torch.tensor([[[60.0, 60.0, side, side] for side in (10.0, 120.0, 300.0, 900.0)]])
+    features = pyramid(1, 3, 5)
+    boxes = torch.tensor([[[60.0, 60.0, side, side] for side in (10.0, 120.0, 300.0, 900.0)]])
     found = pyramid_roi_align(features[1:], boxes, 8)
     expected = pyramid_roi_align(features, boxes)
     assert torch.equal(found[:, 1:], expected[:, 1:])

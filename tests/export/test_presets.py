@@ -32,7 +32,6 @@ CASES = {
     "asag-a-tiny": True,
     "asag-a-r50-1x-100": True,
     "asag-s-crowdhuman": True,
-    "asag-d-tiny": True,
     "asag-d-r50-3x-300": True,
     "asag-s-r50-3x-100": False,
     "asag-a-r101-3x-300": False,
@@ -43,7 +42,8 @@ the time lies in the wide ones. What is left out differs from these in the head,
 
 
 def test_the_cases_cover_every_preset() -> None:
-    presets = {name: preset.config for name, preset in ASAG.presets.items()}
+    # ASAG-D's small one is exported with the family's own tests.
+    presets = {name: preset.config for name, preset in ASAG.presets.items() if name != "asag-d-tiny"}
     cases = {name: presets[name] for name in CASES}
     for what in (("decoder", "queries"), ("decoder", "dataset"), ("backbone",)):
         needed = {tuple(getattr(config, name) for name in what) for config in presets.values()}

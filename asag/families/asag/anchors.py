@@ -197,9 +197,7 @@ class AnchorGenerator(nn.Module):
         p5 = resize_content(self.compressed("P5", pyramid), sizes / LEVEL_STRIDES["P5"], FIXED_SIDE)
         return p5, self.p6(F.relu(p5))
 
-    def fixed_level(
-        self, pyramid: Pyramid, sizes: Tensor, views: Callable[[Tensor], Tensor] = itself
-    ) -> FixedLevel:
+    def fixed_level(self, pyramid: Pyramid, sizes: Tensor, views: Callable[[Tensor], Tensor] = itself) -> FixedLevel:
         """The anchors of the four quarters of P5 and of P6.
 
         views: P6 map [B, 8, 15, 15] -> [B, V, 8, 15, 15], what is looked at of it; first the map itself.

@@ -18,8 +18,8 @@ LEVELS = 4
 
 
 class NormedPyramid(nn.Module):
-    """C3, C4, C5 [B, C_l, h_l, w_l] -> P3..P6 [B, C, h_l, w_l]: the top-down pyramid, and a convolution of 3x3 cells and
-    stride 2 for another C5; a group norm ends each level.
+    """C3, C4, C5 [B, C_l, h_l, w_l] -> P3..P6 [B, C, h_l, w_l]: the top-down pyramid, and a convolution of 3x3 cells
+    and stride 2 for another C5; a group norm ends each level.
 
     A norm's statistics are those of an image's whole map, padding included.
     """
@@ -30,6 +30,7 @@ class NormedPyramid(nn.Module):
         self.coarsest = nn.Conv2d(inputs[-1], channels, 3, stride=2, padding=1)
         self.norms = nn.ModuleList(MapNorm(groups, channels) for _ in range(LEVELS))
         nn.init.xavier_uniform_(self.coarsest.weight)
+        assert self.coarsest.bias is not None
         nn.init.zeros_(self.coarsest.bias)
 
     def forward(self, maps: dict[str, Tensor]) -> dict[str, Tensor]:

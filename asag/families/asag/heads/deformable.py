@@ -1,4 +1,4 @@
-"""The deformable head of ASAG-D (README of the family, section 5; Zhu et al., "Deformable DETR", sections 4.1 and A.4)."""
+"""The deformable head of ASAG-D (README of the family, section 5; "Deformable DETR", sections 4.1 and A.4)."""
 
 from __future__ import annotations
 
