@@ -29,7 +29,7 @@ EXAMPLES: dict[str, tuple[list[tuple[int | None, ...]], dict[str, Any]]] = {
         [(None, 490, 5), (None, 490)],
         {"first": 250, "keep_threshold": float(np.float32(0.1)), "fewest": 5, "most": 200},
     ),
-    "PyramidRoIAlign": ([*MAPS, (None, 200, 4)], {}),
+    "PyramidRoIAlign": ([*MAPS, (None, 200, 4)], {"maps": 3, "first_stride": 8}),
     "SamplingMixing": ([*MAPS, (None, 200, 4, 16, 3), (None, 200, 4 * (16 * 16 + 32 * 16))], MIXING),
     "MultiScaleDeformableAttention": (
         [(None, 80, 4, 16), (None, 30, 4, 5, 2), (None, 30, 4, 5)],
