@@ -13,12 +13,12 @@ from asag.detector import Detector, Predictions, stage
 from asag.families.deformable.config import LEVELS, RESNETS, DeformableConfig
 from asag.families.deformable.encoder import Encoder, Kept, TokenScorer, keep_best
 from asag.families.deformable.heads import Head
+from asag.families.deformable.neck import LevelNeck
 from asag.families.deformable.proposals import Candidates, proposal_boxes
 from asag.parts.backbones.resnet import ResNet
 from asag.parts.backbones.swin import Swin
 from asag.parts.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
 from asag.parts.deformable_layers import BoxEmbedding, DecoderLayer, initialize_transformer, inverse_sigmoid
-from asag.parts.level_neck import LevelNeck
 from asag.parts.levels import Levels, levels_of
 
 
