@@ -15,9 +15,6 @@ from asag.parts.levels import Levels
 FIRST_PROBABILITY = 0.01
 """Of every class before training (Lin et al., "Focal Loss", section 4.1)."""
 
-EPSILON = 1e-5
-"""What a reference's number and its complement are at least, before the logarithm."""
-
 
 class DecoderLayer(nn.Module):
     """Queries [B, N, C] see one another, then the memory -> [B, N, C]."""
@@ -83,8 +80,3 @@ class Head(nn.Module):
         if references.shape[-1] == 2:
             return torch.cat((deltas[..., :2] + references, deltas[..., 2:]), dim=-1).sigmoid()
         return (deltas + references).sigmoid()
-
-
-def inverse_sigmoid(fractions: Tensor) -> Tensor:
-    """The logits of fractions in 0..1, not beyond those of :data:`EPSILON`."""
-    return (fractions.clamp(min=EPSILON) / (1 - fractions).clamp(min=EPSILON)).log()

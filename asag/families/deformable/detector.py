@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from asag.detector import Detector, Predictions, stage
 from asag.families.deformable.config import LEVELS, RESNETS, DeformableConfig
-from asag.families.deformable.decoder import DecoderLayer, Head, inverse_sigmoid
+from asag.families.deformable.decoder import DecoderLayer, Head
 from asag.families.deformable.encoder import Encoder, Kept, TokenScorer, keep_best
 from asag.families.deformable.neck import LevelNeck
 from asag.families.deformable.proposals import BoxEmbedding, Candidates, proposal_boxes
 from asag.parts.backbones.resnet import ResNet
 from asag.parts.backbones.swin import Swin
-from asag.parts.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
+from asag.parts.boxes import cxcywh_to_xyxy, inverse_sigmoid, xyxy_to_cxcywh
 from asag.parts.deformable_attention import DeformableAttention
 from asag.parts.levels import Levels
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from asag.families.deformable.decoder import DecoderLayer, Head, inverse_sigmoid
+from asag.families.deformable.decoder import DecoderLayer, Head
 from asag.families.deformable.detector import DeformableDetector, Queries, levels_of, rows
 from asag.families.deformable.encoder import Kept, kept_counts
 from asag.families.deformable.proposals import proposal_boxes
 from asag.families.deformable.training.attention_map import decoder_attention_map, wanted_tokens
+from asag.parts.boxes import inverse_sigmoid
 from asag.parts.deformable_attention import Sampling
 from asag.parts.levels import Levels
 from asag.training.protocol import Batch, Step
