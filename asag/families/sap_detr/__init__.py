@@ -21,7 +21,8 @@ TOLERANCE = 1e-4
 def stages(config: SAPDETRConfig) -> tuple[Stage, ...]:
     """The stages of a configuration: nothing is chosen by the data, so no rows have to be paired."""
     queries = Value("queries", "queries")
-    places = (Value("points", "points", frame="content"), Value("boxes", "boxes", frame="content"))
+    boxes = Value("boxes", "boxes", frame="content")
+    places = (Value("points", "points", frame="content"), boxes)
     found = [
         Stage("features", (Value("p5", "maps"),)),
         Stage("encoder", (Value("m5", "maps"),), tolerance=TOLERANCE),
@@ -31,7 +32,7 @@ def stages(config: SAPDETRConfig) -> tuple[Stage, ...]:
     for layer in range(last + 1):
         values = (Value("gaussians", "gaussians"), queries, *(places if layer < last else ()))
         found.append(Stage(f"decoder_{layer}", values, "decoder", TOLERANCE))
-    return (*found, Stage("head", (Value("logits", "scores"), *places), tolerance=TOLERANCE))
+    return (*found, Stage("head", (Value("logits", "scores"), boxes), tolerance=TOLERANCE))
 
 
 def _build(config: SAPDETRConfig) -> Detector:

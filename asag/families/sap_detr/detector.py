@@ -122,8 +122,7 @@ class SAPDETRDetector(Detector):
                 points, boxes = stage(name, points=moved.points, boxes=moved.boxes)
                 places = Places(points, moved.distances, boxes)
         found = self.say(last, queries, lagging, places.distances)
-        logits, _, boxes = stage("head", logits=found.logits, points=found.points, boxes=found.boxes)
-        return Predictions(logits, boxes)
+        return Predictions(*stage("head", logits=found.logits, boxes=found.boxes))
 
     def say(self, layer: int, queries: Tensor, points: Tensor, distances: Tensor) -> Said:
         """What a layer predicts of the queries that it made, [B, N, C].

@@ -37,7 +37,7 @@ _RECIPE = {
     **MULTI_SCALE,
     "background_images": True,
 }
-_TINY_RECIPE = {**FROM_RANDOM_WEIGHTS, "epochs": 8}
+_TINY_RECIPE = {**FROM_RANDOM_WEIGHTS, "learning_rate": 5e-4, "epochs": 8}
 
 
 def _coco(config: SAPDETRConfig, ap: float, images: int) -> Preset:
@@ -48,7 +48,7 @@ def _coco(config: SAPDETRConfig, ap: float, images: int) -> Preset:
 
 PRESETS: dict[str, Preset] = {
     "sap-detr-tiny": Preset(
-        config=SAPDETRConfig("resnet10", dilation=True, columns=10, rows=10, size=_TINY, train_batch_statistics=True),
+        config=SAPDETRConfig("resnet10", dilation=True, size=_TINY, train_batch_statistics=True),
         input=InputSpec(320, 320, (320, 320)),
         recipe=_TINY_RECIPE,
     ),
