@@ -174,7 +174,7 @@ class Family:
     presets: Mapping[str, Preset]
     choices: tuple[Choice, ...]
     half_layers: tuple[str, ...]
-    """Linear layers that bear 16 bits, by a part of their parameters' names."""
+    """Linear layers, and convolutions behind the features, that bear 16 bits, by a part of their parameters' names."""
     stages: Callable[[Any], tuple[Stage, ...]]
     """Of a configuration, in order of computation; the first is called "features"."""
     build: Callable[[Any], Detector]

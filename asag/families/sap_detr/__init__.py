@@ -65,7 +65,7 @@ SAP_DETR = Family(
         Choice("frame", "What fractions span where features are read: the padded map or the content.", FRAMES),
         Choice("dilation", "Whether the backbone's last stage keeps its stride (DC5), as trained.", form="true|false"),
     ),
-    half_layers=("attention.", "feed_forward.mlp", "position_scale"),
+    half_layers=("attention.", "feed_forward.mlp", "position_scale", "point_map.convolutions"),
     stages=stages,
     build=_build,
     published=_published,
