@@ -52,7 +52,7 @@ def _training(detector: Detector, settings: SAPDETRSettings) -> Training:
     from asag.families.sap_detr.training.training import SAPDETRTraining
 
     assert isinstance(detector, SAPDETRDetector)
-    return SAPDETRTraining(detector)
+    return SAPDETRTraining(detector, settings)
 
 
 SAP_DETR = Family(

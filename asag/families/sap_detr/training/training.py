@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from asag.families.sap_detr.detector import SAPDETRDetector
 from asag.families.sap_detr.training.criterion import WEIGHTS, detection_losses, loss_name
 from asag.families.sap_detr.training.forward import LayerPredictions, training_outputs
+from asag.families.sap_detr.training.settings import SAPDETRSettings
 from asag.training.protocol import Batch, ParameterGroup, Step, Target, rates_of
 from asag.training.timing import PartTimer
 from asag.training.transfer import to_device
@@ -25,9 +27,9 @@ class SAPDETRTraining:
     parts: Mapping[str, str]
     remarks: Sequence[str] = ()
 
-    def __init__(self, detector: SAPDETRDetector) -> None:
+    def __init__(self, detector: SAPDETRDetector, settings: SAPDETRSettings) -> None:
         self.timer = PartTimer(enabled=False)
-        self._detector = detector
+        self._detector, self._settings = detector, settings
         if not detector.config.train_batch_statistics:
             for norm in detector.backbone.norms():
                 norm.requires_grad_(False)
@@ -51,5 +53,12 @@ class SAPDETRTraining:
         return detection_losses(outputs, targets, totals, self.timer)
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """The backbone and the rest."""
-        return rates_of(self._detector)
+        """The backbone, the distances that queries begin with, and the rest."""
+        own, factor = self._detector.distances, self._settings.distances_rate
+        groups = [
+            replace(group, parameters=tuple(each for each in group.parameters if each is not own))
+            for group in rates_of(self._detector)
+        ]
+        if own.requires_grad:
+            groups.append(ParameterGroup((own,), factor=factor))
+        return [group for group in groups if group.parameters]
