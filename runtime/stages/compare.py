@@ -2,7 +2,8 @@
 
 Every difference is relative, so that one tolerance fits all stages: maps and queries over the largest magnitude of the
 reference's, boxes and points over the longer side of the input (or of the content, where they are fractions of it),
-Gaussians' centres like these and their standard deviations per pixel over the largest of the reference's, confidences and scores (after the sigmoid) as they are. All arrays are of a batch of one image.
+Gaussians' centres like these and their standard deviations per pixel over the largest of the reference's, confidences
+and scores (after the sigmoid) as they are. All arrays are of a batch of one image.
 """
 
 from __future__ import annotations
@@ -78,15 +79,14 @@ def _difference(
         return 0.0, 0.0, int((ours != theirs).any(axis=tuple(range(1, ours.ndim))).sum())
     if value.kind == "queries":
         return _relative(ours, theirs, None)
-    if value.kind == "gaussians":
-        steepest = float(np.abs(ours[..., 2:]).max(initial=0.0)) or 1.0
-        return _relative(ours, theirs, np.array([input_side] * 2 + [steepest] * 2))
     if value.kind == "scores":
         return _relative(_sigmoid(ours), _sigmoid(theirs), 1.0)
     side = input_side if value.frame == "input" else 1.0
     # What follows a box's corners or a point's place is a confidence or a logarithm, compared as it is.
-    placed = 4 if value.kind == "boxes" else 2
-    divisor = np.array([side / value.unit] * placed + [1.0] * (ours.shape[-1] - placed))
+    placed, others = (4 if value.kind == "boxes" else 2), 1.0
+    if value.kind == "gaussians":
+        others = float(np.abs(ours[..., placed:]).max(initial=0.0)) or 1.0
+    divisor = np.array([side / value.unit] * placed + [others] * (ours.shape[-1] - placed))
     return _relative(ours, theirs, divisor)
 
 

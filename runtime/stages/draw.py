@@ -156,9 +156,7 @@ def _point_panel(
     return Panel(picture, f"{title}: {len(boxes)}; where the best {len(best)} look, in a colour each")
 
 
-def _heat_panel(
-    title: str, gaussians: NDArray[np.float64], shown: Image.Image, factors: NDArray[np.float64]
-) -> Panel:
+def _heat_panel(title: str, gaussians: NDArray[np.float64], shown: Image.Image, factors: NDArray[np.float64]) -> Panel:
     """gaussians: [H, 4] of one query, pixels of the original image."""
     scaled = np.concatenate((gaussians[:, :2] * factors, gaussians[:, 2:] / factors), axis=1)
     return Panel(draw_heat_map(shown, scaled), f"{title}: where the best detection looks, {len(gaussians)} heads")

@@ -79,6 +79,7 @@ def test_the_first_stage_is_the_features_and_values_have_names_of_their_own(fami
         parts = [stage.timed_as for stage in stages]
         assert parts == sorted(parts, key=parts.index), "stages that are timed together follow one another"
 
+
 ORDINARY = {"main", "padded", "content"}
 """Values of choices that are words of the toolkit, too."""
 

@@ -1,4 +1,4 @@
-"""SAP-DETR: queries that own a point of a grid, and look towards the sides of their boxes (README.md beside this file)."""
+"""SAP-DETR: queries own a point of a grid and look towards the sides of their boxes (README.md beside this file)."""
 
 from __future__ import annotations
 

@@ -79,7 +79,6 @@ class QueryAttention(nn.Module):
         self.heads = heads
         self.query, self.key = PlacedQueries(channels), PlacedQueries(channels)
         self.value, self.output_projection = nn.Linear(channels, channels), nn.Linear(channels, channels)
-        nn.init.zeros_(self.output_projection.bias)
 
     def forward(self, queries: Tensor, point: Tensor, box: Tensor) -> Tensor:
         """All [B, N, C] -> [B, N, C]."""
@@ -102,7 +101,6 @@ class MapAttention(nn.Module):
         self.query_point, self.query_box = nn.Linear(channels, channels), nn.Linear(2 * channels, channels)
         self.key, self.key_position, self.value = (nn.Linear(channels, channels) for _ in range(3))
         self.output_projection = nn.Linear(channels, channels)
-        nn.init.zeros_(self.output_projection.bias)
 
     def forward(self, queries: Tensor, placed: Embedded, memory: Tensor, position: Tensor, bias: Tensor) -> Tensor:
         """memory, position: [B, T, C]; bias: [B, heads, N, T], added to the scores."""

@@ -51,8 +51,8 @@ class SAPDETRDetector(Detector):
         self.decoder = nn.ModuleList(DecoderLayer(config, number == 0) for number in range(size.decoder_layers))
         self.decoder_norm = nn.LayerNorm(channels)
         self.place_heads = nn.ModuleList(PlaceHead(config) for _ in range(size.decoder_layers))
-        # All layers after the first share theirs.
-        self.class_heads = nn.ModuleList(ClassHead(channels, config.classes) for _ in range(min(size.decoder_layers, 2)))
+        kinds = min(size.decoder_layers, 2)  # all layers after the first share theirs
+        self.class_heads = nn.ModuleList(ClassHead(channels, config.classes) for _ in range(kinds))
         self.objectness = nn.Linear(channels, 1)
         self._initialize()
 

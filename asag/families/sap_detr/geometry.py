@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,8 +19,6 @@ LEAST = 1e-3
 TEMPERATURE = 20.0
 """Of all sine embeddings (DETR's is 10000)."""
 
-TURN = 6.283185307179586
-
 
 def logit(fractions: Tensor) -> Tensor:
     """Of fractions in 0..1, between those of 0.001 and 0.999."""
@@ -27,7 +26,7 @@ def logit(fractions: Tensor) -> Tensor:
 
 
 def grid_lines(count: int, device: torch.device | None = None) -> Tensor:
-    """[count] where the points begin along an axis: `i / count`, and the first at `LEAST / (1 + LEAST)` instead of 0."""
+    """[count] where the points begin along an axis: `i / count`, but the first at `LEAST / (1 + LEAST)`, not 0."""
     return torch.arange(count, device=device).div(count).clamp(min=LEAST / (1 + LEAST))
 
 
@@ -69,7 +68,7 @@ class Places(NamedTuple):
 
 def query_embedding(fractions: Tensor, channels: int) -> Tensor:
     """[..., k] -> [..., k * channels]: the sine embeddings of k coordinates, one after another."""
-    return sine_embedding(fractions * TURN, channels, TEMPERATURE).flatten(-2)
+    return sine_embedding(fractions * math.tau, channels, TEMPERATURE).flatten(-2)
 
 
 @dataclass(frozen=True)
@@ -120,4 +119,4 @@ def _angles(cells: Tensor) -> Tensor:
     """[B, n] bool -> [B, n] radians."""
     count = cells.sum(1, keepdim=True).float()
     number = torch.arange(1, cells.shape[1] + 1, device=cells.device)
-    return torch.minimum(number, count) * TURN / (count + 1e-6)
+    return torch.minimum(number, count) * math.tau / (count + 1e-6)

@@ -30,11 +30,8 @@ class PointMap(nn.Module):
         inside = frame.valid.unsqueeze(1).to(map_.dtype) if frame.content_only else None
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
             assert isinstance(norm, MapNorm)
-            if inside is None:
-                map_ = norm(convolution(map_))
-            else:
-                map_ = norm_inside(convolution(map_ * inside), inside, norm)
-            map_ = F.relu(map_)
+            made = convolution(map_ if inside is None else map_ * inside)
+            map_ = F.relu(norm(made) if inside is None else norm_inside(made, inside, norm))
         return map_
 
 

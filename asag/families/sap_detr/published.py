@@ -66,12 +66,12 @@ _NAMES = (
         for layer in (0, 1)
     ),
     *(
-        (rf"transformer\.encoder\.query_scales\.(\d+)\.layers\.{layer}\.", rf"encoder.layers.\1.position_scale.{2 * layer}.")
-        for layer in (0, 1)
-    ),
-    *(
-        (rf"{theirs}\.(\d+)\.layers\.{layer}\.", rf"place_heads.\1.{ours}.{2 * layer}.")
-        for theirs, ours in (("bbox_embed", "distances"), ("point_embed", "point"))
+        (rf"{theirs}\.(\d+)\.layers\.{layer}\.", rf"{ours}.{2 * layer}.")
+        for theirs, ours in (
+            (r"transformer\.encoder\.query_scales", r"encoder.layers.\1.position_scale"),
+            ("bbox_embed", r"place_heads.\1.distances"),
+            ("point_embed", r"place_heads.\1.point"),
+        )
         for layer in (0, 1, 2)
     ),
     *((rf"class_embed\.([01])\.layers\.{layer}\.", rf"class_heads.\1.{2 * layer}.") for layer in (0, 1, 2)),

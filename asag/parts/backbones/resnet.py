@@ -123,7 +123,7 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Images -> [C2, C3, C4, C5], C_l of shape [B, channels[l - 2], H / 2^l, W / 2^l]; a dilated C5 as large as C4."""
+        """Images -> [C2, C3, C4, C5], C_l of shape [B, channels[l - 2], H / 2^l, W / 2^l]; a dilated C5 like C4."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         maps = []
         for stage in range(1, 5):

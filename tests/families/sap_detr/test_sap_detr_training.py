@@ -52,7 +52,8 @@ def check_losses(losses: Mapping[str, Tensor], weights: Mapping[str, float], met
     expected = {name: value for name, value in meta["losses"].items() if name.startswith("loss")}
     assert {published_loss(name) for name in losses} == set(expected)
     for name, value in losses.items():
-        assert float(value.detach()) == pytest.approx(expected[published_loss(name)], rel=LOSS_TOLERANCE, abs=1e-7), name
+        wanted = expected[published_loss(name)]
+        assert float(value.detach()) == pytest.approx(wanted, rel=LOSS_TOLERANCE, abs=1e-7), name
         assert weights[name] == meta["weights"][published_loss(name)]
     total = torch.stack([value * weights[name] for name, value in losses.items()]).sum()
     assert float(total.detach()) == pytest.approx(meta["total"], rel=LOSS_TOLERANCE)
@@ -108,7 +109,8 @@ def test_a_training_step(goldens: Path, name: str) -> None:
     canonical = module(FOLDER).canonical
     seen, least = set(), max(case["grad_norms"]) * 1e-7
     for key, norm in zip(meta["parameters"], case["grad_norms"], strict=True):
-        parts = [ours for ours, _ in PublishedSAPDETR().translate(canonical(key), torch.zeros(3), detector.config) or ()]
+        translated = PublishedSAPDETR().translate(canonical(key), torch.zeros(3), detector.config)
+        parts = [ours for ours, _ in translated or ()]
         assert parts, key
         whole = torch.cat([gradients[part].flatten() for part in parts]).double()
         assert abs(float(whole.norm()) - norm) / max(norm, least) < GRADIENT_TOLERANCE, key
@@ -183,7 +185,8 @@ def test_points_outside_cost_more_than_all_else_without_hiding_it() -> None:
     found = LayerPredictions(torch.zeros(1, 3, 2), torch.zeros(1, 3), boxes, points)
     objects = pad_targets([{"boxes": boxes[0, :1], "labels": torch.tensor([1])}], torch.device("cpu"))
     first, second, inside = matching_costs(found, objects)[0, :, 0].tolist()
-    assert inside < 100 < 9000 < first < second
+    assert inside < 100
+    assert 9000 < first < second
     # L1 of half of it at top and bottom, and as much of the generalized IoU as the height is longer.
     assert second - first == pytest.approx(5 * 1e-6 + 2 * 1e-6 / 0.2, rel=0.2)
     assert not is_outside(torch.tensor([0.25, 0.75]), torch.tensor([0.5, 0.5, 0.5, 0.5])), "on the border is in"
@@ -211,7 +214,8 @@ def test_training_starts_as_published() -> None:
     for head in detector.class_heads:
         assert head[-1].bias.tolist() == [prior] * 3
     for head in detector.place_heads:
-        assert not any(parameter.any() for branch in (head.point, head.distances) for parameter in branch[-1].parameters())
+        last = (*head.point[-1].parameters(), *head.distances[-1].parameters())
+        assert not any(parameter.any() for parameter in last)
         assert torch.equal(head.point[0].weight, detector.place_heads[0].point[0].weight)
     limit = (6 / (32 + 32)) ** 0.5
     for weight in (detector.decoder[0].cross_attention.key.weight, detector.encoder.layers[0].attention.query.weight):
