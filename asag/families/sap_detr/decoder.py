@@ -83,7 +83,8 @@ class QueryAttention(nn.Module):
     def forward(self, queries: Tensor, point: Tensor, box: Tensor) -> Tensor:
         """All [B, N, C] -> [B, N, C]."""
         parts = (self.query(queries, point, box), self.key(queries, point, box), self.value(queries))
-        attended = F.scaled_dot_product_attention(*(_by_head(part, self.heads) for part in parts))
+        query, key, value = (_by_head(part, self.heads) for part in parts)
+        attended = F.scaled_dot_product_attention(query, key, value)
         return self.output_projection(attended.transpose(1, 2).flatten(2))
 
 

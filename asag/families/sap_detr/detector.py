@@ -57,16 +57,17 @@ class SAPDETRDetector(Detector):
         self._initialize()
 
     def _initialize(self) -> None:
-        """Matrices of encoder and decoder by Glorot's rule; heads begin as copies of one another."""
+        """Matrices of encoder and decoder by Glorot's rule, their attentions as PyTorch's module begins; heads as copies
+        of one another.
+        """
         for part in (self.encoder, self.decoder, self.placement.scale):
             for name, parameter in part.named_parameters():
                 if parameter.dim() > 1:
                     nn.init.xavier_uniform_(parameter)
-                elif name.endswith("attention.output_projection.bias"):
+                elif name.endswith("attention.output_projection.bias") or (
+                    part is self.encoder and "attention." in name
+                ):
                     nn.init.zeros_(parameter)
-        for layer in self.encoder.layers:
-            for projection in (layer.attention.query, layer.attention.key, layer.attention.value):
-                nn.init.zeros_(projection.bias)
         for heads in (self.place_heads, self.class_heads):
             for head in heads[1:]:
                 head.load_state_dict(heads[0].state_dict())

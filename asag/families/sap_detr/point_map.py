@@ -19,10 +19,12 @@ class PointMap(nn.Module):
     def __init__(self, config: SAPDETRConfig) -> None:
         super().__init__()
         channels = config.size.channels
-        self.convolutions = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(CONVOLUTIONS))
+        convolutions = [nn.Conv2d(channels, channels, 3, padding=1) for _ in range(CONVOLUTIONS)]
+        self.convolutions = nn.ModuleList(convolutions)
         self.norms = nn.ModuleList(MapNorm(config.size.norm_groups, channels) for _ in range(CONVOLUTIONS))
-        for convolution in self.convolutions:
+        for convolution in convolutions:
             nn.init.normal_(convolution.weight, std=0.01)
+            assert convolution.bias is not None
             nn.init.zeros_(convolution.bias)
 
     def forward(self, map_: Tensor, frame: MapFrame) -> Tensor:
