@@ -57,16 +57,13 @@ class SAPDETRDetector(Detector):
         self._initialize()
 
     def _initialize(self) -> None:
-        """Matrices of encoder and decoder by Glorot's rule, their attentions as PyTorch's module begins; heads as copies
-        of one another.
-        """
+        """Matrices of encoder and decoder by Glorot's rule, attentions as PyTorch's begins, heads as equal copies."""
         for part in (self.encoder, self.decoder, self.placement.scale):
+            zero = "attention." if part is self.encoder else "attention.output_projection."
             for name, parameter in part.named_parameters():
                 if parameter.dim() > 1:
                     nn.init.xavier_uniform_(parameter)
-                elif name.endswith("attention.output_projection.bias") or (
-                    part is self.encoder and "attention." in name
-                ):
+                elif zero in name:
                     nn.init.zeros_(parameter)
         for heads in (self.place_heads, self.class_heads):
             for head in heads[1:]:
