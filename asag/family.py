@@ -16,13 +16,15 @@ if TYPE_CHECKING:
     from asag.published import PublishedFormat
     from asag.training.protocol import Training
 
-Kind = Literal["maps", "boxes", "points", "places", "cells", "queries", "scores", "valid"]
+Kind = Literal["maps", "boxes", "points", "gaussians", "places", "cells", "queries", "scores", "valid"]
 """What a value is, and so how it is compared and drawn:
 
 - maps: feature maps [B, C, H, W];
 - boxes: `cxcywh` [B, N, 4], or [B, N, 5] with a confidence in 0..1;
 - points: where each of N queries looks, [B, N, .., 2] (x, y), or [B, N, .., 3] with how coarsely: the binary logarithm
   of a cell's side;
+- gaussians: how each of N queries weighs the places of the input, [B, N, .., 4]: the centre (x, y) in pixels, and for
+  either axis how many standard deviations a pixel is, of any sign;
 - places: [B, N, 2] int64 (x, y), cells of a map; see :attr:`Value.cell`;
 - cells: [B, N] int64, cells of all maps of the features, counted row by row, one map after another;
 - queries: vectors [B, N, C];
@@ -173,7 +175,7 @@ class Family:
     presets: Mapping[str, Preset]
     choices: tuple[Choice, ...]
     half_layers: tuple[str, ...]
-    """Linear layers that bear 16 bits, by a part of their parameters' names."""
+    """Linear layers, and convolutions behind the features, that bear 16 bits, by a part of their parameters' names."""
     stages: Callable[[Any], tuple[Stage, ...]]
     """Of a configuration, in order of computation; the first is called "features"."""
     build: Callable[[Any], Detector]

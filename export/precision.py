@@ -1,7 +1,8 @@
 """Which parts of an exported model compute in half precision, decided in the ONNX file.
 
 Strongly typed engines take every type from the file, so the file is where precision is chosen. Two kinds of work hold
-nearly all arithmetic and bear rounding well: the convolutions of backbone and neck, and the large linear layers.
+nearly all arithmetic and bear rounding well: the convolutions of backbone and neck, and the large linear layers, to
+which a family may count convolutions behind them.
 Everything else stays float32:
 
 - boxes, `xyzr`, sampling points and position embeddings: a pixel of 1344 needs 11 bits before the fraction, which is
@@ -90,13 +91,14 @@ def half_nodes(graph: onnx.GraphProto, metadata: ModelMetadata) -> set[int]:
         elif any(name in after for name in node.input):
             after.update(node.output)
             chosen.add(index)
+    chosen |= set(_half_linear(graph, metadata.half_layers))
     dequantized = {
         source
         for index in chosen
         for name in graph.node[index].input
         if (source := producer.get(name)) is not None and graph.node[source].op_type == "DequantizeLinear"
     }
-    chosen |= dequantized | set(_half_linear(graph, metadata.half_layers))
+    chosen |= dequantized
     if not chosen:
         raise ValueError("nothing in the file bears another precision: it names no features and no linear layers")
     return chosen | _laid_out_for(graph, chosen)
@@ -127,7 +129,7 @@ def _ancestors(graph: onnx.GraphProto, producer: dict[str, int], values: set[str
 
 
 def _half_linear(graph: onnx.GraphProto, layers: Collection[str]) -> Iterator[int]:
-    """Matrix products with a constant, named by the bias that is added to them (in float32)."""
+    """Matrix products with a constant, named by the bias that is added to them (in float32), and convolutions."""
     constants = {tensor.name for tensor in graph.initializer}
     bias_of = {
         value: other
@@ -137,10 +139,13 @@ def _half_linear(graph: onnx.GraphProto, layers: Collection[str]) -> Iterator[in
         if other in constants
     }
     for index, node in enumerate(graph.node):
+        name = ""
         if node.op_type == "MatMul" and node.input[1] in constants:
             name = bias_of.get(node.output[0], "")
-            if any(layer in name for layer in layers):
-                yield index
+        elif node.op_type == "Conv":
+            name = node.input[1]
+        if any(layer in name for layer in layers):
+            yield index
 
 
 class _Converter:

@@ -10,9 +10,10 @@ from typing import Any
 from asag.families.adamixer import ADAMIXER
 from asag.families.asag import ASAG
 from asag.families.deformable import DEFORMABLE
+from asag.families.sap_detr import SAP_DETR
 from asag.family import Family, Preset
 
-FAMILIES: tuple[Family, ...] = (ASAG, ADAMIXER, DEFORMABLE)
+FAMILIES: tuple[Family, ...] = (ASAG, ADAMIXER, DEFORMABLE, SAP_DETR)
 
 
 @dataclass(frozen=True, kw_only=True)

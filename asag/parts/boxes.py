@@ -18,6 +18,11 @@ def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
     return torch.cat(((low + high) / 2, high - low), dim=-1)
 
 
+def inverse_sigmoid(fractions: Tensor, least: float = 1e-5) -> Tensor:
+    """The logits of fractions in 0..1, which and whose complements count as `least` at least."""
+    return (fractions.clamp(min=least) / (1 - fractions).clamp(min=least)).log()
+
+
 def content_scale(sizes: Tensor) -> Tensor:
     """Content sizes [B, 2] (height, width) -> [B, 1, 4] (w, h, w, h), to scale normalized boxes to pixels."""
     return sizes.flip(-1).repeat(1, 2).unsqueeze(1)

@@ -12,9 +12,6 @@ from asag.parts.layers import FeedForward, PlacedSelfAttention
 from asag.parts.levels import Levels
 from asag.parts.positions import sine_embedding
 
-EPSILON = 1e-5
-"""What a reference's number and its complement are at least, before the logarithm."""
-
 
 class EncoderLayer(nn.Module):
     """Tokens [B, N, C] look at the memory's places around their own -> [B, N, C].
@@ -47,12 +44,12 @@ class DecoderLayer(nn.Module):
         self.feed_forward = FeedForward(channels, feed_forward, "relu", dropout)
         self.dropout = nn.Dropout(dropout)
 
-    def attend(self, queries: Tensor, position: Tensor, allowed: Tensor | None = None) -> Tensor:
+    def attend(self, queries: Tensor, position: Tensor, mask: Tensor | None = None) -> Tensor:
         """Queries of an image see one another: both [B, N, C] -> [B, N, C].
 
-        allowed: [B, 1, N or 1, N] bool, which ones a query may see, None for all.
+        mask: as in :class:`asag.parts.layers.SelfAttention`.
         """
-        return self.self_attention_norm(queries + self.dropout(self.self_attention(queries, position, allowed)))
+        return self.self_attention_norm(queries + self.dropout(self.self_attention(queries, position, mask)))
 
     def look(
         self, queries: Tensor, position: Tensor, references: Tensor, memory: Tensor, levels: Levels
@@ -93,11 +90,6 @@ class BoxEmbedding(nn.Module):
         """Half of the channels' number for each of the four, a turn of 2 pi from 0 to 1."""
         sines = sine_embedding(boxes * (2 * math.pi), self.channels // 2).flatten(-2)
         return self.norm(self.projection(sines))
-
-
-def inverse_sigmoid(fractions: Tensor) -> Tensor:
-    """The logits of fractions in 0..1, not beyond those of :data:`EPSILON`."""
-    return (fractions.clamp(min=EPSILON) / (1 - fractions).clamp(min=EPSILON)).log()
 
 
 def initialize_transformer(parts: Sequence[nn.Module]) -> None:

@@ -78,17 +78,16 @@ class PlacedSelfAttention(nn.Module):
         self.heads, self.dropout = heads, dropout
         self.query, self.key, self.value, self.output_projection = (nn.Linear(channels, channels) for _ in range(4))
 
-    def forward(self, tokens: Tensor, position: Tensor, allowed: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, position: Tensor, mask: Tensor | None = None) -> Tensor:
         """Both [B, N, C]; the position is added to what queries and keys are made of.
 
-        allowed: [B, 1, N or 1, N] bool, which keys a query may attend to, None for all.
+        mask: as in :class:`SelfAttention`.
         """
         placed = tokens + position
         parts = (self.query(placed), self.key(placed), self.value(tokens))
         query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
         dropped = self.dropout if self.training else 0.0
-        mask = None if allowed is None else exclude(torch.zeros((1, 1, 1, 1), device=tokens.device), allowed)
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropped)
+        attended = F.scaled_dot_product_attention(query, key, value, mask, dropped)
         return self.output_projection(attended.transpose(1, 2).flatten(2))
 
 

@@ -25,12 +25,12 @@ def content_cells(sizes: Tensor, input_size: tuple[int, int], shape: tuple[int, 
     return found[0], found[1]
 
 
-def sine_embedding(angles: Tensor, channels: int) -> Tensor:
-    """[...] -> [..., channels]: interleaved sine and cosine of `angle / 10000^(2k/channels)`, k = 0..channels/2 - 1
-    (Vaswani et al., "Attention Is All You Need", section 3.5).
+def sine_embedding(angles: Tensor, channels: int, temperature: float = 10000.0) -> Tensor:
+    """[...] -> [..., channels]: interleaved sine and cosine of `angle / temperature^(2k/channels)`, for k from 0 to
+    channels/2 - 1 (Vaswani et al., "Attention Is All You Need", section 3.5).
     """
     exponent = torch.arange(0, channels, 2, device=angles.device, dtype=angles.dtype) / channels
-    phase = angles.unsqueeze(-1) / 10000.0**exponent
+    phase = angles.unsqueeze(-1) / temperature**exponent
     return torch.stack((phase.sin(), phase.cos()), dim=-1).flatten(-2)
 
 

@@ -2,7 +2,8 @@
 
 Every difference is relative, so that one tolerance fits all stages: maps and queries over the largest magnitude of the
 reference's, boxes and points over the longer side of the input (or of the content, where they are fractions of it),
-confidences and scores (after the sigmoid) as they are. All arrays are of a batch of one image.
+Gaussians' centres like these and their standard deviations per pixel over the largest of the reference's, confidences
+and scores (after the sigmoid) as they are. All arrays are of a batch of one image.
 """
 
 from __future__ import annotations
@@ -82,8 +83,10 @@ def _difference(
         return _relative(_sigmoid(ours), _sigmoid(theirs), 1.0)
     side = input_side if value.frame == "input" else 1.0
     # What follows a box's corners or a point's place is a confidence or a logarithm, compared as it is.
-    placed = 4 if value.kind == "boxes" else 2
-    divisor = np.array([side / value.unit] * placed + [1.0] * (ours.shape[-1] - placed))
+    placed, others = (4 if value.kind == "boxes" else 2), 1.0
+    if value.kind == "gaussians":
+        others = float(np.abs(ours[..., placed:]).max(initial=0.0)) or 1.0
+    divisor = np.array([side / value.unit] * placed + [others] * (ours.shape[-1] - placed))
     return _relative(ours, theirs, divisor)
 
 

@@ -2,7 +2,7 @@
 
 A part of the network is drawn once for its places (what was looked at more closely), and then for the boxes of each
 stage whose rows last to the end of the part, coloured by class where the stage has scores. Where a stage has points,
-those of the best detections are dots on its boxes.
+those of the best detections are dots on its boxes; where it has Gaussians, those of the best one are a heat map.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from asag.runtime.captions import caption, plain_font
 from asag.runtime.drawing import Colour, class_colour, draw_detections
 from asag.runtime.metadata import ModelMetadata
 from asag.runtime.postprocessing import Detections
+from asag.runtime.stages.heat_map import draw_heat_map
 
 PLACE_COLOUR: Colour = (255, 40, 40)
 BOX_COLOUR: Colour = (255, 255, 255)
@@ -100,6 +101,9 @@ def stage_panels(image: Image.Image, seen: SeenStages, score_threshold: float) -
                 _outline(picture, where * factors, [PLACE_COLOUR], 1 + 2 * thickness)
             panels.append(Panel(picture, ", ".join(f"{title}: {len(where)}" for title, where in places)))
         for stage in _with_lasting_rows(stages):
+            gaussians = reader.gaussians(stage)
+            if gaussians is not None and len(best):
+                panels.append(_heat_panel(stage.title, gaussians[best[0]], shown, factors[:2]))
             boxes, points = reader.boxes(stage), reader.points(stage)
             if boxes is not None and points is not None and len(boxes.boxes) == len(points.places):
                 panels.append(_point_panel(stage.title, boxes, points, best, dark, factors))
@@ -137,6 +141,10 @@ def _point_panel(
     best = best[best < len(boxes)]
     _outline(picture, np.delete(boxes, best, axis=0), [OTHER_COLOUR], 1)
     draw = ImageDraw.Draw(picture)
+    if points.places.shape[1] == 1:  # the queries' own places, not where they look
+        for x, y in np.delete(points.places[:, 0], best, axis=0) * factors[:2]:
+            if np.isfinite((x, y)).all():
+                draw.circle((x, y), 1.5, fill=BOX_COLOUR)
     for rank in reversed(range(len(best))):
         row, colour = best[rank], class_colour(rank)
         _outline(picture, boxes[row : row + 1], [colour], 3)
@@ -146,6 +154,12 @@ def _point_panel(
             if np.isfinite((x, y, spans[place])).all():
                 draw.circle((x, y), float(np.clip(spans[place] - 1, 1, 5)), fill=colour, outline="black")
     return Panel(picture, f"{title}: {len(boxes)}; where the best {len(best)} look, in a colour each")
+
+
+def _heat_panel(title: str, gaussians: NDArray[np.float64], shown: Image.Image, factors: NDArray[np.float64]) -> Panel:
+    """gaussians: [H, 4] of one query, pixels of the original image."""
+    scaled = np.concatenate((gaussians[:, :2] * factors, gaussians[:, 2:] / factors), axis=1)
+    return Panel(draw_heat_map(shown, scaled), f"{title}: where the best detection looks, {len(gaussians)} heads")
 
 
 def _box_panel(
@@ -233,6 +247,16 @@ class _Reader:
         points = points.reshape(len(points), -1, points.shape[-1])
         places = points[..., :2] * value.unit * self._scale[value.frame][:2]
         return _Points(places, points[..., 2] + np.log2(value.unit) if points.shape[-1] > 2 else None)
+
+    def gaussians(self, stage: Stage) -> NDArray[np.float64] | None:
+        """Those of a stage's rows, [N, H, 4], in pixels of the original image; None where it has none."""
+        _, gaussians = self._value(stage, "gaussians")
+        if gaussians is None:
+            return None
+        scale = self._scale["input"][:2]
+        gaussians = self._existing(stage, gaussians).astype(np.float64)
+        gaussians = gaussians.reshape(len(gaussians), -1, 4)
+        return np.concatenate((gaussians[..., :2] * scale, gaussians[..., 2:] / scale), axis=-1)
 
     def best_rows(self, stages: Sequence[Stage], score_threshold: float) -> NDArray[np.int64]:
         """Rows of the last stage that score the most, at least ``score_threshold``, the best first."""

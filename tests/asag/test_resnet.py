@@ -50,6 +50,28 @@ def test_equals_torchvision(name: str) -> None:
         assert torch.equal(feature, expected[stage]), stage
 
 
+@torch.no_grad()
+def test_a_dilated_last_stage_equals_torchvision_and_folds() -> None:
+    torch.manual_seed(0)
+    dilated = [False, False, True]
+    reference = with_random_norms(torchvision.models.resnet50(weights=None, replace_stride_with_dilation=dilated))
+    ours = ResNet("resnet50", dilation=True).eval()
+    ours.load_state_dict(reference.state_dict(), strict=False)
+    images = torch.randn(1, 3, 75, 98)
+    expected = create_feature_extractor(reference, list(STAGES))(images)["layer4"]
+    assert expected.shape[-2:] == (5, 7)
+    assert torch.equal(ours(images)[-1], expected)
+    ours.fold()
+    assert relative_difference(ours(images)[-1], expected) < 1e-4
+
+
+@torch.no_grad()
+def test_dilated_blocks_of_two_convolutions_keep_the_shape() -> None:
+    backbone = ResNet("resnet18", width=8, dilation=True).eval()
+    assert [map_.shape[-1] for map_ in backbone(torch.randn(1, 3, 64, 64))] == [16, 8, 4, 4]
+    assert [block.conv2.dilation for block in backbone.get_submodule("layer4")] == [(1, 1), (2, 2)]
+
+
 @pytest.mark.parametrize("name", ["resnet10", "resnet18", "resnet50"])
 @torch.no_grad()
 def test_folding_the_norms_changes_nothing(name: str) -> None:

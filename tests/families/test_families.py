@@ -80,12 +80,16 @@ def test_the_first_stage_is_the_features_and_values_have_names_of_their_own(fami
         assert parts == sorted(parts, key=parts.index), "stages that are timed together follow one another"
 
 
+ORDINARY = {"main", "padded", "content"}
+"""Values of choices that are words of the toolkit, too."""
+
+
 def words_of(family: Family) -> set[str]:
     """What gives a family away: its presets, its classes, its own settings and choices, its folder."""
     names = set(family.presets) | {family.config.__name__, family.settings.__name__, f"families.{family.name}"}
     shared = {field.name for other in FAMILIES if other != family for field in dataclasses.fields(other.settings)}
     names |= {field.name for field in dataclasses.fields(family.settings)} - shared
-    names |= {value for choice in family.choices for value in choice.values if isinstance(value, str)} - {"main"}
+    names |= {value for choice in family.choices for value in choice.values if isinstance(value, str)} - ORDINARY
     names |= {choice.name for choice in family.choices if len(choice.name) > 8}
     # One family has the package's name, which everybody says, and one that of an attention.
     return names | ({family.name} - {"asag", "deformable"})

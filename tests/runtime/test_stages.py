@@ -177,6 +177,35 @@ def test_points_of_what_is_not_found_are_not_drawn() -> None:
     assert not (np.asarray(panels[0].picture) == class_colour(0)).all(axis=2).any()
 
 
+PLACED = (
+    Stage("features", (Value("map", "maps"),)),
+    Stage("layer", (Value("looks", "gaussians"), Value("points", "points", frame="content"), Value("boxes", "boxes"))),
+    LOOKING[-1],
+)
+
+
+@pytest.mark.parametrize("score", [2.0, -2.0])
+def test_the_gaussians_of_the_best_are_warm_and_all_own_points_are_drawn(score: float) -> None:
+    """A query's only point is its own place; the second query looks at (12, 8) of an input of half the image's size."""
+    seen = looking_stages(score)
+    values = {
+        **{name: seen.values[name] for name in ("sizes", "head/logits", "head/boxes")},
+        "layer/looks": np.array([[[[40, 20, 1, 1]], [[12, 8, 0.5, 0.5]]]], np.float32),
+        "layer/points": np.array([[[0.75, 0.25], [0.25, 0.75]]], np.float32),
+        "layer/boxes": seen.values["layer_0/boxes"],
+    }
+    seen = SeenStages(values, seen.detections, toy_metadata(stages=PLACED))
+    *warm, placed, _ = stage_panels(Image.new("RGB", (96, 64)), seen, 0.3)
+    pixels = np.asarray(placed.picture)
+    assert (pixels[80, 360] == BOX_COLOUR).all()
+    assert (pixels[240, 120] == (class_colour(0) if score > 0 else BOX_COLOUR)).all()
+    assert [panel.caption for panel in warm] == ["layer: where the best detection looks, 1 heads"] * (score > 0)
+    for panel in warm:
+        heat = np.asarray(panel.picture).sum(axis=2)
+        assert np.unravel_index(heat.argmax(), heat.shape) == (pytest.approx(80, abs=2), pytest.approx(120, abs=2))
+        assert heat[80, 200] < heat[80, 140] < heat[80, 120]
+
+
 def test_many_panels_stand_in_rows() -> None:
     layers = tuple(Stage(f"layer_{number}", (Value("boxes", "boxes"),), part="decoder") for number in range(6))
     seen = looking_stages(2.0)

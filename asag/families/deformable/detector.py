@@ -17,8 +17,8 @@ from asag.families.deformable.neck import LevelNeck
 from asag.families.deformable.proposals import Candidates, best_first, proposal_boxes
 from asag.parts.backbones.resnet import ResNet
 from asag.parts.backbones.swin import Swin
-from asag.parts.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
-from asag.parts.deformable_layers import BoxEmbedding, DecoderLayer, initialize_transformer, inverse_sigmoid
+from asag.parts.boxes import cxcywh_to_xyxy, inverse_sigmoid, xyxy_to_cxcywh
+from asag.parts.deformable_layers import BoxEmbedding, DecoderLayer, initialize_transformer
 from asag.parts.levels import Levels, levels_of
 
 

@@ -31,8 +31,8 @@ def resnet_of(names: Iterable[str], prefix: str) -> str | None:
     return next((name for name in fitting if (name not in BASIC) is bottleneck), None)
 
 
-def _convolution(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+def _convolution(inputs: int, outputs: int, kernel: int, stride: int = 1, dilation: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2 * dilation, dilation=dilation, bias=False)
 
 
 class BasicBlock(nn.Module):
@@ -40,11 +40,11 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, inputs: int, width: int, stride: int) -> None:
+    def __init__(self, inputs: int, width: int, stride: int, dilation: int = 1) -> None:
         super().__init__()
-        self.conv1 = _convolution(inputs, width, 3, stride)
+        self.conv1 = _convolution(inputs, width, 3, stride, dilation)
         self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = _convolution(width, width, 3)
+        self.conv2 = _convolution(width, width, 3, dilation=dilation)
         self.bn2 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = _shortcut(inputs, width, stride)
@@ -61,12 +61,12 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, inputs: int, width: int, stride: int) -> None:
+    def __init__(self, inputs: int, width: int, stride: int, dilation: int = 1) -> None:
         super().__init__()
         outputs = width * self.expansion
         self.conv1 = _convolution(inputs, width, 1)
         self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = _convolution(width, width, 3, stride)
+        self.conv2 = _convolution(width, width, 3, stride, dilation)
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = _convolution(width, outputs, 1)
         self.bn3 = nn.BatchNorm2d(outputs)
@@ -90,13 +90,15 @@ def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential | None:
 class ResNet(nn.Module):
     """Images [B, 3, H, W] (normalized) -> C2..C5 at strides 4, 8, 16, 32.
 
+    dilation: C5 keeps C4's stride; its blocks but the first look as far with dilated convolutions ("DC5" in DETR).
+
     Batch norm runs on its stored statistics even while training, as published detectors train, so that a small batch
     does not move them; `train_statistics` lets it learn them, for a backbone that starts from random weights.
     """
 
     own_layers: tuple[str, ...] = ()
 
-    def __init__(self, name: str, width: int = 64, train_statistics: bool = False) -> None:
+    def __init__(self, name: str, width: int = 64, train_statistics: bool = False, *, dilation: bool = False) -> None:
         super().__init__()
         self.train_statistics = train_statistics
         block = BasicBlock if name in BASIC else Bottleneck
@@ -108,9 +110,11 @@ class ResNet(nn.Module):
         self.channels: list[int] = []
         for stage, blocks in enumerate(BLOCKS_PER_STAGE[name]):
             stage_width = width * 2**stage
+            dilated = dilation and stage == len(BLOCKS_PER_STAGE[name]) - 1
             layers: list[nn.Module] = []
             for index in range(blocks):
-                layers.append(block(inputs, stage_width, stride=2 if stage > 0 and index == 0 else 1))
+                stride = 2 if stage > 0 and index == 0 and not dilated else 1
+                layers.append(block(inputs, stage_width, stride, dilation=2 if dilated and index > 0 else 1))
                 inputs = stage_width * block.expansion
             self.add_module(f"layer{stage + 1}", nn.Sequential(*layers))
             self.channels.append(inputs)
@@ -119,7 +123,7 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Images -> [C2, C3, C4, C5], C_l of shape [B, channels[l - 2], H / 2^l, W / 2^l]."""
+        """Images -> [C2, C3, C4, C5], C_l of shape [B, channels[l - 2], H / 2^l, W / 2^l]; a dilated C5 like C4."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         maps = []
         for stage in range(1, 5):

@@ -19,6 +19,7 @@ SHAPES: dict[Kind, tuple[int, ...]] = {
     "maps": (1, 3, 4, 5),
     "boxes": (1, 6, 4),
     "points": (1, 6, 2),
+    "gaussians": (1, 6, 2, 4),
     "queries": (1, 6, 8),
     "scores": (1, 6, 3),
 }
@@ -62,6 +63,15 @@ def test_points_have_any_axes_a_unit_and_a_logarithm() -> None:
         candidate = reference.copy()
         candidate[0, 4, 1, 2, axis] += 0.5
         assert differences(value, reference, candidate)[0] == pytest.approx(expected)
+
+
+def test_gaussians_centres_are_compared_with_the_side_and_their_widths_with_the_steepest() -> None:
+    reference = GENERATOR.random((1, 6, 2, 4))
+    reference[0, 3, 1, 2] = -4
+    for axis, expected in ((0, 0.5 / SIDE), (1, 0.5 / SIDE), (2, 0.5 / 4), (3, 0.5 / 4)):
+        candidate = reference.copy()
+        candidate[0, 4, 1, axis] += 0.5
+        assert differences(Value("v", "gaussians"), reference, candidate)[0] == pytest.approx(expected)
 
 
 def test_a_box_s_confidence_is_compared_as_it_is() -> None:

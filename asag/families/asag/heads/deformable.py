@@ -9,8 +9,9 @@ from asag.families.asag.config import ASAGConfig
 from asag.families.asag.encoder import LEVELS
 from asag.families.asag.proposals import Proposals
 from asag.families.asag.pyramid import Pyramid
-from asag.parts.deformable_layers import BoxEmbedding, DecoderLayer, initialize_transformer, inverse_sigmoid
-from asag.parts.layers import Branches
+from asag.parts.boxes import inverse_sigmoid
+from asag.parts.deformable_layers import BoxEmbedding, DecoderLayer, initialize_transformer
+from asag.parts.layers import Branches, exclude
 
 
 class DeformableHead(nn.Module):
@@ -34,7 +35,8 @@ class DeformableHead(nn.Module):
         # A proposal may reach beyond the image, where a fraction has no logit.
         references = proposals.boxes.clamp(0, 1)
         position = self.box_embedding(references)
-        queries = self.layer.attend(queries, position, allowed)
+        nothing = queries.new_zeros((1, 1, 1, 1))
+        queries = self.layer.attend(queries, position, exclude(nothing, allowed))
         sampling = self.layer.sampling(queries, position, references, levels)
         (locations,) = stage("head", points=sampling.locations)
         queries = self.layer.gather(queries, sampling._replace(locations=locations), levels.flat(pyramid.maps), levels)

@@ -12,8 +12,9 @@ from asag.families.deformable.encoder import Kept, kept_counts
 from asag.families.deformable.heads import Head
 from asag.families.deformable.proposals import proposal_boxes
 from asag.families.deformable.training.attention_map import decoder_attention_map, wanted_tokens
+from asag.parts.boxes import inverse_sigmoid
 from asag.parts.deformable_attention import Sampling
-from asag.parts.deformable_layers import DecoderLayer, inverse_sigmoid
+from asag.parts.deformable_layers import DecoderLayer
 from asag.parts.levels import Levels, levels_of
 from asag.training.protocol import Batch, Step
 from asag.training.recollection import (

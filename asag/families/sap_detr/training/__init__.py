@@ -1,0 +1,1 @@
+"""How SAP-DETR trains."""
