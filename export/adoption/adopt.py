@@ -1,0 +1,242 @@
+"""The steps from a foreign file to an adopted one, each checked by running."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from PIL import Image
+
+from asag import __version__
+from asag.export.adoption.adapters import Extent, put_in_contract
+from asag.export.adoption.attention import find_candidates
+from asag.export.adoption.comparison import Comparison, compare_files
+from asag.export.adoption.execution import FileRun, ask_dims, foreign_feeds, numpy_type
+from asag.export.adoption.foreign_file import ForeignFile, fix_sides, read_foreign
+from asag.export.adoption.graph import GraphIndex, all_graphs
+from asag.export.adoption.layouts import Interface, Port, recognise
+from asag.export.adoption.pictures import verification_pictures
+from asag.export.adoption.plan import AdoptionOptions, Plan, input_size, make_plan
+from asag.export.adoption.rewriting import replace_attentions, replace_samples, sampled_volumes
+from asag.export.adoption.verification import Attention, names_to_observe, verify
+from asag.export.op_bodies import bodies_of
+from asag.export.op_bodies.domain import DOMAIN_VERSION
+from asag.export.operator_set import STANDARD_DOMAINS
+from asag.runtime.errors import one_line
+from asag.runtime.files import write_bytes
+from asag.runtime.metadata import FOREIGN, ModelMetadata
+from asag.runtime.onnx_file import write_metadata
+from asag.runtime.preprocessing import prepare
+from asag.trt_plugins.operations import DOMAIN
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class AdoptionReport:
+    """What an adoption wrote. ``samples`` counts the GridSamples of the foreign file, ``attentions`` the deformable
+    attentions that they were part of; ``assumed`` and ``warnings`` are lines for a person.
+    """
+
+    path: Path
+    metadata: ModelMetadata
+    assumed: tuple[str, ...]
+    warnings: tuple[str, ...]
+    samples: int
+    attentions: int
+    comparison: Comparison
+
+    def summary(self) -> str:
+        """All of it in one line."""
+        metadata, compared = self.metadata, self.comparison
+        if not self.samples:
+            what = "no GridSample to replace"
+        elif not metadata.replaced:
+            what = f"{self.samples} GridSample kept"
+        else:
+            left = metadata.replaced.get("SampleGrid", 0)
+            what = f"{self.attentions} deformable attentions replaced ({self.samples} GridSample)"
+            what += f", {left} GridSample replaced alone" if left else ""
+        return (
+            f"{self.path.name}: layout {metadata.layout}, {metadata.input_height}x{metadata.input_width}"
+            f" {metadata.resize}, {what}, {compared.found:,} of {compared.detections:,} detections as before, scores"
+            f" within {compared.score_difference:.0e}"
+        )
+
+
+def adopt(source: Path, target: Path, options: AdoptionOptions, say: Say = lambda line: None) -> AdoptionReport:
+    """Write the foreign file `source` to `target` as one of our contract; `say` hears of each phase.
+
+    Raises FileNotFoundError or ValueError, in one line, for what cannot be adopted, and where a detection of the
+    foreign file is not found in the adopted one; then nothing is written.
+    """
+    foreign = read_foreign(source)
+    try:
+        return _Adoption(foreign, options, say).write(target)
+    except ValueError as error:
+        raise ValueError(f"{source}: {one_line(error)}") from None
+
+
+class _Adoption:
+    """One file on its way."""
+
+    def __init__(self, foreign: ForeignFile, options: AdoptionOptions, say: Say) -> None:
+        self.foreign, self.options, self.say = foreign, options, say
+        self.proto = foreign.proto
+        self.notes: list[str] = []
+        self.interface = recognise(foreign.inputs, foreign.outputs, options.layout)
+        self.size = input_size(self.interface, options.input_size)
+        self._fix_batch_and_sides()
+
+    def write(self, target: Path) -> AdoptionReport:
+        plan = make_plan(self.interface, self.size, self.options)
+        extent = Extent(_rows(self.interface))
+        pictures = verification_pictures(self.size, self.options.images)
+        metadata = _metadata(plan, extent, self.foreign)
+        samples = sum(node.op_type == "GridSample" for graph in all_graphs(self.proto.graph) for node in graph.node)
+        adopted = onnx.ModelProto()
+        adopted.CopyFrom(self.proto)
+        attentions, kept = 0, ()
+        if not self.options.keep_grid_sample:
+            self.say("looking for deformable attention")
+            found = self._attentions(plan, metadata, [picture for _, picture in pictures[:2]])
+            attentions = len(found)
+            replace_attentions(adopted, found)
+            kept = replace_samples(adopted, sampled_volumes(self.proto))
+            if kept and self.options.strict:
+                raise ValueError(f"GridSample with {kept[0]} has no replacement; without --strict it is kept")
+        ops = Counter(
+            node.op_type for graph in all_graphs(adopted.graph) for node in graph.node if node.domain == DOMAIN
+        )
+        metadata = dataclasses.replace(metadata, replaced=dict(ops))
+        put_in_contract(adopted, plan, extent)
+        adopted = _finished(adopted, self.foreign.operator_set, metadata)
+        self.say("comparing detections")
+        comparison = compare_files(FileRun(self.proto), FileRun(adopted), plan, metadata, pictures)
+        if comparison.first_differing is not None:
+            lost = comparison.detections - comparison.found
+            raise ValueError(
+                f"{lost:,} of {comparison.detections:,} detections differ, first in {comparison.first_differing};"
+                " nothing was written"
+            )
+        write_bytes(target, adopted.SerializeToString())
+        warnings = tuple(f"a GridSample with {what} was kept" for what in kept)
+        return AdoptionReport(
+            target, metadata, (*self.notes, *plan.assumed), warnings, samples, attentions, comparison
+        )
+
+    def _fix_batch_and_sides(self) -> None:
+        """Make height and width static; where a file that leaves its batch open runs with one image only, that too;
+        and ask a run for what else the outputs do not say of themselves.
+        """
+        ports = {port.name: port for port in self.interface.inputs.values()}
+        sides = {
+            self.interface.image.name: (self.interface.batch, 3, *self.size),
+            **({self.interface.inputs["mask"].name: (None, *self.size)} if self.interface.has_mask else {}),
+        }
+        fix_sides(self.proto, sides)
+        run = FileRun(self.proto)
+        batch = self.interface.batch
+        count = batch or 2
+        try:
+            outputs = ask_dims(run, _blank(ports.values(), count, self.size), self.foreign.outputs)
+        except ValueError:
+            if batch is not None:
+                raise
+            batch = 1
+            outputs = ask_dims(run, _blank(ports.values(), 1, self.size), self.foreign.outputs)
+            self.notes.append("it runs with one image only, though it leaves its batch open: the batch is 1")
+        fix_sides(self.proto, {port.name: (batch,) for port in ports.values()})
+        outputs = tuple(dataclasses.replace(port, dims=(batch, *port.dims[1:])) for port in outputs)
+        inputs = tuple(
+            dataclasses.replace(port, dims=(batch, *(sides.get(port.name, port.dims)[1:]))) for port in ports.values()
+        )
+        self.interface = recognise(inputs, outputs, self.options.layout)
+
+    def _attentions(self, plan: Plan, metadata: ModelMetadata, pictures: Sequence[Image.Image]) -> tuple[Attention, ...]:
+        candidates = find_candidates(GraphIndex(self.proto.graph))
+        if not candidates:
+            return ()
+        run = FileRun(self.proto, [name for candidate in candidates for name in names_to_observe(candidate)])
+        whole = dataclasses.replace(metadata, resize="stretch")
+        batches = (self.interface.batch,) if self.interface.batch else (1, 2)
+        runs = {}
+        for count in batches:
+            tensors = prepare([pictures[number % len(pictures)] for number in range(count)], whole)
+            runs[count] = run.run(foreign_feeds(tensors["images"], tensors["sizes"], plan))
+        found = [verify(candidate, runs) for candidate in candidates]
+        return tuple(attention for attention in found if attention is not None)
+
+
+def _blank(inputs: Iterable[Port], batch: int, size: tuple[int, int]) -> dict[str, Any]:
+    """Something to feed a file: grey images without padding."""
+    feeds = {}
+    for port in inputs:
+        sides = {4: (batch, 3, *size), 3: (batch, *size), 2: (batch, 2)}[len(port.dims)]
+        feeds[port.name] = np.full(sides, 0.5 if len(port.dims) == 4 else 1, numpy_type(port))
+    return feeds
+
+
+def _rows(interface: Interface) -> int:
+    """Queries, or ranked detections, of an image."""
+    role = next(name for name in ("rows", "logits", "scores") if name in interface.outputs)
+    rows = interface.outputs[role].dims[1]
+    assert rows is not None, "a run told"
+    return rows
+
+
+def _metadata(plan: Plan, extent: Extent, foreign: ForeignFile) -> ModelMetadata:
+    names = plan.classes.names
+    return ModelMetadata(
+        family=FOREIGN,
+        preset=re.sub(r"[^A-Za-z0-9_.-]", "-", foreign.path.stem).lstrip("-.") or FOREIGN,
+        choices={},
+        stages=(),
+        half_layers=(),
+        precision="fp32",
+        input_height=plan.size[0],
+        input_width=plan.size[1],
+        input_type="uint8",
+        shorter_side=min(plan.size),
+        longer_side=max(plan.size),
+        mean=plan.mean,
+        std=plan.std,
+        category_ids=plan.classes.ids,
+        category_names=tuple(names[number] for number in plan.classes.ids),
+        nms_iou=None,
+        max_detections=extent.detections(plan.interface.layout.ranked),
+        package_version=__version__,
+        weights_digest=foreign.digest,
+        resize=plan.resize,
+        interpolation=plan.interpolation,
+        layout=plan.interface.layout.name,
+        source_digest=foreign.digest,
+    )
+
+
+def _finished(proto: onnx.ModelProto, operator_set: int, metadata: ModelMetadata) -> onnx.ModelProto:
+    """With the ops' bodies, in the file's own operator set; shapes inferred, and checked."""
+    bodies = bodies_of(node for graph in all_graphs(proto.graph) for node in graph.node)
+    for body in bodies:
+        for entry in body.opset_import:
+            if entry.domain in STANDARD_DOMAINS:
+                entry.version = operator_set
+    if bodies:
+        proto.functions.extend(bodies)
+        proto.opset_import.add(domain=DOMAIN, version=DOMAIN_VERSION)
+    proto.ir_version = max(proto.ir_version, 8)  # the first with functions
+    del proto.metadata_props[:]
+    write_metadata(proto, metadata)
+    proto = onnx.shape_inference.infer_shapes(proto)
+    try:
+        onnx.checker.check_model(proto)
+    except onnx.checker.ValidationError as error:
+        raise ValueError(f"the adopted file would not be valid ONNX: {one_line(error)}") from None
+    return proto
