@@ -91,9 +91,8 @@ class _Adoption:
         self.foreign, self.options, self.say = foreign, options, say
         self.proto = foreign.proto
         self.notes: list[str] = []
-        self.interface = recognise(foreign.inputs, foreign.outputs, options.layout)
-        self.size = input_size(self.interface, options.input_size)
-        self._fix_batch_and_sides()
+        self.size = (0, 0)
+        self.interface = self._recognise()
 
     def write(self, target: Path) -> AdoptionReport:
         plan = make_plan(self.interface, self.size, self.options)
@@ -132,33 +131,30 @@ class _Adoption:
             target, metadata, (*self.notes, *plan.assumed), warnings, samples, attentions, comparison
         )
 
-    def _fix_batch_and_sides(self) -> None:
-        """Make height and width static; where a file that leaves its batch open runs with one image only, that too;
-        and ask a run for what else the outputs do not say of themselves.
+    def _recognise(self) -> Interface:
+        """The file's layout, its height and width made static. What the outputs leave open, a run tells; a file that
+        leaves its batch open and runs with one image only gets that fixed, too.
         """
-        ports = {port.name: port for port in self.interface.inputs.values()}
-        sides = {
-            self.interface.image.name: (self.interface.batch, 3, *self.size),
-            **({self.interface.inputs["mask"].name: (None, *self.size)} if self.interface.has_mask else {}),
-        }
-        fix_sides(self.proto, sides)
+        inputs, outputs = self.foreign.inputs, self.foreign.outputs
+        image = next((port for port in inputs if len(port.dims) == 4), None)
+        if image is None:
+            return recognise(inputs, outputs, self.options.layout)
+        self.size = input_size(image, self.options.input_size)
+        inputs = tuple(_with_sides(port, image.dims[0], self.size) for port in inputs)
+        fix_sides(self.proto, inputs)
         run = FileRun(self.proto)
-        batch = self.interface.batch
-        count = batch or 2
+        batch = image.dims[0]
         try:
-            outputs = ask_dims(run, _blank(ports.values(), count, self.size), self.foreign.outputs)
+            outputs = ask_dims(run, _blank(inputs, batch or 2), outputs)
         except ValueError:
             if batch is not None:
                 raise
             batch = 1
-            outputs = ask_dims(run, _blank(ports.values(), 1, self.size), self.foreign.outputs)
+            outputs = ask_dims(run, _blank(inputs, batch), outputs)
             self.notes.append("it runs with one image only, though it leaves its batch open: the batch is 1")
-        fix_sides(self.proto, {port.name: (batch,) for port in ports.values()})
-        outputs = tuple(dataclasses.replace(port, dims=(batch, *port.dims[1:])) for port in outputs)
-        inputs = tuple(
-            dataclasses.replace(port, dims=(batch, *(sides.get(port.name, port.dims)[1:]))) for port in ports.values()
-        )
-        self.interface = recognise(inputs, outputs, self.options.layout)
+            inputs = tuple(_with_sides(port, batch, self.size) for port in inputs)
+            fix_sides(self.proto, inputs)
+        return recognise(inputs, outputs, self.options.layout)
 
     def _attentions(self, plan: Plan, metadata: ModelMetadata, pictures: Sequence[Image.Image]) -> tuple[Attention, ...]:
         candidates = find_candidates(GraphIndex(self.proto.graph))
@@ -175,13 +171,19 @@ class _Adoption:
         return tuple(attention for attention in found if attention is not None)
 
 
-def _blank(inputs: Iterable[Port], batch: int, size: tuple[int, int]) -> dict[str, Any]:
+def _with_sides(port: Port, batch: int | None, size: tuple[int, int]) -> Port:
+    """An input of a detector with the sides that it then has."""
+    sides = {4: (batch, 3, *size), 3: (batch, *size), 2: (batch, *port.dims[1:])}
+    return dataclasses.replace(port, dims=sides.get(len(port.dims), port.dims))
+
+
+def _blank(inputs: Iterable[Port], batch: int) -> dict[str, Any]:
     """Something to feed a file: grey images without padding."""
-    feeds = {}
-    for port in inputs:
-        sides = {4: (batch, 3, *size), 3: (batch, *size), 2: (batch, 2)}[len(port.dims)]
-        feeds[port.name] = np.full(sides, 0.5 if len(port.dims) == 4 else 1, numpy_type(port))
-    return feeds
+    return {
+        port.name: np.full((batch, *(side or 2 for side in port.dims[1:])), 0.5 if len(port.dims) == 4 else 1)
+        .astype(numpy_type(port))
+        for port in inputs
+    }
 
 
 def _rows(interface: Interface) -> int:

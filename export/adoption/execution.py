@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -139,11 +140,7 @@ def _best(rows: Mapping[str, Array], plan: Plan, columns: int) -> tuple[Array, A
     return query, scores[query, place], used[place]
 
 
-def ask_dims(run: FileRun, feeds: Mapping[str, Array], found: Sequence[Port]) -> tuple[Port, ...]:
-    """Outputs with the sides that a run gives them, but for an open batch."""
-    outputs = run.run(feeds)
-    return tuple(
-        Port(port.name, port.type, (port.dims[0] if port.dims else None, *outputs[port.name].shape[1:]))
-        for port in found
-        if port.name in outputs
-    )
+def ask_dims(run: FileRun, feeds: Mapping[str, Array], outputs: Sequence[Port]) -> tuple[Port, ...]:
+    """Outputs with the sides that a run gives them, but for their batch."""
+    found = run.run(feeds)
+    return tuple(replace(port, dims=(*port.dims[:1], *found[port.name].shape[1:])) for port in outputs)

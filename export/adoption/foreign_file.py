@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,10 +78,11 @@ def _operator_set(proto: onnx.ModelProto) -> int:
     return version
 
 
-def fix_sides(proto: onnx.ModelProto, sizes: dict[str, Sequence[int | None]]) -> None:
-    """Fix sides of inputs, in place: those that are not None, by the input's name. What was inferred of shapes goes."""
+def fix_sides(proto: onnx.ModelProto, inputs: Iterable[Port]) -> None:
+    """Give inputs the sides of these that are not open, in place. What was inferred of shapes before goes."""
+    sides = {port.name: port.dims for port in inputs}
     for value in proto.graph.input:
-        for dimension, side in zip(value.type.tensor_type.shape.dim, sizes.get(value.name, ()), strict=False):
+        for dimension, side in zip(value.type.tensor_type.shape.dim, sides.get(value.name, ()), strict=False):
             if side is not None:
                 dimension.dim_value = side
     del proto.graph.value_info[:]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from asag.datasets import COCO_CATEGORIES
-from asag.export.adoption.layouts import NORMALIZATIONS, Interface
+from asag.export.adoption.layouts import NORMALIZATIONS, Interface, Port
 from asag.runtime.coco_file import read_coco_file
 
 COCO_SETS = ("coco80", "coco91")
@@ -75,9 +75,9 @@ class Plan:
     assumed: tuple[str, ...] = field(default=(), compare=False)
 
 
-def input_size(interface: Interface, wanted: tuple[int, int] | None) -> tuple[int, int]:
-    """(height, width) of the input. Raises ValueError where nobody says them, or the file says others."""
-    fixed = interface.image.dims[2:]
+def input_size(image: Port, wanted: tuple[int, int] | None) -> tuple[int, int]:
+    """(height, width) of the input image [B, 3, H, W]. Raises ValueError where nobody says them, or the file says others."""
+    fixed = image.dims[2:]
     if wanted is None:
         height, width = fixed
         if height is None or width is None:

@@ -160,6 +160,7 @@ def _in_both(one: Attention, other: Attention) -> Attention | None:
 
 
 def _distinct(values: Array) -> bool:
-    flat = values.ravel()
+    """Whether most numbers of an image differ; those of two may be the same, as the first queries of a decoder are."""
+    flat = values[0].ravel()
     some = flat[:: max(1, flat.size // LOOKED_AT)]
     return len(np.unique(some)) >= MOSTLY_DISTINCT * some.size
