@@ -42,7 +42,9 @@ class TripleType(click.ParamType):
     help="PIL's bilinear filter, or two taps per axis, as arrays are resized elsewhere.",
 )
 @click.option(
-    "--normalization", type=click.Choice(["unit", "imagenet"]), help="Pixels/255, or then ImageNet's mean and deviation."
+    "--normalization",
+    type=click.Choice(["unit", "imagenet"]),
+    help="Pixels/255, or then ImageNet's mean and deviation.",
 )
 @click.option("--mean", type=TripleType(), help="Mean of pixels in 0..1; with --std.")
 @click.option("--std", type=TripleType(), help="Standard deviation of pixels in 0..1; with --mean.")

@@ -41,9 +41,10 @@ class ModelMetadata:
     layers that bear 16 bits. ``input_height`` and ``input_width`` are the pixels of the fixed, padded input. An image
     is resized as ``resize`` says: "fit" to ``shorter_side`` with its longer side at most ``longer_side`` pixels, shrunk
     further where it would not fit the input, or "stretch" to exactly the input. ``interpolation`` is "antialias" (PIL's
-    bilinear filter, as wide as it shrinks) or "bilinear" (two taps per axis, whatever the scale). ``input_type`` is ``"uint8"`` (RGB, normalized inside the model) or ``"float32"``
-    (normalized with ``mean`` and ``std``, which apply to values scaled to 0..1). ``nms_iou`` is the threshold of
-    class-wise non-maximum suppression after the model, or None for none.
+    bilinear filter, as wide as it shrinks) or "bilinear" (two taps per axis, whatever the scale). ``input_type`` is
+    ``"uint8"`` (RGB, normalized inside the model) or ``"float32"`` (normalized with ``mean`` and ``std``, which apply to
+    values scaled to 0..1). ``nms_iou`` is the threshold of class-wise non-maximum suppression after the model, or None
+    for none.
 
     Of an adopted file, whose family is :data:`FOREIGN`: ``layout`` is what its inputs and outputs were like,
     ``source_digest`` the SHA-256 of the file that it was made from, ``replaced`` what was replaced in it, {op: count}.

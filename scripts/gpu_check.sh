@@ -153,7 +153,7 @@ tests="gpu pytest hypothesis $writes $kernels onnxruntime"
 step tests-kernels 400 "$tests" "$python" -m pytest -m gpu -q -k "not sanitizer" \
     --junitxml "$output/tests-kernels.xml" tests/trt_plugins/test_gpu.py tests/benchmarks \
     tests/asag/test_ops_cuda.py
-for op in AdaptiveProbing PyramidRoIAlign SamplingMixing MultiScaleDeformableAttention GatherAnchors SelectTokens; do
+for op in AdaptiveProbing PyramidRoIAlign SamplingMixing MultiScaleDeformableAttention GatherAnchors SelectTokens SampleGrid; do
     step "kernels-$op" 300 "gpu $runs cuda.bindings" "$python" -m benchmarks.kernels --op "$op" \
         --output "$output/kernels-$op.md" --json "$output/kernels-$op.json"
 done

@@ -127,9 +127,7 @@ class _Adoption:
             )
         write_bytes(target, adopted.SerializeToString())
         warnings = tuple(f"a GridSample with {what} was kept" for what in kept)
-        return AdoptionReport(
-            target, metadata, (*self.notes, *plan.assumed), warnings, samples, attentions, comparison
-        )
+        return AdoptionReport(target, metadata, (*self.notes, *plan.assumed), warnings, samples, attentions, comparison)
 
     def _recognise(self) -> Interface:
         """The file's layout, its height and width made static. What the outputs leave open, a run tells; a file that
@@ -156,7 +154,9 @@ class _Adoption:
             fix_sides(self.proto, inputs)
         return recognise(inputs, outputs, self.options.layout)
 
-    def _attentions(self, plan: Plan, metadata: ModelMetadata, pictures: Sequence[Image.Image]) -> tuple[Attention, ...]:
+    def _attentions(
+        self, plan: Plan, metadata: ModelMetadata, pictures: Sequence[Image.Image]
+    ) -> tuple[Attention, ...]:
         candidates = find_candidates(GraphIndex(self.proto.graph))
         if not candidates:
             return ()
@@ -180,8 +180,9 @@ def _with_sides(port: Port, batch: int | None, size: tuple[int, int]) -> Port:
 def _blank(inputs: Iterable[Port], batch: int) -> dict[str, Any]:
     """Something to feed a file: grey images without padding."""
     return {
-        port.name: np.full((batch, *(side or 2 for side in port.dims[1:])), 0.5 if len(port.dims) == 4 else 1)
-        .astype(numpy_type(port))
+        port.name: np.full((batch, *(side or 2 for side in port.dims[1:])), 0.5 if len(port.dims) == 4 else 1).astype(
+            numpy_type(port)
+        )
         for port in inputs
     }
 

@@ -88,9 +88,7 @@ def _levels(index: GraphIndex, value: str, reader: int) -> tuple[Level, ...]:
     return _levels(index, node.input[0], place) if node.op_type in LAYOUT_OPERATORS else ()
 
 
-def _candidate(
-    index: GraphIndex, product: onnx.NodeProto, weights: str, levels: tuple[Level, ...]
-) -> Candidate | None:
+def _candidate(index: GraphIndex, product: onnx.NodeProto, weights: str, levels: tuple[Level, ...]) -> Candidate | None:
     place = index.only_reader(product.output[0])
     if place is None:
         return None

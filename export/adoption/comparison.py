@@ -88,7 +88,9 @@ def _foreign(run: FileRun, tensors: Mapping[str, Array], plan: Plan) -> list[tup
 def _check_plausible(boxes: Array, scores: Array, labels: Array, plan: Plan) -> None:
     layout = plan.interface.layout.name
     if len(scores) and (scores.min() < -1e-3 or scores.max() > 1 + 1e-3):
-        raise ValueError(f"scores are {scores.min():.3g} to {scores.max():.3g}, not 0 to 1: it is not of layout {layout}")
+        raise ValueError(
+            f"scores are {scores.min():.3g} to {scores.max():.3g}, not 0 to 1: it is not of layout {layout}"
+        )
     if len(boxes) and np.median(np.abs(boxes)) > 4:
         raise ValueError(f"boxes reach {np.abs(boxes).max():.3g} times the image: it is not of layout {layout}")
     unknown = (labels < 0) & (scores >= LEAST_SCORE)

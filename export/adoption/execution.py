@@ -72,8 +72,7 @@ def foreign_feeds(images: Array, sizes: Array, plan: Plan) -> dict[str, Array]:
         pixels = pixels * inside[:, None]
     values = {"image": pixels, "mask": inside, "sizes": np.ones((len(images), 2))}
     return {
-        port.name: np.ascontiguousarray(values[role], numpy_type(port))
-        for role, port in plan.interface.inputs.items()
+        port.name: np.ascontiguousarray(values[role], numpy_type(port)) for role, port in plan.interface.inputs.items()
     }
 
 
@@ -82,9 +81,7 @@ def numpy_type(port: Port) -> Any:
     return helper.tensor_dtype_to_np_dtype(port.type)
 
 
-def foreign_detections(
-    outputs: Mapping[str, Array], sizes: Array, plan: Plan
-) -> list[tuple[Array, Array, Array]]:
+def foreign_detections(outputs: Mapping[str, Array], sizes: Array, plan: Plan) -> list[tuple[Array, Array, Array]]:
     """Boxes [N, 4] (`xyxy`, fractions of the content), scores [N] and category ids [N] of each image, best first.
 
     What the user of a foreign file makes of its outputs. Ranked detections of an index without a class get the id None

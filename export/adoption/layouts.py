@@ -246,9 +246,7 @@ def recognise(inputs: Sequence[Port], outputs: Sequence[Port], name: str | None 
         if found is None:
             raise ValueError(f"{_described(inputs, outputs)} are not those of layout {name}")
         return found
-    fitting = [
-        found for layout in LAYOUTS if (found := _assign(layout, inputs, outputs, by_name=True)) is not None
-    ]
+    fitting = [found for layout in LAYOUTS if (found := _assign(layout, inputs, outputs, by_name=True)) is not None]
     if not fitting:
         raise ValueError(f"{_described(inputs, outputs)} are no known layout; name one with --layout")
     if fitting[0].layout.name == "ultralytics" and len(fitting) > 1:

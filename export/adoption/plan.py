@@ -61,7 +61,7 @@ class Classes:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that decides the adapters; ``assumed`` are lines for a person. Pixels are in 0..1 for mean and std."""
+    """All that decides the adapters; mean and std are of pixels in 0..1, ``assumed`` are lines for a person."""
 
     interface: Interface
     size: tuple[int, int]
@@ -76,7 +76,7 @@ class Plan:
 
 
 def input_size(image: Port, wanted: tuple[int, int] | None) -> tuple[int, int]:
-    """(height, width) of the input image [B, 3, H, W]. Raises ValueError where nobody says them, or the file says others."""
+    """(height, width) of the input image [B, 3, H, W]; ValueError where nobody says them, or the file says others."""
     fixed = image.dims[2:]
     if wanted is None:
         height, width = fixed

@@ -94,7 +94,9 @@ def _locations(add: NodeWriter, attention: Attention) -> str:
 
 def _weights(add: NodeWriter, attention: Attention) -> str:
     """[B*M, 1, Q, N] -> [B, Q, M, N]"""
-    rows = _shaped(add, attention.candidate.weights, -1, attention.heads, attention.queries, sum(attention.level_points))
+    rows = _shaped(
+        add, attention.candidate.weights, -1, attention.heads, attention.queries, sum(attention.level_points)
+    )
     return add("Transpose", rows, perm=[0, 2, 1, 3])
 
 
@@ -124,7 +126,7 @@ def replace_samples(proto: onnx.ModelProto, volumes: Collection[str]) -> tuple[s
 
 
 def sampled_volumes(proto: onnx.ModelProto) -> set[str]:
-    """Grids of a foreign file that sample volumes, as far as shapes can be told: axes are five since operator set 20."""
+    """Grids of a foreign file that sample volumes, as far as shapes tell: there may be five axes since operator set 20."""
     known = onnx.shape_inference.infer_shapes(proto).graph
     shaped = (*known.value_info, *known.input)
     return {value.name for value in shaped if len(value.type.tensor_type.shape.dim) == 5}

@@ -117,7 +117,8 @@ def _is_attention(found: _Canonical) -> bool:
     if not all(_distinct(values) for values in (found.value, found.grid, found.weights, found.result)):
         return False
     value, weights, grid = (
-        torch.from_numpy(np.ascontiguousarray(values, np.float32)) for values in (found.value, found.weights, found.grid)
+        torch.from_numpy(np.ascontiguousarray(values, np.float32))
+        for values in (found.value, found.weights, found.grid)
     )
     sides = [side for shape in found.shapes for side in shape]
     computed = deformable_attention_definition(value, (grid + 1) / 2, weights, sides, found.points).numpy()
@@ -130,7 +131,9 @@ def _named(candidate: Candidate, canonical: _Canonical, seen: Mapping[str, Array
     heads, channels = canonical.value.shape[2:]
     two, one = (np.asarray(number, canonical.grid.dtype) for number in (2, 1))
 
-    def first(names: Sequence[str], wanted: Array, change: Callable[[Array], Array] = lambda values: values) -> str | None:
+    def first(
+        names: Sequence[str], wanted: Array, change: Callable[[Array], Array] = lambda values: values
+    ) -> str | None:
         """The value that is laid out as wanted without any change, else the first that is after a Reshape."""
         same = [name for name in names if seen[name].size == wanted.size and seen[name].dtype == wanted.dtype]
         same = [name for name in same if np.array_equal(change(seen[name]).ravel(), wanted.ravel(), equal_nan=True)]
