@@ -42,7 +42,7 @@ class ModelMetadata:
     is resized as ``resize`` says: "fit" to ``shorter_side`` with its longer side at most ``longer_side`` pixels, shrunk
     further where it would not fit the input, or "stretch" to exactly the input. ``interpolation`` is "antialias" (PIL's
     bilinear filter, as wide as it shrinks) or "bilinear" (two taps per axis, whatever the scale). ``input_type`` is
-    ``"uint8"`` (RGB, normalized inside the model) or ``"float32"`` (normalized with ``mean`` and ``std``, which apply to
+    ``"uint8"`` (RGB, normalized inside the model) or ``"float32"`` (normalized with ``mean`` and ``std``, which are of
     values scaled to 0..1). ``nms_iou`` is the threshold of class-wise non-maximum suppression after the model, or None
     for none.
 

@@ -56,6 +56,7 @@ class AdoptionReport:
     def summary(self) -> str:
         """All of it in one line."""
         metadata, compared = self.metadata, self.comparison
+        what: str
         if not self.samples:
             what = "no GridSample to replace"
         elif not metadata.replaced:
@@ -102,7 +103,8 @@ class _Adoption:
         samples = sum(node.op_type == "GridSample" for graph in all_graphs(self.proto.graph) for node in graph.node)
         adopted = onnx.ModelProto()
         adopted.CopyFrom(self.proto)
-        attentions, kept = 0, ()
+        attentions = 0
+        kept: tuple[str, ...] = ()
         if not self.options.keep_grid_sample:
             self.say("looking for deformable attention")
             found = self._attentions(plan, metadata, [picture for _, picture in pictures[:2]])

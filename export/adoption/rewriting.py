@@ -126,7 +126,7 @@ def replace_samples(proto: onnx.ModelProto, volumes: Collection[str]) -> tuple[s
 
 
 def sampled_volumes(proto: onnx.ModelProto) -> set[str]:
-    """Grids of a foreign file that sample volumes, as far as shapes tell: there may be five axes since operator set 20."""
+    """Grids of a foreign file that sample volumes, as far as shapes tell; such there may be since operator set 20."""
     known = onnx.shape_inference.infer_shapes(proto).graph
     shaped = (*known.value_info, *known.input)
     return {value.name for value in shaped if len(value.type.tensor_type.shape.dim) == 5}

@@ -156,10 +156,16 @@ def _named(candidate: Candidate, canonical: _Canonical, seen: Mapping[str, Array
 
 def _in_both(one: Attention, other: Attention) -> Attention | None:
     """What two runs agree on: names that hold in both; None where the attentions differ."""
-    names = ("value", "locations", "weights", "result")
-    kept = {name: getattr(one, name) if getattr(one, name) == getattr(other, name) else None for name in names}
-    merged = replace(one, **kept)
-    return merged if replace(other, **kept) == merged else None
+
+    def both(first: str | None, second: str | None) -> str | None:
+        return first if first == second else None
+
+    value, locations = both(one.value, other.value), both(one.locations, other.locations)
+    weights, result = both(one.weights, other.weights), both(one.result, other.result)
+    one, other = (
+        replace(found, value=value, locations=locations, weights=weights, result=result) for found in (one, other)
+    )
+    return one if one == other else None
 
 
 def _distinct(values: Array) -> bool:
