@@ -22,6 +22,7 @@ from asag.export.adoption.execution import FileRun, ask_dims, foreign_feeds, num
 from asag.export.adoption.foreign_file import ForeignFile, fix_sides, read_foreign
 from asag.export.adoption.graph import GraphIndex, all_graphs
 from asag.export.adoption.layouts import Interface, Port, recognise
+from asag.export.adoption.outlook import head_size
 from asag.export.adoption.pictures import verification_pictures
 from asag.export.adoption.plan import AdoptionOptions, Plan, input_size, make_plan
 from asag.export.adoption.rewriting import replace_attentions, replace_samples, sampled_volumes
@@ -41,8 +42,8 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class AdoptionReport:
-    """What an adoption wrote. ``samples`` counts the GridSamples of the foreign file, ``attentions`` the deformable
-    attentions that they were part of; ``assumed`` and ``warnings`` are lines for a person.
+    """What an adoption wrote. ``samples`` counts the GridSamples of the foreign file, ``within`` those that were part
+    of the ``attentions``; ``assumed`` and ``warnings`` are lines for a person.
     """
 
     path: Path
@@ -50,26 +51,30 @@ class AdoptionReport:
     assumed: tuple[str, ...]
     warnings: tuple[str, ...]
     samples: int
+    within: int
     attentions: int
     comparison: Comparison
 
     def summary(self) -> str:
         """All of it in one line."""
         metadata, compared = self.metadata, self.comparison
-        what: str
-        if not self.samples:
-            what = "no GridSample to replace"
-        elif not metadata.replaced:
-            what = f"{self.samples} GridSample kept"
-        else:
-            left = metadata.replaced.get("SampleGrid", 0)
-            what = f"{self.attentions} deformable attentions replaced ({self.samples} GridSample)"
-            what += f", {left} GridSample replaced alone" if left else ""
+        alone = metadata.replaced.get("SampleGrid", 0)
+        parts = []
+        if self.attentions:
+            parts.append(f"{_count(self.attentions, 'deformable attention')} replaced ({self.within} GridSample)")
+        if alone:
+            parts.append(f"{alone} {'other ' * bool(self.attentions)}GridSample replaced")
+        if self.samples > self.within + alone:
+            parts.append(f"{self.samples - self.within - alone} GridSample kept")
         return (
             f"{self.path.name}: layout {metadata.layout}, {metadata.input_height}x{metadata.input_width}"
-            f" {metadata.resize}, {what}, {compared.found:,} of {compared.detections:,} detections as before, scores"
-            f" within {compared.score_difference:.0e}"
+            f" {metadata.resize}, {', '.join(parts) or 'no GridSample to replace'}, {compared.found:,} of"
+            f" {compared.detections:,} detections as before, scores within {compared.score_difference:.0e}"
         )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def adopt(source: Path, target: Path, options: AdoptionOptions, say: Say = lambda line: None) -> AdoptionReport:
@@ -96,19 +101,18 @@ class _Adoption:
         self.interface = self._recognise()
 
     def write(self, target: Path) -> AdoptionReport:
-        plan = make_plan(self.interface, self.size, self.options)
+        plan = make_plan(self.interface, self.size, self.options, head_size(GraphIndex(self.proto.graph)))
         extent = Extent(_rows(self.interface))
         pictures = verification_pictures(self.size, self.options.images)
         metadata = _metadata(plan, extent, self.foreign)
         samples = sum(node.op_type == "GridSample" for graph in all_graphs(self.proto.graph) for node in graph.node)
         adopted = onnx.ModelProto()
         adopted.CopyFrom(self.proto)
-        attentions = 0
+        found: tuple[Attention, ...] = ()
         kept: tuple[str, ...] = ()
         if not self.options.keep_grid_sample:
             self.say("looking for deformable attention")
             found = self._attentions(plan, metadata, [picture for _, picture in pictures[:2]])
-            attentions = len(found)
             replace_attentions(adopted, found)
             kept = replace_samples(adopted, sampled_volumes(self.proto))
             if kept and self.options.strict:
@@ -128,8 +132,10 @@ class _Adoption:
                 " nothing was written"
             )
         write_bytes(target, adopted.SerializeToString())
-        warnings = tuple(f"a GridSample with {what} was kept" for what in kept)
-        return AdoptionReport(target, metadata, (*self.notes, *plan.assumed), warnings, samples, attentions, comparison)
+        warnings = tuple(f"{count} GridSample with {what} kept" for what, count in Counter(kept).items())
+        within = {level.node for attention in found for level in attention.candidate.levels}
+        assumed = (*self.notes, *plan.assumed)
+        return AdoptionReport(target, metadata, assumed, warnings, samples, len(within), len(found), comparison)
 
     def _recognise(self) -> Interface:
         """The file's layout, its height and width made static. What the outputs leave open, a run tells; a file that

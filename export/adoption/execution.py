@@ -140,4 +140,6 @@ def _best(rows: Mapping[str, Array], plan: Plan, columns: int) -> tuple[Array, A
 def ask_dims(run: FileRun, feeds: Mapping[str, Array], outputs: Sequence[Port]) -> tuple[Port, ...]:
     """Outputs with the sides that a run gives them, but for their batch."""
     found = run.run(feeds)
-    return tuple(replace(port, dims=(*port.dims[:1], *found[port.name].shape[1:])) for port in outputs)
+    return tuple(
+        replace(port, dims=(port.dims[0] if port.dims else None, *found[port.name].shape[1:])) for port in outputs
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -88,8 +87,10 @@ def input_size(image: Port, wanted: tuple[int, int] | None) -> tuple[int, int]:
     return wanted
 
 
-def make_plan(interface: Interface, size: tuple[int, int], options: AdoptionOptions) -> Plan:
+def make_plan(interface: Interface, size: tuple[int, int], options: AdoptionOptions, head: int | None = None) -> Plan:
     """The options where they are given, else what the layout's exporters do, which is noted.
+
+    head: how many classes the head seems to tell apart, for a hint where ranked detections do not say.
 
     Raises ValueError where a choice does not fit the layout or the classes do not fit the head.
     """
@@ -114,11 +115,13 @@ def make_plan(interface: Interface, size: tuple[int, int], options: AdoptionOpti
     columns = interface.columns
     if columns is not None and softmax:
         columns -= 1
+    if options.classes is None and columns is None:
+        likely = f" ({head} of them{_likely(head)})" if head else ""
+        raise ValueError(f"ranked detections do not tell the classes; give --classes{likely}")
     classes = read_classes(options.classes, columns)
     if options.classes is None:
-        likely = LIKELY_SETS.get(len(classes.columns))
-        hint = f", likely --classes {likely}" if likely else ""
-        assumed.append(f"classes are called 0..{len(classes.columns) - 1}; --classes names them{hint}")
+        count = len(classes.columns)
+        assumed.append(f"classes are called 0..{count - 1}; --classes names them{_likely(count)}")
     elif len(classes.used) < len(classes.columns):
         left = len(classes.columns) - len(classes.used)
         assumed.append(f"{left} of {len(classes.columns)} columns are no class of {options.classes} and left out")
@@ -167,8 +170,7 @@ def read_classes(wanted: str | None, columns: int | None) -> Classes:
     order where there are as many, else the columns that their ids count. Raises ValueError where neither fits.
     """
     if wanted is None:
-        if columns is None:
-            raise ValueError("ranked detections do not tell the classes; give --classes")
+        assert columns is not None, "ranked detections need classes"
         return Classes(tuple(range(columns)), {number: str(number) for number in range(columns)})
     names = COCO_CATEGORIES if wanted in COCO_SETS else _read_names(Path(wanted))
     by_id = tuple(number if number in names else None for number in range(max(names) + 1))
@@ -178,9 +180,12 @@ def read_classes(wanted: str | None, columns: int | None) -> Classes:
         return Classes(tuple(names), dict(names))
     if columns is None or (wanted != "coco80" and columns >= len(by_id)):
         return Classes((*by_id, *[None] * ((columns or len(by_id)) - len(by_id))), dict(names))
-    likely = LIKELY_SETS.get(columns)
-    hint = f"; likely --classes {likely}" if likely not in (None, wanted) else ""
-    raise ValueError(f"the head tells {columns} classes apart, and {wanted} has {len(names)}{hint}")
+    raise ValueError(f"the head tells {columns} classes apart, and {wanted} has {len(names)}{_likely(columns)}")
+
+
+def _likely(columns: int) -> str:
+    """A hint at the classes that a head of so many columns usually has."""
+    return f"; likely --classes {LIKELY_SETS[columns]}" if columns in LIKELY_SETS else ""
 
 
 def _read_names(path: Path) -> dict[int, str]:
@@ -200,11 +205,3 @@ def _read_names(path: Path) -> dict[int, str]:
     if not names:
         raise ValueError(f"{path} names no classes; write one per line")
     return dict(enumerate(names))
-
-
-def mean_pixels(values: Sequence[float]) -> Triple:
-    """Three numbers as a tuple; ValueError for another count."""
-    if len(values) != 3:
-        raise ValueError(f"three numbers are needed, for red, green and blue, not {len(values)}")
-    red, green, blue = (float(value) for value in values)
-    return red, green, blue
