@@ -8,7 +8,7 @@ from pathlib import Path
 
 import onnx
 
-from asag.export.adoption.attention import find_candidates
+from asag.export.adoption.attention import CUTTING_OPERATORS, find_candidates
 from asag.export.adoption.foreign_file import ForeignFile, read_foreign
 from asag.export.adoption.graph import GraphIndex, all_graphs, attribute_of
 from asag.export.adoption.layouts import Interface, recognise
@@ -17,22 +17,11 @@ from asag.export.adoption.plan import LIKELY_SETS
 LACKING = ("NonMaxSuppression", "NonZero", "RoiAlign")
 """Operators that TensorRT-RTX 1.7 does not have, beside scatters with a reduction."""
 
-_BEFORE_RANKING = (
-    "Flatten",
-    "Reshape",
-    "Sigmoid",
-    "Softmax",
-    "Add",
-    "Identity",
-    "Cast",
-    "Slice",
-    "Gather",
-    "Transpose",
-)
+_BEFORE_RANKING = ("Sigmoid", "Softmax", "Add", "Cast", *CUTTING_OPERATORS)
 
 
 def outlook(path: Path) -> tuple[dict[str, str], str]:
-    """What `asag adopt` would find in a foreign file, in words, and the command. Raises what :func:`read_foreign` does."""
+    """What `asag adopt` would find in a foreign file, in words, and the command; raises as :func:`read_foreign`."""
     foreign = read_foreign(path)
     graph = foreign.proto.graph
     index = GraphIndex(graph)
@@ -94,5 +83,5 @@ def head_size(index: GraphIndex) -> int | None:
             if matrix is not None and len(matrix.dims) == 2:
                 widths.append(matrix.dims[0] if turned else matrix.dims[1])
         elif node.op_type in _BEFORE_RANKING:
-            pending += node.input[:2] if node.op_type == "Add" else node.input[:1]
+            pending += node.input if node.op_type in ("Add", "Concat") else node.input[:1]
     return max(widths, default=None)
