@@ -82,9 +82,7 @@ def bearing_nodes(graph: onnx.GraphProto, kept: Collection[str] = ()) -> set[int
         if any(name in kept for name in (*node.input, *node.output)):
             continue
         passing = node.op_type in PASSING and any(name in half for name in data)
-        if passing and all(name in half or name in fixed or not name for name in data):
-            chosen.add(index)
-        elif node.op_type == "Conv":
+        if (passing and all(name in half or name in fixed or not name for name in data)) or node.op_type == "Conv":
             chosen.add(index)
         elif index in products:
             chosen.add(index)

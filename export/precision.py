@@ -24,7 +24,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from asag.export.foreign_precision import bearing_nodes, data_inputs
-from asag.export.operator_set import raise_operator_set
+from asag.export.operator_set import raise_operator_set, standard_operator_set
 from asag.runtime.metadata import FOREIGN, ModelMetadata
 from asag.runtime.stages.graph import HALF_ENDING, shown_values, values_read
 from asag.trt_plugins.operations import DOMAIN, OPERATIONS
@@ -36,6 +36,9 @@ BFLOAT16_OPERATOR_SET = 22
 """The first in which convolution and pooling take bfloat16. Files of other precisions keep the export's, which more
 runtimes read.
 """
+
+HALF_SCALES_OPERATOR_SET = 19
+"""The first in which DequantizeLinear takes float16; in a file of an earlier one its result is cast."""
 
 STATISTICS = ("InstanceNormalization", "GroupNormalization", "LayerNormalization", "ReduceMean")
 """Stay float32 among the features, too, with what is computed of them up to the next convolution: 16 bits lose the sums
@@ -68,7 +71,10 @@ def convert_precision(
         raise_operator_set(result, BFLOAT16_OPERATOR_SET)
     if precision != "fp32":
         half_type = TensorProto.FLOAT16 if precision == "fp16" else TensorProto.BFLOAT16
-        _Converter(result.graph, half_type, half_nodes(result.graph, metadata, kept)).convert()
+        chosen = half_nodes(result.graph, metadata, kept)
+        if standard_operator_set(result) < HALF_SCALES_OPERATOR_SET:
+            chosen -= {place for place in chosen if result.graph.node[place].op_type == "DequantizeLinear"}
+        _Converter(result.graph, half_type, chosen).convert()
     return result
 
 

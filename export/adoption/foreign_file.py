@@ -12,7 +12,7 @@ import onnx.inliner
 
 from asag.export.adoption.graph import all_graphs
 from asag.export.adoption.layouts import Port, graph_inputs, ports
-from asag.export.operator_set import STANDARD_DOMAINS
+from asag.export.operator_set import STANDARD_DOMAINS, standard_operator_set
 from asag.runtime.errors import one_line
 from asag.runtime.metadata import PROPERTY_PREFIX
 
@@ -70,7 +70,7 @@ def _operator_set(proto: onnx.ModelProto) -> int:
                 raise ValueError(
                     f"operator {node.op_type} of domain {node.domain} has no body; export it with standard operators"
                 )
-    version = next((entry.version for entry in proto.opset_import if entry.domain in STANDARD_DOMAINS), 0)
+    version = standard_operator_set(proto)
     if version < OLDEST:
         raise ValueError(f"operator set {version} is too old; export with {OLDEST} or later")
     if version > NEWEST:
