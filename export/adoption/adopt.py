@@ -26,7 +26,7 @@ from asag.export.adoption.outlook import head_size
 from asag.export.adoption.pictures import verification_pictures
 from asag.export.adoption.plan import AdoptionOptions, Plan, input_size, make_plan
 from asag.export.adoption.rewriting import replace_attentions, replace_samples, sampled_volumes
-from asag.export.adoption.verification import Attention, names_to_observe, verify
+from asag.export.adoption.verification import Attention, confirm, names_to_observe, propose
 from asag.export.op_bodies import bodies_of
 from asag.export.op_bodies.domain import DOMAIN_VERSION
 from asag.export.operator_set import STANDARD_DOMAINS
@@ -168,15 +168,16 @@ class _Adoption:
         candidates = find_candidates(GraphIndex(self.proto.graph))
         if not candidates:
             return ()
-        run = FileRun(self.proto, [name for candidate in candidates for name in names_to_observe(candidate)])
+        observed = [name for candidate in candidates for name in names_to_observe(candidate)]
+        run = FileRun(self.proto, observed, optimized=False)
         whole = dataclasses.replace(metadata, resize="stretch")
-        batches = (self.interface.batch,) if self.interface.batch else (1, 2)
-        runs = {}
-        for count in batches:
+        runs, feeds = {}, {}
+        for count in (self.interface.batch,) if self.interface.batch else (1, 2):
             tensors = prepare([pictures[number % len(pictures)] for number in range(count)], whole)
-            runs[count] = run.run(foreign_feeds(tensors["images"], tensors["sizes"], plan))
-        found = [verify(candidate, runs) for candidate in candidates]
-        return tuple(attention for attention in found if attention is not None)
+            feeds[count] = foreign_feeds(tensors["images"], tensors["sizes"], plan)
+            runs[count] = run.run(feeds[count])
+        proposed = [attention for one in candidates if (attention := propose(one, runs)) is not None]
+        return confirm(self.proto, proposed, runs, feeds)
 
 
 def _with_sides(port: Port, batch: int | None, size: tuple[int, int]) -> Port:

@@ -21,11 +21,11 @@ Array = NDArray[Any]
 class FileRun:
     """A file that is open in ONNX Runtime.
 
-    observed: names of values within the graph to give as well; then nothing in it is optimized. Raises ValueError where
-    the runtime does not take the file.
+    observed: names of values within the graph to give in place of its outputs; optimized: whether the runtime may
+    rewrite the graph. Raises ValueError where the runtime does not take the file.
     """
 
-    def __init__(self, proto: onnx.ModelProto, observed: Iterable[str] = ()) -> None:
+    def __init__(self, proto: onnx.ModelProto, observed: Iterable[str] = (), optimized: bool = True) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -35,7 +35,7 @@ class FileRun:
         observed = list(dict.fromkeys(observed))
         self._constants = {name: numpy_helper.to_array(constants[name]) for name in observed if name in constants}
         given = [name for name in observed if name not in constants]
-        if observed:
+        if not optimized:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         added = [onnx.ValueInfoProto(name=name) for name in given if name not in outputs]
         count = len(proto.graph.output)

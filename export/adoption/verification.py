@@ -1,9 +1,10 @@
 """Which candidates are deformable attention, found by running the file.
 
-What an attention reads and gives is worked out from the GridSamples' inputs, the weights and the sum that the file
-computes, in the order of axes that the op has. A value of the file that has the same numbers bit for bit is the same
-value laid out otherwise, as only layout lies between; most of its numbers must differ from one another for that. That
-the file sums what the op sums, is seen by computing the op itself.
+First the file runs on pictures. What an attention reads and gives is worked out from the GridSamples' inputs, the
+weights and the sum that the file computes, in the order of axes that the op has; a value of the file with the same
+numbers bit for bit is proposed as the same value laid out otherwise. Then the file runs once more with random numbers
+in the place of these values, and must give what the op gives of them: so nothing depends on what the pictures happened
+to be, and values whose numbers repeat are told apart.
 """
 
 from __future__ import annotations
@@ -13,20 +14,21 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from numpy.typing import NDArray
+from onnx import helper
 
 from asag.export.adoption.attention import Candidate
+from asag.export.adoption.execution import FileRun
+from asag.export.adoption.graph import prune
+from asag.export.adoption.graph import replace as replace_items
 from asag.ops import deformable_attention_definition
 
 Array = NDArray[Any]
-MOSTLY_DISTINCT = 0.5
-"""Share of a value's numbers that must differ, so that equal numbers mean equal places."""
+Values = Mapping[str, Array]
 
-LOOKED_AT = 50_000
-"""Of a larger value so many numbers are compared with one another."""
-
-TOLERANCE = 1e-4
+TOLERANCE = {np.dtype(np.float32): 1e-4, np.dtype(np.float16): 1e-2}
 """Of the largest number: how far the file's sum may be from the op's. Samples of a map of 200 cells differ by 3e-5."""
 
 
@@ -51,6 +53,21 @@ class Attention:
     weights: str | None
     result: str | None
 
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the values that it is computed of."""
+        levels = self.candidate.levels
+        return (
+            *([self.value] if self.value else [level.value for level in levels]),
+            *([self.locations] if self.locations else [level.grid for level in levels]),
+            self.weights or self.candidate.weights,
+        )
+
+    @property
+    def output(self) -> str:
+        """Name of the value that it gives."""
+        return self.result or self.candidate.total
+
 
 @dataclass(frozen=True)
 class _Canonical:
@@ -71,18 +88,101 @@ def names_to_observe(candidate: Candidate) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*levels, candidate.weights, candidate.total, *(n for part in proposed for n in part)]))
 
 
-def verify(candidate: Candidate, runs: Mapping[int, Mapping[str, Array]]) -> Attention | None:
-    """The attention that a candidate is in all runs, by their batch sizes; None where it is none."""
+def propose(candidate: Candidate, runs: Mapping[int, Values]) -> Attention | None:
+    """The attention that a candidate may be by its values in all runs, by their batch sizes; None where it is none."""
     found = None
     for batch, seen in runs.items():
         canonical = _canonical(candidate, seen, batch)
-        if canonical is None or not _is_attention(canonical):
+        if canonical is None:
             return None
         here = _named(candidate, canonical, seen)
         found = here if found is None else _in_both(found, here)
         if found is None:
             return None
     return found
+
+
+def confirm(
+    proto: onnx.ModelProto, proposed: Sequence[Attention], runs: Mapping[int, Values], feeds: Mapping[int, Values]
+) -> tuple[Attention, ...]:
+    """Those of the proposed attentions of a file that give what the op gives, of random numbers in all runs.
+
+    One that does not is tried again with its inputs and result where they surely lie, at its GridSamples and its sum.
+    feeds: what the file was fed in each run.
+    """
+    confirmed = []
+    for attempt in (
+        proposed,
+        [replace(one, value=None, locations=None, weights=None, result=None) for one in proposed],
+    ):
+        missing = {one.candidate.total for one in proposed} - {one.candidate.total for one in confirmed}
+        confirmed += _confirmed(proto, [one for one in attempt if one.candidate.total in missing], runs, feeds)
+    return tuple(confirmed)
+
+
+def _confirmed(
+    proto: onnx.ModelProto, attentions: Sequence[Attention], runs: Mapping[int, Values], feeds: Mapping[int, Values]
+) -> list[Attention]:
+    if not attentions:
+        return []
+    injected = sorted({name for one in attentions for name in one.inputs})
+    some = next(iter(runs.values()))
+    cut = _cut(proto, {name: some[name] for name in injected}, [one.output for one in attentions])
+    run = FileRun(cut, optimized=False)
+    right = set(range(len(attentions)))
+    for batch, seen in runs.items():
+        random = np.random.default_rng(batch)
+        values = {name: random.uniform(-1.2, 1.2, seen[name].shape).astype(seen[name].dtype) for name in injected}
+        outputs = run.run({**feeds[batch], **values})
+        right &= {place for place in right if _gives(attentions[place], values, outputs, batch)}
+    return [attentions[place] for place in sorted(right)]
+
+
+def _cut(proto: onnx.ModelProto, injected: Values, outputs: Sequence[str]) -> onnx.ModelProto:
+    """A copy of a file that takes some of its values as inputs, and gives others."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    graph = copy.graph
+    replace_items(graph.output, [onnx.ValueInfoProto(name=name) for name in outputs])
+    for node in graph.node:
+        node.output[:] = [f"{name}/made" if name in injected else name for name in node.output]
+    known = {value.name for value in graph.input}
+    for name, value in injected.items():
+        if name not in known:
+            kind = helper.np_dtype_to_tensor_dtype(value.dtype)
+            graph.input.append(helper.make_tensor_value_info(name, kind, [None] * value.ndim))
+    weights = [tensor for tensor in graph.initializer if tensor.name not in injected]
+    replace_items(graph.initializer, weights)
+    prune(graph)
+    return copy
+
+
+def _gives(attention: Attention, values: Values, outputs: Values, batch: int) -> bool:
+    """Whether the file gives of these values what the op does."""
+    candidate, heads, channels = attention.candidate, attention.heads, attention.channels
+    queries, points = attention.queries, sum(attention.level_points)
+    if attention.value is None:
+        maps = [values[level.value].reshape(batch, heads, channels, -1) for level in candidate.levels]
+        value = np.concatenate(maps, 3).transpose(0, 3, 1, 2)
+    else:
+        value = values[attention.value].reshape(batch, -1, heads, channels)
+    if attention.locations is None:
+        grids = [values[level.grid].reshape(batch, heads, queries, -1, 2) for level in candidate.levels]
+        locations = (np.concatenate(grids, 3).transpose(0, 2, 1, 3, 4) + 1) / 2
+    else:
+        locations = values[attention.locations].reshape(batch, queries, heads, points, 2)
+    if attention.weights is None:
+        weights = values[candidate.weights].reshape(batch, heads, queries, points).transpose(0, 2, 1, 3)
+    else:
+        weights = values[attention.weights].reshape(batch, queries, heads, points)
+    result = outputs[attention.output]
+    if attention.result is None:
+        result = result.reshape(batch, heads * channels, queries).transpose(0, 2, 1)
+    sides = [side for shape in attention.level_shapes for side in shape]
+    given = (torch.from_numpy(np.ascontiguousarray(part, np.float32)) for part in (value, locations, weights))
+    computed = deformable_attention_definition(*given, sides, attention.level_points).numpy()
+    difference = np.abs(computed - result.reshape(computed.shape)).max()
+    return bool(difference <= TOLERANCE[result.dtype] * np.abs(computed).max())
 
 
 def _canonical(candidate: Candidate, seen: Mapping[str, Array], batch: int) -> _Canonical | None:
@@ -108,23 +208,6 @@ def _canonical(candidate: Candidate, seen: Mapping[str, Array], batch: int) -> _
         shapes=tuple((value.shape[2], value.shape[3]) for value in values),
         points=points,
     )
-
-
-def _is_attention(found: _Canonical) -> bool:
-    """Whether the op, computed of these inputs, gives this result, and the numbers are worth the comparison."""
-    if not all(np.isfinite(values).all() for values in (found.value, found.weights, found.result)):
-        return False
-    if not all(_distinct(values) for values in (found.value, found.grid, found.weights, found.result)):
-        return False
-    value, weights, grid = (
-        torch.from_numpy(np.ascontiguousarray(values, np.float32))
-        for values in (found.value, found.weights, found.grid)
-    )
-    sides = [side for shape in found.shapes for side in shape]
-    computed = deformable_attention_definition(value, (grid + 1) / 2, weights, sides, found.points).numpy()
-    largest = float(np.abs(found.result).max())
-    tolerance = TOLERANCE if found.result.dtype == np.float32 else 1e-2
-    return float(np.abs(computed - found.result).max()) <= tolerance * largest
 
 
 def _named(candidate: Candidate, canonical: _Canonical, seen: Mapping[str, Array]) -> Attention:
@@ -166,10 +249,3 @@ def _in_both(one: Attention, other: Attention) -> Attention | None:
         replace(found, value=value, locations=locations, weights=weights, result=result) for found in (one, other)
     )
     return one if one == other else None
-
-
-def _distinct(values: Array) -> bool:
-    """Whether most numbers of an image differ; those of two may be the same, as the first queries of a decoder are."""
-    flat = values[0].ravel()
-    some = flat[:: max(1, flat.size // LOOKED_AT)]
-    return len(np.unique(some)) >= MOSTLY_DISTINCT * some.size
