@@ -176,6 +176,7 @@ class _Adoption:
             tensors = prepare([pictures[number % len(pictures)] for number in range(count)], whole)
             feeds[count] = foreign_feeds(tensors["images"], tensors["sizes"], plan)
             runs[count] = run.run(feeds[count])
+        del run  # its memory
         proposed = [attention for one in candidates if (attention := propose(one, runs)) is not None]
         return confirm(self.proto, proposed, runs, feeds)
 

@@ -30,6 +30,7 @@ class FileRun:
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
+        options.enable_cpu_mem_arena = False  # it would keep the memory of the largest run
         constants = {tensor.name: tensor for tensor in proto.graph.initializer}
         outputs = {value.name for value in proto.graph.output}
         observed = list(dict.fromkeys(observed))

@@ -178,7 +178,7 @@ def read_classes(wanted: str | None, columns: int | None) -> Classes:
         by_id = (*by_id, *[None] * (91 - len(by_id)))
     elif columns is None or columns == len(names):
         return Classes(tuple(names), dict(names))
-    if columns is None or (wanted != "coco80" and columns >= len(by_id)):
+    if columns is None or (wanted != "coco80" and None in by_id and columns >= len(by_id)):
         return Classes((*by_id, *[None] * ((columns or len(by_id)) - len(by_id))), dict(names))
     raise ValueError(f"the head tells {columns} classes apart, and {wanted} has {len(names)}{_likely(columns)}")
 

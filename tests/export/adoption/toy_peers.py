@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import io
-import itertools
-import logging
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
-import numpy as np
 import onnx
 import torch
 import torch.nn.functional as F
@@ -141,6 +136,19 @@ PORTS = {
 """Names of inputs and outputs; "masked" is the layout transformers with a mask."""
 
 
+def toy_of(attention: Attention | None = None, columns: int = CLASSES, same_queries: bool = False) -> Toy:
+    """The same weights in every call; same_queries: all of an image begin and look alike."""
+    torch.manual_seed(0)
+    toy = Toy(attention or Attention(), columns).eval()
+    with torch.no_grad():
+        toy.classify.weight.mul_(3)
+        toy.value.weight.mul_(3)
+        if same_queries:
+            toy.queries.copy_(toy.queries[:1].expand_as(toy.queries))
+            toy.references.copy_(toy.references[:1].expand_as(toy.references))
+    return toy
+
+
 def make_toy(
     layout: str = "transformers",
     attention: Attention | None = None,
@@ -149,13 +157,10 @@ def make_toy(
     operator_set: int = 17,
     batch: int | None = None,
     columns: int = CLASSES,
+    same_queries: bool = False,
 ) -> onnx.ModelProto:
     """A toy as an exporter without constant folding of shapes leaves it; batch: None is an open one."""
-    torch.manual_seed(0)
-    toy = Toy(attention or Attention(), columns).eval()
-    with torch.no_grad():
-        toy.classify.weight.mul_(3)
-        toy.value.weight.mul_(3)
+    toy = toy_of(attention, columns, same_queries)
     inputs, outputs = PORTS[layout]
     count = batch or 2
     images = torch.rand(count, 3, *size)
