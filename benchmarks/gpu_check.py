@@ -143,6 +143,7 @@ def speed(request: Request) -> list[Step]:
         whole("whole-batch", 40, first, "--batch-size", batch, "--no-compile"),
         whole("tiny", 30, TINY, "--half", "--no-compile"),
         kernels(request, "GatherAnchors"),
+        kernels(request, "SampleGrid"),
     ]
 
 

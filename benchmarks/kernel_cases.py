@@ -68,6 +68,7 @@ PLACES = {
     "SamplingMixing": ("",),
     "MultiScaleDeformableAttention": ("decoder", "sparse encoder", "encoder"),
     "SelectTokens": ("",),
+    "SampleGrid": ("",),
 }
 """The ops of these detectors, and where they run: on which levels, or in which part."""
 
@@ -134,11 +135,14 @@ def signature(name: str, sizes: Sizes, batch: int = 1, part: str = "") -> tuple[
             "most": sizes.queries,
         }
         return [(batch, count, 5), (batch, count)], attributes
-    if name == "PyramidRoIAlign":
-        return [*maps, (batch, sizes.queries, 4)], {}
     kept = int(sizes.tokens * KEPT) + 1
-    if name == "SelectTokens":
-        return [(batch, sizes.tokens), (batch,)], {"capacity": kept}
+    plain: dict[str, tuple[list[tuple[int, ...]], dict[str, Any]]] = {
+        "PyramidRoIAlign": ([*maps, (batch, sizes.queries, 4)], {}),
+        "SelectTokens": ([(batch, sizes.tokens), (batch,)], {"capacity": kept}),
+        "SampleGrid": ([maps[1], (batch, sizes.queries, POINTS, 2)], {"padding": 0, "align_corners": 0}),
+    }
+    if name in plain:
+        return plain[name]
     if name == "MultiScaleDeformableAttention":
         queries = {"decoder": sizes.queries, "sparse encoder": kept, "encoder": sizes.tokens}[part]
         weights = (batch, queries, HEADS, POINTS * len(sizes.attended))

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from asag.runtime.engines.manifest import EngineManifest
 
 
+MEASURED_IMAGES = 128
+"""Images at most on which the values of an adopted file are measured for fp16."""
+
+
 class BatchType(click.ParamType):
     """Batch sizes with colons between them, such as 1:4:16; any number of them."""
 
@@ -85,7 +89,12 @@ class TargetsType(click.ParamType):
     type=OUTPUT_FILE,
     help="File of kernel timings, read where it exists and written after the build; tensorrt only.",
 )
-@click.option("--calibration", type=FOLDER, help="For int8: images like those the model will see.")
+@click.option(
+    "--calibration",
+    type=FOLDER,
+    help="For int8, and for fp16 of an adopted file: images like those the model will see. What passes 8,000 on them"
+    " stays float32.",
+)
 @click.option("--data", type=DATASET, help="For int8: dataset to measure AP on.")
 @click.option(
     "--max-ap-drop",
@@ -122,7 +131,7 @@ def build(
     options = BuildOptions(BACKENDS[backend], batch, targets, ops, workspace, tf32, timing_cache)
     int8 = {"calibration": calibration, "data": data, "max_ap_drop": max_ap_drop}
     given = [name.replace("_", "-") for name, value in int8.items() if value is not None]
-    if given and precision != "int8":
+    if given and precision != "int8" and (given != ["calibration"] or precision != "fp16"):
         raise click.UsageError(f"--{given[0]} is for --precision int8")
     check_build(output, options)
     with tempfile.TemporaryDirectory(prefix="asag-build-") as folder:
@@ -162,8 +171,13 @@ def _in_precision(model: Path, precision: str, output: Path, int8: Mapping[str, 
             )
         click.get_current_context().invoke(quantize, model=model, output=output, **int8)
     else:
+        from asag.runtime.image_source import images_in
+
+        images = [] if int8["calibration"] is None else images_in(int8["calibration"])[:MEASURED_IMAGES]
         with console.status(f"converting to {precision}"):
-            convert_file(model, output, precision)
+            kept = convert_file(model, output, precision, images)
+        for name in kept:
+            console.print(f"above 8,000 on an image, stays float32: {name}", highlight=False, soft_wrap=True)
     return output
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import click
 
+from asag.cli.adopt import adopt
 from asag.cli.bench import bench
 from asag.cli.build import build
 from asag.cli.console import HELP
@@ -55,6 +56,7 @@ def asag() -> None:
     \b
         asag train      a dataset in COCO's layout   ->  weights.safetensors
         asag export     weights.safetensors          ->  model.onnx
+        asag adopt      another tool's model.onnx    ->  model.onnx
         asag quantize   model.onnx and images        ->  model.onnx in int8
         asag build      model.onnx                   ->  model.engine
         asag detect     any of the three, on images
@@ -73,6 +75,7 @@ def asag() -> None:
 for command in (
     train,
     export,
+    adopt,
     quantize,
     build,
     detect,

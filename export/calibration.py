@@ -21,8 +21,10 @@ def largest_magnitudes(
     metadata: ModelMetadata,
     images: Sequence[Path],
     progress: Callable[[float], None] = lambda fraction: None,
+    operators: Sequence[str] = ("Conv",),
 ) -> dict[str, float]:
-    """The largest magnitude over all `images` of every value that a convolution of `proto` (float32) reads or gives.
+    """The largest magnitude over all `images` of every value that an operator of `proto` (float32) reads or gives,
+    of those types.
 
     Images are prepared as for detection, one at a time, and run on ONNX Runtime's CPU backend. `progress` is called
     with the fraction done. Raises what reading an image raises, and ValueError naming a value that is not finite.
@@ -49,7 +51,7 @@ def largest_magnitudes(
         try:
             calibrator = create_calibrator(
                 source,
-                ["Conv"],
+                list(operators),
                 augmented_model_path=str(Path(folder, "augmented.onnx")),
                 calibrate_method=CalibrationMethod.MinMax,
             )

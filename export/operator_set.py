@@ -42,6 +42,11 @@ def raise_operator_set(proto: onnx.ModelProto, version: int) -> None:
             entry.version = version
 
 
+def standard_operator_set(proto: onnx.ModelProto) -> int:
+    """The number of the standard operator set of a file; 0 where it names none."""
+    return next((entry.version for entry in proto.opset_import if entry.domain in STANDARD_DOMAINS), 0)
+
+
 def operators(nodes: Iterable[onnx.NodeProto]) -> set[str]:
     """Types of the standard operators among `nodes` and in the graphs inside them."""
     return {node.op_type for node in _all_nodes(nodes) if node.domain in STANDARD_DOMAINS}

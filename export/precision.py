@@ -12,7 +12,7 @@ Everything else stays float32:
 - the layers whose outputs are boxes, confidences and logits.
 
 Where the features end is what the first stage of the forward pass names; which linear layers bear it is the family's
-word. Both travel in the file's metadata.
+word. Both travel in the file's metadata. An adopted file has neither: :mod:`export.foreign_precision`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from asag.export.operator_set import raise_operator_set
-from asag.runtime.metadata import ModelMetadata
-from asag.runtime.stages.graph import HALF_ENDING, shown_values
+from asag.export.foreign_precision import bearing_nodes, data_inputs
+from asag.export.operator_set import raise_operator_set, standard_operator_set
+from asag.runtime.metadata import FOREIGN, ModelMetadata
+from asag.runtime.stages.graph import HALF_ENDING, shown_values, values_read
 from asag.trt_plugins.operations import DOMAIN, OPERATIONS
 
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -36,6 +37,9 @@ BFLOAT16_OPERATOR_SET = 22
 """The first in which convolution and pooling take bfloat16. Files of other precisions keep the export's, which more
 runtimes read.
 """
+
+HALF_SCALES_OPERATOR_SET = 19
+"""The first in which DequantizeLinear takes float16; in a file of an earlier one its result is cast."""
 
 STATISTICS = ("InstanceNormalization", "GroupNormalization", "LayerNormalization", "ReduceMean")
 """Stay float32 among the features, too, with what is computed of them up to the next convolution: 16 bits lose the sums
@@ -47,10 +51,13 @@ LAYOUT_OPERATORS = ("Flatten", "Reshape", "Transpose")
 LARGEST_FLOAT16 = 65504.0
 
 
-def convert_precision(proto: onnx.ModelProto, precision: str, metadata: ModelMetadata) -> onnx.ModelProto:
+def convert_precision(
+    proto: onnx.ModelProto, precision: str, metadata: ModelMetadata, kept: Collection[str] = ()
+) -> onnx.ModelProto:
     """A copy of `proto` (an export in float32) in which backbone, neck and large linear layers compute in `precision`.
 
-    metadata: the file's, with its stages and the linear layers that bear 16 bits. Inputs and outputs keep their types.
+    metadata: the file's, with its stages and the linear layers that bear 16 bits; kept: values of an adopted file that
+    stay float32, with what reads or makes them. Inputs and outputs keep their types.
     A quantized convolution keeps its int8 weights and activations; "fp16" halves the scales that it is dequantized
     with, and so what it computes in between. With "bf16" the operator set of the file becomes
     :data:`BFLOAT16_OPERATOR_SET`. Raises ValueError for an unknown precision, when a weight does not fit float16, and
@@ -65,22 +72,43 @@ def convert_precision(proto: onnx.ModelProto, precision: str, metadata: ModelMet
         raise_operator_set(result, BFLOAT16_OPERATOR_SET)
     if precision != "fp32":
         half_type = TensorProto.FLOAT16 if precision == "fp16" else TensorProto.BFLOAT16
-        _Converter(result.graph, half_type, half_nodes(result.graph, metadata)).convert()
+        chosen = half_nodes(result.graph, metadata, kept)
+        if standard_operator_set(result) < HALF_SCALES_OPERATOR_SET:
+            chosen -= {place for place in chosen if result.graph.node[place].op_type == "DequantizeLinear"}
+        _Converter(result.graph, half_type, chosen).convert()
     return result
 
 
-def half_nodes(graph: onnx.GraphProto, metadata: ModelMetadata) -> set[int]:
-    """Positions in `graph.node` of the nodes that compute in half precision.
+def half_nodes(graph: onnx.GraphProto, metadata: ModelMetadata, kept: Collection[str] = ()) -> set[int]:
+    """Positions in `graph.node` of the nodes that compute in half precision; kept: see :func:`convert_precision`.
 
     Raises ValueError where there are none: the file would be what it was, under another name.
     """
+    if metadata.family == FOREIGN:
+        chosen = bearing_nodes(graph, kept)
+    else:
+        chosen = _feature_nodes(graph, metadata) | set(_half_linear(graph, metadata.half_layers))
+    producer = {output: index for index, node in enumerate(graph.node) for output in node.output}
+    chosen |= {
+        source
+        for index in chosen
+        for name in graph.node[index].input
+        if (source := producer.get(name)) is not None and graph.node[source].op_type == "DequantizeLinear"
+    }
+    if not chosen:
+        raise ValueError("nothing in the file bears another precision: it names no features and no linear layers")
+    return chosen | _laid_out_for(graph, chosen)
+
+
+def _feature_nodes(graph: onnx.GraphProto, metadata: ModelMetadata) -> set[int]:
+    """Backbone and neck, from the first convolution to what the first stage names, without norms."""
     producer = {output: index for index, node in enumerate(graph.node) for output in node.output}
     named = metadata.stages[0].value_names() if metadata.stages else ()
     features = _ancestors(graph, producer, set(shown_values(named, producer).values()))
     # What prepares the images stays float32: the features begin with the first convolution.
     after: set[str] = set()
     normed: set[str] = set()
-    chosen = set()
+    chosen: set[int] = set()
     for index in sorted(features):
         node = graph.node[index]
         if node.op_type == "Conv":
@@ -91,17 +119,7 @@ def half_nodes(graph: onnx.GraphProto, metadata: ModelMetadata) -> set[int]:
         elif any(name in after for name in node.input):
             after.update(node.output)
             chosen.add(index)
-    chosen |= set(_half_linear(graph, metadata.half_layers))
-    dequantized = {
-        source
-        for index in chosen
-        for name in graph.node[index].input
-        if (source := producer.get(name)) is not None and graph.node[source].op_type == "DequantizeLinear"
-    }
-    chosen |= dequantized
-    if not chosen:
-        raise ValueError("nothing in the file bears another precision: it names no features and no linear layers")
-    return chosen | _laid_out_for(graph, chosen)
+    return chosen
 
 
 def _laid_out_for(graph: onnx.GraphProto, chosen: set[int]) -> set[int]:
@@ -164,6 +182,8 @@ class _Converter:
             for position, name in enumerate(node.input)
             if position not in self._half_inputs(index, node)
         }
+        # What graphs inside nodes read keeps its name and type.
+        self.read_in_float |= {name for node in graph.node for name in values_read(node) if name not in node.input}
         self.half_names: dict[str, str] = {}
         self.nodes: list[onnx.NodeProto] = []
 
@@ -181,7 +201,7 @@ class _Converter:
     def _half_inputs(self, index: int, node: onnx.NodeProto) -> Collection[int]:
         """Positions of the inputs that the node takes in half precision; empty for one that stays float32."""
         if index in self.chosen:
-            return range(len(node.input))
+            return data_inputs(node)
         operation = OPERATIONS.get(node.op_type) if node.domain == DOMAIN else None
         return () if operation is None else operation.half_inputs
 
@@ -218,7 +238,7 @@ class _Converter:
         return name in self.values and self.values[name].type.tensor_type.elem_type == TensorProto.FLOAT
 
     def _drop_unused_initializers(self) -> None:
-        used = {name for node in self.nodes for name in node.input}
+        used = {name for node in self.nodes for name in values_read(node)}
         kept = [tensor for tensor in self.graph.initializer if tensor.name in used]
         del self.graph.initializer[:]
         self.graph.initializer.extend(kept)

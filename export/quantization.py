@@ -18,13 +18,14 @@ import onnx
 
 from asag.export.calibration import largest_magnitudes
 from asag.export.exported_file import read_exported
+from asag.export.foreign_precision import measured_operators
 from asag.export.quantized_graph import quantizable_layers, quantize_layers
 from asag.runtime.coco_dataset import CocoFolder
 from asag.runtime.coco_evaluation import check_measurable, evaluate_session
 from asag.runtime.coco_file import Id
 from asag.runtime.errors import one_line
 from asag.runtime.files import write_bytes
-from asag.runtime.metadata import ModelMetadata
+from asag.runtime.metadata import FOREIGN, ModelMetadata
 from asag.runtime.onnx_file import write_metadata
 from asag.runtime.opening import open_session
 from asag.runtime.preprocessing import load_image, prepare
@@ -134,7 +135,11 @@ def quantize_int8(
     if dataset is not None:
         check_measurable(dataset.for_model(metadata, classes), image_ids)
     magnitudes = largest_magnitudes(
-        proto, metadata, calibration_images, lambda fraction: report("calibrating", fraction)
+        proto,
+        metadata,
+        calibration_images,
+        lambda fraction: report("calibrating", fraction),
+        ("Conv",) if metadata.family != FOREIGN else measured_operators(proto.graph),
     )
     layers = tuple(quantizable_layers(proto.graph, metadata))
     with tempfile.TemporaryDirectory() as folder:

@@ -14,8 +14,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
+from asag.export.foreign_precision import too_large
 from asag.export.precision import LARGEST_FLOAT16, convert_precision, half_nodes
-from asag.runtime.metadata import ModelMetadata
+from asag.runtime.metadata import FOREIGN, ModelMetadata
 
 LARGEST_INT8 = 127
 """Of -128..127 the symmetric part is used."""
@@ -63,7 +64,8 @@ def quantize_layers(
                 " use bf16"
             )
     quantized = _with_dequantized_inputs(proto, magnitudes, nodes) if nodes else proto
-    return convert_precision(quantized, "fp16", metadata)
+    kept = too_large(proto.graph, magnitudes) if metadata.family == FOREIGN else ()
+    return convert_precision(quantized, "fp16", metadata, kept)
 
 
 def _with_dequantized_inputs(

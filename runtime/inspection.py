@@ -73,9 +73,10 @@ def _metadata_facts(metadata: ModelMetadata) -> Section:
     values = {field.name: getattr(metadata, field.name) for field in dataclasses.fields(metadata)}
     names = values.pop("category_names")
     ids = values.pop("category_ids")
-    stages, choices = values.pop("stages"), values.pop("choices")
+    stages, choices, replaced = values.pop("stages"), values.pop("choices"), values.pop("replaced")
     values |= {f"choice: {name}": value for name, value in choices.items()}
     values |= {f"stage: {stage.title}": ", ".join(value.name for value in stage.values) for stage in stages}
+    values |= {f"replaced: {name}": count for name, count in replaced.items()}
     shown = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
     shown["classes"] = f"{len(ids)}: " + ", ".join(f"{i} {name}" for i, name in zip(ids, names, strict=True))
     return _facts("model", shown)

@@ -23,6 +23,12 @@ PROPERTY_PREFIX = "asag."
 SCHEMA = 2
 """Of the record; :mod:`runtime.schema_1` reads the one before."""
 
+FOREIGN = "foreign"
+"""The family of a file that another tool exported and `asag adopt` took over: it names no stages."""
+
+RESIZE_MODES = ("fit", "stretch")
+INTERPOLATIONS = ("antialias", "bilinear")
+
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 
 
@@ -33,10 +39,15 @@ class ModelMetadata:
     ``choices`` are the fields of the family's configuration that decide no tensor, as they were when the model was
     exported; ``stages`` what its forward pass names, in order; ``half_layers`` parts of the parameters' names of linear
     layers that bear 16 bits. ``input_height`` and ``input_width`` are the pixels of the fixed, padded input. An image
-    is resized to ``shorter_side`` with its longer side at most ``longer_side`` pixels, and shrunk further where it
-    would not fit the input. ``input_type`` is ``"uint8"`` (RGB, normalized inside the model) or ``"float32"``
-    (normalized with ``mean`` and ``std``, which apply to values scaled to 0..1). ``nms_iou`` is the threshold of
-    class-wise non-maximum suppression after the model, or None for none.
+    is resized as ``resize`` says: "fit" to ``shorter_side`` with its longer side at most ``longer_side`` pixels, shrunk
+    further where it would not fit the input, or "stretch" to exactly the input. ``interpolation`` is "antialias" (PIL's
+    bilinear filter, as wide as it shrinks) or "bilinear" (two taps per axis, whatever the scale). ``input_type`` is
+    ``"uint8"`` (RGB, normalized inside the model) or ``"float32"`` (normalized with ``mean`` and ``std``, which are of
+    values scaled to 0..1). ``nms_iou`` is the threshold of class-wise non-maximum suppression after the model, or None
+    for none.
+
+    Of an adopted file, whose family is :data:`FOREIGN`: ``layout`` is what its inputs and outputs were like,
+    ``source_digest`` the SHA-256 of the file that it was made from, ``replaced`` what was replaced in it, {op: count}.
     """
 
     family: str
@@ -59,6 +70,12 @@ class ModelMetadata:
     package_version: str
     weights_digest: str
     schema: int = SCHEMA
+    # Absent from files that were written before there were foreign ones.
+    resize: str = "fit"
+    interpolation: str = "antialias"
+    layout: str = ""
+    source_digest: str = ""
+    replaced: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         try:
@@ -70,6 +87,9 @@ class ModelMetadata:
         object.__setattr__(self, "choices", choices)
         if self.input_type not in ("uint8", "float32"):
             raise ValueError(f"model metadata: input_type must be uint8 or float32, it is {self.input_type!r}")
+        for name, known in (("resize", RESIZE_MODES), ("interpolation", INTERPOLATIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"model metadata: {name} must be {' or '.join(known)}, it is {getattr(self, name)!r}")
         if self.shorter_side > self.longer_side:
             raise ValueError(
                 f"model metadata: shorter_side {self.shorter_side} is larger than longer_side {self.longer_side}"
@@ -138,7 +158,17 @@ class ModelMetadata:
             )
         if schema == 1:
             values = upgraded_metadata(values)
-        missing = [name for name in fields if name not in values]
+        missing = [name for name in fields if name not in values and name not in _optional(cls)]
         if missing:
             raise ValueError(f"asag metadata lack {', '.join(missing)}; export the model again with `asag export`")
-        return cls(**{name: values[name] for name in fields})
+        return cls(**{name: values[name] for name in fields if name in values})
+
+
+def _optional(kind: type[ModelMetadata]) -> set[str]:
+    """Fields with a default, which is what a file without them means."""
+    lacking = dataclasses.MISSING
+    return {
+        field.name
+        for field in dataclasses.fields(kind)
+        if field.default is not lacking or field.default_factory is not lacking
+    }

@@ -191,6 +191,30 @@ def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image.resize((width, height), Image.Resampling.BILINEAR)
 
 
+def resize_by_two_taps(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Resize to ``size`` = (height, width): each pixel from two rows and two columns next to its centre.
+
+    Centres of pixels are at halves and the border is repeated, as bilinear interpolation of arrays does it without
+    antialiasing; the result is rounded to 8 bits.
+    """
+    if image.size == size[::-1]:
+        return image
+    pixels = np.asarray(image)
+    for axis, count in enumerate(size):
+        first, second, share = _taps(pixels.shape[axis], count)
+        weight = share.reshape((-1,) + (1,) * (2 - axis))
+        before, after = pixels.take(first, axis), pixels.take(second, axis)
+        pixels = before + (after.astype(np.float32) - before) * weight
+    return Image.fromarray(np.rint(pixels).astype(np.uint8))
+
+
+def _taps(before: int, after: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+    """Of ``after`` places along ``before`` pixels: the two pixels next to each, and the second's share."""
+    centre = np.clip((np.arange(after) + 0.5) * (before / after) - 0.5, 0, before - 1)
+    first = np.floor(centre).astype(np.int64)
+    return first, np.minimum(first + 1, before - 1), (centre - first).astype(np.float32)
+
+
 def normalize(pixels: NDArray[np.uint8], mean: Sequence[float], std: Sequence[float]) -> NDArray[np.float32]:
     """Scale uint8 RGB ``pixels`` [..., 3] to 0..1, subtract ``mean`` and divide by ``std``, in float32."""
     scaled = pixels.astype(np.float32)
@@ -203,19 +227,26 @@ def normalize(pixels: NDArray[np.uint8], mean: Sequence[float], std: Sequence[fl
 def prepare(images: Sequence[Image.Image], metadata: ModelMetadata) -> dict[str, NDArray]:
     """Model inputs of a batch: ``images`` [B, 3, H, W] (uint8 or float32) and ``sizes`` [B, 2] float32.
 
-    Each image is resized, placed at the top left and padded with zeros; ``sizes`` are its (height, width) in pixels
-    of the input. ``images`` must be RGB.
+    Each image is resized as the metadata say, placed at the top left and padded with zeros; ``sizes`` are its (height,
+    width) in pixels of the input. ``images`` must be RGB.
     """
     dtype = np.uint8 if metadata.input_type == "uint8" else np.float32
     batch = np.zeros((len(images), 3, *metadata.input_size), dtype)
     sizes = np.zeros((len(images), 2), np.float32)
+    resized = resize if metadata.interpolation == "antialias" else resize_by_two_taps
     for index, image in enumerate(images):
-        size = resized_size(
-            image.height, image.width, metadata.shorter_side, metadata.longer_side, limit=metadata.input_size
-        )
-        pixels = np.asarray(resize(image, size))
+        size = _size_in_input(image, metadata)
+        pixels = np.asarray(resized(image, size))
         if metadata.input_type == "float32":
             pixels = normalize(pixels, metadata.mean, metadata.std)
         batch[index, :, : size[0], : size[1]] = pixels.transpose(2, 0, 1)
         sizes[index] = size
     return {"images": batch, "sizes": sizes}
+
+
+def _size_in_input(image: Image.Image, metadata: ModelMetadata) -> tuple[int, int]:
+    if metadata.resize == "stretch":
+        return metadata.input_size
+    return resized_size(
+        image.height, image.width, metadata.shorter_side, metadata.longer_side, limit=metadata.input_size
+    )

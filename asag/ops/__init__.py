@@ -10,6 +10,7 @@ from asag.ops.cuda import definitions_only, register_cuda_kernels
 from asag.ops.deformable_attention import deformable_attention_definition, multi_scale_deformable_attention
 from asag.ops.gather_anchors import gather_anchors, gather_anchors_definition
 from asag.ops.pyramid_roi_align import pyramid_roi_align, pyramid_roi_align_definition
+from asag.ops.sample_grid import sample_grid, sample_grid_definition
 from asag.ops.sampling_mixing import sampling_mixing, sampling_mixing_definition
 from asag.ops.select_tokens import select_tokens, select_tokens_definition
 
@@ -25,6 +26,8 @@ __all__ = [
     "probe_candidates",
     "pyramid_roi_align",
     "pyramid_roi_align_definition",
+    "sample_grid",
+    "sample_grid_definition",
     "sampling_mixing",
     "sampling_mixing_definition",
     "select_tokens",

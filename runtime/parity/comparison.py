@@ -260,6 +260,7 @@ def _with_unavailable(
 _TASK_FIELDS = (
     *("category_ids", "category_names", "choices"),
     *("input_height", "input_width", "shorter_side", "longer_side", "nms_iou"),
+    *("resize", "interpolation"),
 )
 
 

@@ -15,6 +15,7 @@ from asag.ops import (
     deformable_attention_definition,
     gather_anchors_definition,
     pyramid_roi_align_definition,
+    sample_grid_definition,
     sampling_mixing_definition,
     select_tokens_definition,
 )
@@ -51,6 +52,7 @@ def arguments(name: str, batch: int) -> tuple[Any, ...]:
             1,
             1,
         ),
+        "sample_grid": (torch.randn(batch, 3, 4, 6), torch.rand(batch, 5, 2, 2) * 3 - 1.5, 1, 0),
         "select_tokens": (torch.randn(batch, 12), torch.arange(batch) + 2, 5),
     }[name]
 
@@ -61,6 +63,7 @@ DEFINITIONS: dict[str, Callable[..., Any]] = {
     "gather_anchors": gather_anchors_definition,
     "pyramid_roi_align": pyramid_roi_align_definition,
     "sampling_mixing": sampling_mixing_definition,
+    "sample_grid": sample_grid_definition,
     "select_tokens": select_tokens_definition,
 }
 

@@ -19,7 +19,7 @@ def steps_in(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("run", "skipped"), [("speed", 6), ("train", 0)])
+@pytest.mark.parametrize(("run", "skipped"), [("speed", 7), ("train", 0)])
 def test_a_rehearsal_runs_every_step_that_needs_no_gpu(
     run: str, skipped: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

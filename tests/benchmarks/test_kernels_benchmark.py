@@ -117,8 +117,8 @@ def test_the_whole_benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert found["rates"]["device"] == "a GPU"
 
     # AdaptiveProbing on two levels and the maps' ops in three types, SamplingMixing at three numbers of queries,
-    # deformable attention in three parts.
-    assert len(found["results"]) == 2 * 3 + 1 + 3 + 3 * 3 + 3 * 3 + 1
+    # deformable attention in three parts, SelectTokens, and SampleGrid in three types.
+    assert len(found["results"]) == 2 * 3 + 1 + 3 + 3 * 3 + 3 * 3 + 1 + 3
     assert {entry["queries"] for entry in found["results"] if entry["op"] == "SamplingMixing"} == {6, 9, 12}
     for entry in found["results"]:
         timings = {(timing["what"], timing["how"]) for timing in entry["timings"]}

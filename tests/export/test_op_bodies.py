@@ -24,11 +24,12 @@ from asag.ops import (
     deformable_attention_definition,
     gather_anchors_definition,
     pyramid_roi_align_definition,
+    sample_grid_definition,
     sampling_mixing_definition,
     select_tokens_definition,
 )
 from asag.trt_plugins.operations import DOMAIN
-from tests.trt_plugins.kernel_cases import attention_inputs, scores_with_ties
+from tests.trt_plugins.kernel_cases import attention_inputs, grid_inputs, scores_with_ties
 
 FUNCTIONS = {function.name: function.to_function_proto() for function in (*OP_FUNCTIONS, *HELPER_FUNCTIONS)}
 ELEMENT_TYPES = {
@@ -44,6 +45,7 @@ INPUTS = {
     "SamplingMixing": (*PYRAMID, "points", "parameters"),
     "MultiScaleDeformableAttention": ("value", "locations", "weights"),
     "SelectTokens": ("scores", "counts"),
+    "SampleGrid": ("value", "grid"),
 }
 DEFINITIONS = {
     "AdaptiveProbing": adaptive_probing_definition,
@@ -52,6 +54,7 @@ DEFINITIONS = {
     "SamplingMixing": sampling_mixing_definition,
     "MultiScaleDeformableAttention": deformable_attention_definition,
     "SelectTokens": select_tokens_definition,
+    "SampleGrid": sample_grid_definition,
 }
 # A session takes milliseconds to make, one per set of attributes.
 EXAMPLES = settings(max_examples=60, deadline=None)
@@ -325,3 +328,19 @@ def test_bodies_keep_to_operators_that_every_target_implements(function: onnx.Fu
     refused = {"NonMaxSuppression", "NonZero", "RoiAlign", "GridSample", "Compress", "Unique", "If"}
     assert not operators(function.node) & refused
     assert function.domain == DOMAIN
+
+
+@EXAMPLES
+@given(
+    value=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 5), st.integers(1, 5)),
+    places=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    padding=st.integers(0, 1),
+    aligned=st.integers(0, 1),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_sample_grid(
+    value: tuple[int, int, int, int], places: tuple[int, int], padding: int, aligned: int, seed: int
+) -> None:
+    """Maps down to one cell; places anywhere, and what is no number."""
+    inputs = [torch.from_numpy(array) for array in grid_inputs(seed, value, places)]
+    check("SampleGrid", inputs, tolerance=1e-5, padding=padding, align_corners=aligned)

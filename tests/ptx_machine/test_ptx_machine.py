@@ -17,8 +17,10 @@ from tests.ptx_machine.memory import KernelFaultError
 from tests.ptx_machine.work import Work
 from tests.trt_plugins.kernel_cases import (
     LEVELS,
+    SAMPLINGS,
     Array,
     attention_inputs,
+    grid_inputs,
     mixing_inputs,
     probing_inputs,
     pyramid,
@@ -33,6 +35,7 @@ KERNELS = (
     "deformable_attention",
     "gather_anchors",
     "pyramid_roi_align",
+    "sample_grid",
     "sampling_mixing",
     "select_tokens",
 )
@@ -64,6 +67,9 @@ def runs_of(kernel: str) -> Iterator[Callable[[], list[Array]]]:
     elif kernel == "deformable_attention":
         inputs = attention_inputs(channels=32)
         yield lambda: run_ptx("MultiScaleDeformableAttention", inputs, LEVELS)
+    elif kernel == "sample_grid":
+        for attributes in SAMPLINGS:
+            yield lambda attributes=attributes: run_ptx("SampleGrid", grid_inputs(), attributes)
     elif kernel == "select_tokens":
         inputs = [scores_with_ties(0, 2, 300), np.array([40, 7])]
         yield lambda: run_ptx("SelectTokens", inputs, {"capacity": 50})

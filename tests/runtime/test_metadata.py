@@ -44,6 +44,13 @@ def test_category_names(metadata: ModelMetadata) -> None:
     assert metadata.category_name(2) == "2"
 
 
+def test_files_without_the_fields_of_foreign_ones_mean_what_they_did(metadata: ModelMetadata) -> None:
+    newer = ("resize", "interpolation", "layout", "source_digest", "replaced")
+    older = {key: value for key, value in metadata.to_properties().items() if key.removeprefix("asag.") not in newer}
+    found = ModelMetadata.from_properties(older)
+    assert (found, found.resize, found.interpolation) == (metadata, "fit", "antialias")
+
+
 def test_foreign_model_is_named_as_such() -> None:
     with pytest.raises(ValueError, match="not an asag model"):
         ModelMetadata.from_properties({"author": "somebody"})
@@ -64,6 +71,8 @@ def test_foreign_model_is_named_as_such() -> None:
         ({"asag.category_ids": "[]"}, "category_ids is .*; it must be a list of length >= 1"),
         ({"asag.category_names": '["a"]'}, "3 category ids but 1 category names"),
         ({"asag.nms_iou": "1.5"}, "nms_iou must be between 0 and 1"),
+        ({"asag.resize": '"crop"'}, "resize must be fit or stretch, it is 'crop'"),
+        ({"asag.interpolation": '"cubic"'}, "interpolation must be antialias or bilinear"),
         ({"asag.shorter_side": "2000"}, "larger than longer_side"),
         ({"asag.choices": "[]"}, "choices is .*; it must be"),
         ({"asag.stages": '[{"name": "a", "values": [{"name": "b", "kind": "magic"}]}]'}, "stages is .*"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 import tempfile
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -18,6 +20,7 @@ from asag.runtime.preprocessing import (
     load_image,
     prepare,
     resize,
+    resize_by_two_taps,
     resized_size,
 )
 from tests.runtime.toy_detector import toy_metadata
@@ -259,3 +262,25 @@ def test_as_image_takes_arrays_images_and_paths(tmp_path: Path) -> None:
     Image.fromarray(pixels).save(path)
     for source in (pixels, Image.fromarray(pixels), Image.fromarray(pixels).convert("RGBA"), path, str(path)):
         assert np.array_equal(np.asarray(as_image(source)), pixels)
+
+
+def test_stretched_images_fill_the_input() -> None:
+    metadata = dataclasses.replace(toy_metadata(), resize="stretch")
+    tensors = prepare([Image.new("RGB", (300, 40), (9, 9, 9))], metadata)
+    assert tensors["sizes"].tolist() == [list(metadata.input_size)]
+    assert (tensors["images"] == tensors["images"][0, 0, 0, 0]).all()
+
+
+@given(
+    st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    st.integers(0, 9),
+)
+def test_two_taps_are_bilinear_interpolation_of_arrays(
+    before: tuple[int, int], after: tuple[int, int], seed: int
+) -> None:
+    pixels = np.random.default_rng(seed).integers(0, 256, (*before, 3), np.uint8)
+    maps = torch.from_numpy(pixels).permute(2, 0, 1)[None].float()
+    expected = torch.nn.functional.interpolate(maps, after, mode="bilinear", align_corners=False)
+    found = np.asarray(resize_by_two_taps(Image.fromarray(pixels), after), np.float32)
+    assert np.abs(found - expected[0].permute(1, 2, 0).numpy()).max() <= 0.51

@@ -114,6 +114,23 @@ def attention_inputs(
     return [array.astype(np.float32) for array in arrays]
 
 
+def grid_inputs(
+    seed: int = 0,
+    value: tuple[int, int, int, int] = (2, 19, 9, 13),
+    places: tuple[int, int] = (7, 5),
+) -> list[Array]:
+    """value and grid of SampleGrid; places inside, on the border and outside."""
+    random = np.random.default_rng(seed)
+    grid = random.uniform(-1.2, 1.2, (value[0], *places, 2))
+    odd = [0, 1, -1, 2, 0.5, 1e7, -1e30, 3e38, np.inf, -np.inf, np.nan]
+    grid = np.where(random.random(grid.shape) < 0.2, random.choice(odd, grid.shape), grid)
+    return [random.normal(size=value).astype(np.float32), grid.astype(np.float32)]
+
+
+SAMPLINGS = [{"padding": padding, "align_corners": aligned} for padding in (0, 1) for aligned in (0, 1)]
+"""All attributes of SampleGrid."""
+
+
 def scores_with_ties(seed: int, batch: int, tokens: int) -> Array:
     """[B, T]: few different scores, of both signs and sizes, and what is no number."""
     random = np.random.default_rng(seed)

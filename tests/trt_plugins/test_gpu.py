@@ -22,6 +22,7 @@ from asag.ops import (
     deformable_attention_definition,
     gather_anchors_definition,
     pyramid_roi_align_definition,
+    sample_grid_definition,
     sampling_mixing_definition,
     select_tokens_definition,
 )
@@ -39,10 +40,12 @@ from tests.trt_plugins.kernel_cases import (
     LEVELS,
     PUBLISHED,
     RELU_IN_PIXELS,
+    SAMPLINGS,
     TOLERANCE,
     TORCH_TYPES,
     Array,
     attention_inputs,
+    grid_inputs,
     mixing_inputs,
     probing_inputs,
     pyramid,
@@ -162,6 +165,15 @@ def test_attention(queries: int, channels: int, element: str) -> None:
     inputs = [rounded[0], locations, rounded[1]]
     (attended,) = run("MultiScaleDeformableAttention", inputs, LEVELS, element)
     assert_close(attended, deformable_attention_definition(*tensors(*inputs), **LEVELS), TOLERANCE[element])
+
+
+@pytest.mark.parametrize("element", TOLERANCE)
+@pytest.mark.parametrize("attributes", SAMPLINGS)
+def test_samples(attributes: dict[str, int], element: str) -> None:
+    value, grid = grid_inputs(1, (16, 32, 80, 80), (300, 4))
+    rounded = to_float(to_element(value, element), element)
+    (samples,) = run("SampleGrid", [rounded, grid], attributes, element)
+    assert_close(samples, sample_grid_definition(*tensors(rounded, grid), **attributes), TOLERANCE[element])
 
 
 @pytest.mark.parametrize("ties", [False, True])

@@ -15,6 +15,7 @@ from asag.ops import (
     deformable_attention_definition,
     gather_anchors_definition,
     pyramid_roi_align_definition,
+    sample_grid_definition,
     sampling_mixing_definition,
     select_tokens_definition,
 )
@@ -24,9 +25,11 @@ from tests.trt_plugins.kernel_cases import (
     LEVELS,
     PUBLISHED,
     RELU_IN_PIXELS,
+    SAMPLINGS,
     TOLERANCE,
     Array,
     attention_inputs,
+    grid_inputs,
     mixing_inputs,
     probing_inputs,
     pyramid,
@@ -388,6 +391,40 @@ def test_attention_of_too_many_channels_is_refused() -> None:
         ValueError, match="no kernel for 157 cells with 3 heads of 129 channels; use the op's ONNX body"
     ):
         run_ptx("MultiScaleDeformableAttention", attention_inputs(channels=129), LEVELS)
+
+
+def check_samples(run: Run, inputs: list[Array], attributes: dict[str, int], element: str = "float32") -> None:
+    value, grid = inputs
+    given = to_element(value, element)
+    (samples,) = run("SampleGrid", [given, grid], attributes, element)
+    expected = sample_grid_definition(*tensors(to_float(given, element), grid), **attributes).numpy()
+    assert_close(to_float(samples, element), expected, {"float32": 1e-5, "float16": 6e-4, "bfloat16": 5e-3}[element])
+
+
+@on_every_machine
+@pytest.mark.parametrize("attributes", SAMPLINGS)
+def test_samples_equal_definition(run: Run, attributes: dict[str, int]) -> None:
+    check_samples(run, grid_inputs(), attributes)
+
+
+@pytest.mark.parametrize("element", HALF_TYPES)
+def test_samples_of_half_precision(element: str) -> None:
+    check_samples(run_ptx, grid_inputs(1), SAMPLINGS[0], element)
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    seed=st.integers(0, 2**31),
+    value=st.tuples(st.integers(1, 2), st.integers(1, 20), st.integers(1, 4), st.integers(1, 4)),
+    attributes=st.sampled_from(SAMPLINGS),
+)
+def test_samples_of_small_maps(seed: int, value: tuple[int, int, int, int], attributes: dict[str, int]) -> None:
+    check_samples(run_ptx, grid_inputs(seed, value, (3, 50)), attributes)
+
+
+def test_samples_with_another_padding_are_refused() -> None:
+    with pytest.raises(ValueError, match="SampleGrid has no padding 2 or alignment 0; each is 0 or 1"):
+        run_ptx("SampleGrid", grid_inputs(), {"padding": 2, "align_corners": 0})
 
 
 def check_selection(run: Run, scores: Array, counts: tuple[int, ...], capacity: int) -> None:

@@ -18,6 +18,7 @@ from asag.ops import (
     deformable_attention_definition,
     gather_anchors_definition,
     pyramid_roi_align_definition,
+    sample_grid_definition,
     sampling_mixing_definition,
     select_tokens_definition,
 )
@@ -28,8 +29,10 @@ from benchmarks.kernel_cases import DEMO, op_model, signature
 from tests.trt_plugins.kernel_cases import (
     LEVELS,
     RELU_IN_PIXELS,
+    SAMPLINGS,
     Array,
     attention_inputs,
+    grid_inputs,
     mixing_inputs,
     probing_inputs,
     pyramid,
@@ -136,6 +139,7 @@ def test_bodies_that_other_tools_files_may_get(operator_set: int) -> None:
     cases: list[tuple[str, list[Array], dict[str, Any]]] = [
         ("MultiScaleDeformableAttention", attention_inputs(), LEVELS),
         ("SelectTokens", [scores_with_ties(0, 2, 60), np.array([7, 3])], {"capacity": 7}),
+        *(("SampleGrid", grid_inputs(), attributes) for attributes in SAMPLINGS),
     ]
     for name, inputs, attributes in cases:
         found, expected = (run_body(name, inputs, attributes, "float32", number) for number in (operator_set, 20))
@@ -143,7 +147,7 @@ def test_bodies_that_other_tools_files_may_get(operator_set: int) -> None:
             np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("name", ["MultiScaleDeformableAttention", "SelectTokens"])
+@pytest.mark.parametrize("name", ["MultiScaleDeformableAttention", "SelectTokens", "SampleGrid"])
 def test_bodies_build_in_tensorrt_rtx(name: str) -> None:
     """Its builder needs no GPU and says which operators it lacks."""
     try:
@@ -156,6 +160,32 @@ def test_bodies_build_in_tensorrt_rtx(name: str) -> None:
     parser = trt.OnnxParser(network, builder.logger)
     assert parser.parse(model.SerializeToString()), parser.get_error(0).desc()
     assert builder.build_serialized_network(network, builder.create_builder_config()) is not None
+
+
+@pytest.mark.parametrize("operator_set", [16, 20, 22])
+@pytest.mark.parametrize("attributes", SAMPLINGS)
+def test_sample_grid_is_the_standard_operator(attributes: dict[str, int], operator_set: int) -> None:
+    """But for places far outside and what is no number, for which runtimes differ."""
+    value, grid = grid_inputs(value=(2, 3, 5, 1), places=(40, 3))
+    grid = np.where(np.abs(grid) < 2, grid, 0.3)
+    node = helper.make_node(
+        "GridSample",
+        ["value", "grid"],
+        ["samples"],
+        mode="bilinear" if operator_set < 20 else "linear",
+        padding_mode=("zeros", "border")[attributes["padding"]],
+        align_corners=attributes["align_corners"],
+    )
+    values = [
+        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+        for name, shape in (("value", value.shape), ("grid", grid.shape), ("samples", (2, 3, 40, 3)))
+    ]
+    graph = helper.make_graph([node], "sampling", values[:2], values[2:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", operator_set)], ir_version=10)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (expected,) = session.run(None, {"value": value, "grid": grid})
+    found = run_body("SampleGrid", [value, grid], attributes, "float32", operator_set)[0]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
 
 
 def test_one_file_has_one_body_of_an_op() -> None:
@@ -185,6 +215,7 @@ def test_maps_of_half_precision() -> None:
         ("PyramidRoIAlign", aligning, {}, pyramid_roi_align_definition),
         ("SamplingMixing", mixing, {"mixed_points": 32}, sampling_mixing_definition),
         ("MultiScaleDeformableAttention", attention_inputs(), LEVELS, deformable_attention_definition),
+        ("SampleGrid", grid_inputs(), SAMPLINGS[1], sample_grid_definition),
     ):
         actual = run_body(name, inputs, attributes, "float16")[0]
         kinds = [tensor.resolve("float16") for tensor in OPERATIONS[name].inputs]

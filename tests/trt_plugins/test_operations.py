@@ -91,6 +91,7 @@ EXAMPLES = {
         {"level_shapes": (3, 4, 1, 2), "level_points": (3, 2)},
     ),
     "SelectTokens": ([(2, 30), (2,)], {"capacity": 8}),
+    "SampleGrid": ([(2, 3, 4, 6), (2, 5, 2, 2)], {"padding": 1, "align_corners": 0}),
 }
 
 

@@ -36,6 +36,7 @@ EXAMPLES: dict[str, tuple[list[tuple[int | None, ...]], dict[str, Any]]] = {
         {"level_shapes": (8, 9, 2, 4), "level_points": (3, 2)},
     ),
     "SelectTokens": ([(None, 300), (None,)], {"capacity": 31}),
+    "SampleGrid": ([(None, 24, 8, 9), (None, 30, 4, 2)], {"padding": 0, "align_corners": 1}),
 }
 USED = ("AdaptiveProbing", "GatherAnchors", "PyramidRoIAlign", "SamplingMixing")
 """The ops of the exported detector."""

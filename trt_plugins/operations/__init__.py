@@ -9,6 +9,7 @@ from asag.trt_plugins.operations.deformable_attention import DEFORMABLE_ATTENTIO
 from asag.trt_plugins.operations.description import DOMAIN, ELEMENT_TYPES, STATIC_SHARED_LIMIT, Operation, Tensor, Work
 from asag.trt_plugins.operations.gather_anchors import GATHER_ANCHORS
 from asag.trt_plugins.operations.pyramid_roi_align import PYRAMID_ROI_ALIGN
+from asag.trt_plugins.operations.sample_grid import SAMPLE_GRID
 from asag.trt_plugins.operations.sampling_mixing import SAMPLING_MIXING
 from asag.trt_plugins.operations.select_tokens import SELECT_TOKENS
 
@@ -23,6 +24,7 @@ OPERATIONS: dict[str, Operation] = {
         SAMPLING_MIXING,
         DEFORMABLE_ATTENTION,
         SELECT_TOKENS,
+        SAMPLE_GRID,
     )
 }
 """By the names of their ONNX nodes."""

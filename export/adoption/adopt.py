@@ -1,0 +1,255 @@
+"""The steps from a foreign file to an adopted one, each checked by running."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from PIL import Image
+
+from asag import __version__
+from asag.export.adoption.adapters import Extent, put_in_contract
+from asag.export.adoption.attention import find_candidates
+from asag.export.adoption.comparison import Comparison, compare_files
+from asag.export.adoption.execution import FileRun, ask_dims, foreign_feeds, numpy_type
+from asag.export.adoption.foreign_file import ForeignFile, fix_sides, read_foreign
+from asag.export.adoption.graph import GraphIndex, all_graphs
+from asag.export.adoption.layouts import Interface, Port, recognise
+from asag.export.adoption.outlook import head_size
+from asag.export.adoption.pictures import verification_pictures
+from asag.export.adoption.plan import AdoptionOptions, Plan, input_size, make_plan
+from asag.export.adoption.rewriting import replace_attentions, replace_samples, sampled_volumes
+from asag.export.adoption.verification import Attention, confirm, names_to_observe, propose
+from asag.export.op_bodies import bodies_of
+from asag.export.op_bodies.domain import DOMAIN_VERSION
+from asag.export.operator_set import STANDARD_DOMAINS
+from asag.runtime.errors import one_line
+from asag.runtime.files import write_bytes
+from asag.runtime.metadata import FOREIGN, ModelMetadata
+from asag.runtime.onnx_file import write_metadata
+from asag.runtime.preprocessing import prepare
+from asag.trt_plugins.operations import DOMAIN
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class AdoptionReport:
+    """What an adoption wrote. ``samples`` counts the GridSamples of the foreign file, ``within`` those that were part
+    of the ``attentions``; ``assumed`` and ``warnings`` are lines for a person.
+    """
+
+    path: Path
+    metadata: ModelMetadata
+    assumed: tuple[str, ...]
+    warnings: tuple[str, ...]
+    samples: int
+    within: int
+    attentions: int
+    comparison: Comparison
+
+    def summary(self) -> str:
+        """All of it in one line."""
+        metadata, compared = self.metadata, self.comparison
+        alone = metadata.replaced.get("SampleGrid", 0)
+        parts = []
+        if self.attentions:
+            parts.append(f"{_count(self.attentions, 'deformable attention')} replaced ({self.within} GridSample)")
+        if alone:
+            parts.append(f"{alone} {'other ' * bool(self.attentions)}GridSample replaced")
+        if self.samples > self.within + alone:
+            parts.append(f"{self.samples - self.within - alone} GridSample kept")
+        return (
+            f"{self.path.name}: layout {metadata.layout}, {metadata.input_height}x{metadata.input_width}"
+            f" {metadata.resize}, {', '.join(parts) or 'no GridSample to replace'}, {compared.found:,} of"
+            f" {compared.detections:,} detections as before, scores within {compared.score_difference:.0e}"
+        )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def adopt(source: Path, target: Path, options: AdoptionOptions, say: Say = lambda line: None) -> AdoptionReport:
+    """Write the foreign file `source` to `target` as one of our contract; `say` hears of each phase.
+
+    Raises FileNotFoundError or ValueError, in one line, for what cannot be adopted, and where a detection of the
+    foreign file is not found in the adopted one; then nothing is written.
+    """
+    foreign = read_foreign(source)
+    try:
+        return _Adoption(foreign, options, say).write(target)
+    except ValueError as error:
+        raise ValueError(f"{source}: {one_line(error)}") from None
+
+
+class _Adoption:
+    """One file on its way."""
+
+    def __init__(self, foreign: ForeignFile, options: AdoptionOptions, say: Say) -> None:
+        self.foreign, self.options, self.say = foreign, options, say
+        self.proto = foreign.proto
+        self.notes: list[str] = []
+        self.size = (0, 0)
+        self.interface = self._recognise()
+
+    def write(self, target: Path) -> AdoptionReport:
+        plan = make_plan(self.interface, self.size, self.options, head_size(GraphIndex(self.proto.graph)))
+        extent = Extent(_rows(self.interface))
+        pictures = verification_pictures(self.size, self.options.images)
+        metadata = _metadata(plan, extent, self.foreign)
+        samples = sum(node.op_type == "GridSample" for graph in all_graphs(self.proto.graph) for node in graph.node)
+        adopted = onnx.ModelProto()
+        adopted.CopyFrom(self.proto)
+        found: tuple[Attention, ...] = ()
+        kept: tuple[str, ...] = ()
+        if not self.options.keep_grid_sample:
+            self.say("looking for deformable attention")
+            found = self._attentions(plan, metadata, [picture for _, picture in pictures[:2]])
+            replace_attentions(adopted, found)
+            kept = replace_samples(adopted, sampled_volumes(self.proto))
+            if kept and self.options.strict:
+                raise ValueError(f"GridSample with {kept[0]} has no replacement; without --strict it is kept")
+        ops = Counter(
+            node.op_type for graph in all_graphs(adopted.graph) for node in graph.node if node.domain == DOMAIN
+        )
+        metadata = dataclasses.replace(metadata, replaced=dict(ops))
+        put_in_contract(adopted, plan, extent)
+        adopted = _finished(adopted, self.foreign.operator_set, metadata)
+        self.say("comparing detections")
+        comparison = compare_files(FileRun(self.proto), FileRun(adopted), plan, metadata, pictures)
+        if comparison.first_differing is not None:
+            lost = comparison.detections - comparison.found
+            raise ValueError(
+                f"{lost:,} of {comparison.detections:,} detections differ, first in {comparison.first_differing};"
+                " nothing was written"
+            )
+        write_bytes(target, adopted.SerializeToString())
+        warnings = tuple(f"{count} GridSample with {what} kept" for what, count in Counter(kept).items())
+        within = {level.node for attention in found for level in attention.candidate.levels}
+        assumed = (*self.notes, *plan.assumed)
+        return AdoptionReport(target, metadata, assumed, warnings, samples, len(within), len(found), comparison)
+
+    def _recognise(self) -> Interface:
+        """The file's layout, its height and width made static. What the outputs leave open, a run tells; a file that
+        leaves its batch open and runs with one image only gets that fixed, too.
+        """
+        inputs, outputs = self.foreign.inputs, self.foreign.outputs
+        image = next((port for port in inputs if len(port.dims) == 4), None)
+        if image is None:
+            return recognise(inputs, outputs, self.options.layout)
+        self.size = input_size(image, self.options.input_size)
+        inputs = tuple(_with_sides(port, image.dims[0], self.size) for port in inputs)
+        fix_sides(self.proto, inputs)
+        run = FileRun(self.proto)
+        batch = image.dims[0]
+        try:
+            outputs = ask_dims(run, _blank(inputs, batch or 2), outputs)
+        except ValueError:
+            if batch is not None:
+                raise
+            batch = 1
+            outputs = ask_dims(run, _blank(inputs, batch), outputs)
+            self.notes.append("it runs with one image only, though it leaves its batch open: the batch is 1")
+            inputs = tuple(_with_sides(port, batch, self.size) for port in inputs)
+            fix_sides(self.proto, inputs)
+        return recognise(inputs, outputs, self.options.layout)
+
+    def _attentions(
+        self, plan: Plan, metadata: ModelMetadata, pictures: Sequence[Image.Image]
+    ) -> tuple[Attention, ...]:
+        candidates = find_candidates(GraphIndex(self.proto.graph))
+        if not candidates:
+            return ()
+        observed = [name for candidate in candidates for name in names_to_observe(candidate)]
+        run = FileRun(self.proto, observed, optimized=False)
+        whole = dataclasses.replace(metadata, resize="stretch")
+        runs, feeds = {}, {}
+        for count in (self.interface.batch,) if self.interface.batch else (1, 2):
+            tensors = prepare([pictures[number % len(pictures)] for number in range(count)], whole)
+            feeds[count] = foreign_feeds(tensors["images"], tensors["sizes"], plan)
+            runs[count] = run.run(feeds[count])
+        del run  # its memory
+        proposed = [attention for one in candidates if (attention := propose(one, runs)) is not None]
+        return confirm(self.proto, proposed, runs, feeds)
+
+
+def _with_sides(port: Port, batch: int | None, size: tuple[int, int]) -> Port:
+    """An input of a detector with the sides that it then has."""
+    sides = {4: (batch, 3, *size), 3: (batch, *size), 2: (batch, *port.dims[1:])}
+    return dataclasses.replace(port, dims=sides.get(len(port.dims), port.dims))
+
+
+def _blank(inputs: Iterable[Port], batch: int) -> dict[str, Any]:
+    """Something to feed a file: grey images without padding."""
+    return {
+        port.name: np.full((batch, *(side or 2 for side in port.dims[1:])), 0.5 if len(port.dims) == 4 else 1).astype(
+            numpy_type(port)
+        )
+        for port in inputs
+    }
+
+
+def _rows(interface: Interface) -> int:
+    """Queries, or ranked detections, of an image."""
+    role = next(name for name in ("rows", "logits", "scores") if name in interface.outputs)
+    rows = interface.outputs[role].dims[1]
+    assert rows is not None, "a run told"
+    return rows
+
+
+def _metadata(plan: Plan, extent: Extent, foreign: ForeignFile) -> ModelMetadata:
+    names = plan.classes.names
+    return ModelMetadata(
+        family=FOREIGN,
+        preset=re.sub(r"[^A-Za-z0-9_.-]", "-", foreign.path.stem).lstrip("-.") or FOREIGN,
+        choices={},
+        stages=(),
+        half_layers=(),
+        precision="fp32",
+        input_height=plan.size[0],
+        input_width=plan.size[1],
+        input_type="uint8",
+        shorter_side=min(plan.size),
+        longer_side=max(plan.size),
+        mean=plan.mean,
+        std=plan.std,
+        category_ids=plan.classes.ids,
+        category_names=tuple(names[number] for number in plan.classes.ids),
+        nms_iou=None,
+        max_detections=extent.detections(plan.interface.layout.ranked),
+        package_version=__version__,
+        weights_digest=foreign.digest,
+        resize=plan.resize,
+        interpolation=plan.interpolation,
+        layout=plan.interface.layout.name,
+        source_digest=foreign.digest,
+    )
+
+
+def _finished(proto: onnx.ModelProto, operator_set: int, metadata: ModelMetadata) -> onnx.ModelProto:
+    """With the ops' bodies, in the file's own operator set; shapes inferred, and checked."""
+    bodies = bodies_of(node for graph in all_graphs(proto.graph) for node in graph.node)
+    for body in bodies:
+        for entry in body.opset_import:
+            if entry.domain in STANDARD_DOMAINS:
+                entry.version = operator_set
+    if bodies:
+        proto.functions.extend(bodies)
+        proto.opset_import.add(domain=DOMAIN, version=DOMAIN_VERSION)
+    proto.ir_version = max(proto.ir_version, 8)  # the first with functions
+    del proto.metadata_props[:]
+    write_metadata(proto, metadata)
+    proto = onnx.shape_inference.infer_shapes(proto)
+    try:
+        onnx.checker.check_model(proto)
+    except onnx.checker.ValidationError as error:
+        raise ValueError(f"the adopted file would not be valid ONNX: {one_line(error)}") from None
+    return proto

@@ -1,0 +1,117 @@
+"""Does an adopted file give the detections of the foreign one? Both run on ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from asag.export.adoption.execution import FileRun, foreign_detections, foreign_feeds
+from asag.export.adoption.plan import Plan
+from asag.runtime.metadata import ModelMetadata
+from asag.runtime.parity.agreement import SCORE_TOLERANCE, compare_detections
+from asag.runtime.postprocessing import Detections, postprocess
+from asag.runtime.preprocessing import prepare
+
+LEAST_SCORE = 0.05
+"""Detections under it are not looked for."""
+
+LEAST_IOU = 0.999
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Of `detections` of the foreign file, over all pictures, `found` are in the adopted one."""
+
+    detections: int
+    found: int
+    score_difference: float
+    first_differing: str | None
+
+
+def compare_files(
+    foreign: FileRun,
+    adopted: FileRun,
+    plan: Plan,
+    metadata: ModelMetadata,
+    pictures: Sequence[tuple[str, Image.Image]],
+) -> Comparison:
+    """Run both on every picture; the adopted file, where its batch is open, on two at once.
+
+    A detection is found where the other file has one of its class, with IoU 0.999 and a score within 1e-4; ties at the
+    cut do not count, as in parity. Raises ValueError for outputs that cannot be those of the layout, and for a class
+    index without a class.
+    """
+    total = found = 0
+    difference = 0.0
+    first = None
+    at_once = plan.interface.batch or 2
+    for start in range(0, len(pictures), at_once):
+        batch = [pictures[min(start + place, len(pictures) - 1)] for place in range(at_once)]
+        tensors = prepare([picture for _, picture in batch], metadata)
+        ours = adopted.run(tensors)
+        theirs = _foreign(foreign, tensors, plan)
+        for place, (name, picture) in enumerate(batch[: len(pictures) - start]):
+            size = (picture.height, picture.width)
+            wanted = _detections(theirs[place], size)
+            given = postprocess({key: values[place : place + 1] for key, values in ours.items()}, [size], metadata)[0]
+            missing, difference_here = _missing(wanted, given, metadata.max_detections)
+            total += len(wanted.above(LEAST_SCORE))
+            found += len(wanted.above(LEAST_SCORE)) - missing
+            difference = max(difference, difference_here)
+            if missing and first is None:
+                first = name
+    return Comparison(total, found, difference, first)
+
+
+def _foreign(run: FileRun, tensors: Mapping[str, Array], plan: Plan) -> list[tuple[Array, Array, Array]]:
+    """What the foreign file finds in each image, which it gets alone where its batch is open."""
+    if plan.interface.batch:
+        parts = [slice(None)]
+    else:
+        parts = [slice(place, place + 1) for place in range(len(tensors["images"]))]
+    found = []
+    for part in parts:
+        images, sizes = tensors["images"][part], tensors["sizes"][part]
+        found += foreign_detections(run.run(foreign_feeds(images, sizes, plan)), sizes, plan)
+    for boxes, scores, labels in found:
+        _check_plausible(boxes, scores, labels, plan)
+    return found
+
+
+def _check_plausible(boxes: Array, scores: Array, labels: Array, plan: Plan) -> None:
+    layout = plan.interface.layout.name
+    if len(scores) and (scores.min() < -1e-3 or scores.max() > 1 + 1e-3):
+        raise ValueError(
+            f"scores are {scores.min():.3g} to {scores.max():.3g}, not 0 to 1: it is not of layout {layout}"
+        )
+    if len(boxes) and np.median(np.abs(boxes)) > 4:
+        raise ValueError(f"boxes reach {np.abs(boxes).max():.3g} times the image: it is not of layout {layout}")
+    unknown = (labels < 0) & (scores >= LEAST_SCORE)
+    if unknown.any() and None not in plan.classes.columns:
+        raise ValueError(
+            f"a detection has a class beyond the {len(plan.classes.columns)} of --classes; give all of them"
+        )
+
+
+def _detections(found: tuple[Array, Array, Array], size: tuple[int, int]) -> Detections:
+    boxes, scores, labels = found
+    known = labels >= 0
+    pixels = boxes * np.array([size[1], size[0], size[1], size[0]])
+    return Detections(
+        pixels[known].astype(np.float32), scores[known].astype(np.float32), labels[known].astype(np.int64), 0, size
+    )
+
+
+def _missing(wanted: Detections, given: Detections, most: int) -> tuple[int, float]:
+    """How many detections have no partner, and the largest difference of a pair's scores."""
+    agreement = compare_detections(0, wanted.above(LEAST_SCORE), given.above(LEAST_SCORE - SCORE_TOLERANCE), most)
+    off = (agreement.ious < LEAST_IOU) & (agreement.ious > 0)
+    off |= agreement.score_differences > SCORE_TOLERANCE
+    return agreement.unmatched_reference + int(off.sum()), agreement.score_difference
