@@ -158,9 +158,11 @@ def kernels(request: Request, op: str) -> Step:
 def train(request: Request) -> list[Step]:
     """Training in 16 bits on a GPU, and whether the weights survive export."""
     work, output, small = request.work, request.output, request.rehearsal
+    profile: tuple[str | Path, ...]
     profile = ("-m", "benchmarks.training", "--device", request.device, "--json", output / "training-step.json")
     profile += ("--preset", "asag-a-tiny", "--height", "96", "--width", "96") if small else ("--batch-size", "16")
     data, synthetic = request.data or work / "data", request.data is None
+    compared: tuple[str | Path, ...]
     compared = ("--device", request.device, "--no-stages", "--no-batch-check", "--json", output / "overfit-parity.json")
     compared += ("--split", "train2017") if request.data else ()
     annotations = data / "annotations/instances_train2017.json"
