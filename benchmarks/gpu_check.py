@@ -12,7 +12,7 @@ Every step is a process with a time limit of its own and runs also when one befo
 logs/ and work/. The last lines are a table. Exit code 0: some ran and none failed; 1: one failed; 2: none ran.
 
 `--device cpu` rehearses: the same commands, small sizes, no hurry; what needs a GPU is skipped with the reason. This
-file needs Python's standard library alone, and never changes the GPU's settings.
+file needs little of the package, and never changes the GPU's settings.
 """
 
 from __future__ import annotations
@@ -31,15 +31,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-TINY = ROOT / "checkpoints/asag-a-tiny.safetensors"
+PRESET = "asag-a-r50-1x-100"
+TRAINED = next((ROOT / "checkpoints").glob("*.safetensors"))
+"""The demo's detector."""
 RUN_SECONDS = 240
 
 RUNS_MODELS = ("click", "rich", "msgspec", "anyascii", "numpy", "PIL", "torch", "torchvision", "safetensors")
 EXPORTS = (*RUNS_MODELS, "onnx", "onnxscript", "ml_dtypes")
 TESTS = (*EXPORTS, "pytest", "hypothesis", "cuda.bindings", "onnxruntime")
-LARGEST = ("deformable-detr-r50", "sparse-detr-r50-10", "adamixer-r101-3x-300", "asag-s-r50-3x-300")
-"""Detectors of the other kinds, after `asag-a-r50-1x-100`."""
-
 FACTS = """
 import ctypes.util, importlib.metadata, subprocess
 print("libnvinfer:", ctypes.util.find_library("nvinfer") or "not in the library path")
@@ -131,7 +130,8 @@ def speed(request: Request) -> list[Step]:
         command = ("-m", "benchmarks.latency", model, "--device", request.device, *size, *options, *json_file)
         return Step(name, seconds, command, RUNS_MODELS)
 
-    first, others = ("asag-a-tiny", ("adamixer-tiny",)) if request.rehearsal else ("asag-a-r50-1x-100", LARGEST)
+    small, largest = presets()
+    first, others = (small[0], small[1:2]) if request.rehearsal else (PRESET, largest)
     batch = "2" if request.rehearsal else "16"
     ops = ("MultiScaleDeformableAttention", "SamplingMixing", "AdaptiveProbing", "PyramidRoIAlign", "SelectTokens")
     return [
@@ -141,10 +141,19 @@ def speed(request: Request) -> list[Step]:
         *(kernels(request, op) for op in ops),
         *(whole(f"whole-{name}", 30, name, "--half", "--no-compile") for name in others),
         whole("whole-batch", 40, first, "--batch-size", batch, "--no-compile"),
-        whole("tiny", 30, TINY, "--half", "--no-compile"),
+        whole("tiny", 30, TRAINED, "--half", "--no-compile"),
         kernels(request, "GatherAnchors"),
         kernels(request, "SampleGrid"),
     ]
+
+
+def presets() -> tuple[list[str], list[str]]:
+    """Of every family the first preset that was never published, and the last that was."""
+    from asag.families import FAMILIES
+
+    found = [family.presets.items() for family in FAMILIES]
+    small = [next(name for name, preset in of_family if preset.published is None) for of_family in found]
+    return small, [[name for name, preset in of_family if preset.published is not None][-1] for of_family in found]
 
 
 def kernels(request: Request, op: str) -> Step:
@@ -160,7 +169,7 @@ def train(request: Request) -> list[Step]:
     work, output, small = request.work, request.output, request.rehearsal
     profile: tuple[str | Path, ...]
     profile = ("-m", "benchmarks.training", "--device", request.device, "--json", output / "training-step.json")
-    profile += ("--preset", "asag-a-tiny", "--height", "96", "--width", "96") if small else ("--batch-size", "16")
+    profile += ("--preset", presets()[0][0], "--height", "96", "--width", "96") if small else ("--batch-size", "16")
     data, synthetic = request.data or work / "data", request.data is None
     compared: tuple[str | Path, ...]
     compared = ("--device", request.device, "--no-stages", "--no-batch-check", "--json", output / "overfit-parity.json")
@@ -169,7 +178,7 @@ def train(request: Request) -> list[Step]:
     values = {"flip_probability": 0, "schedule": "cosine", "warmup_steps": 1 if small else 60, "gradient_clip": 1.0}
     values |= {"evaluation_interval": 0, "picture_interval": 0, "time_limit": 100, "learn_norms": "true"}
     settings = [part for name, value in values.items() for part in ("--set", f"{name}={value}")]
-    recipe = ["--preset", "asag-a-tiny" if small else "asag-a-r50-1x-100", "--learning-rate", "4e-4"]
+    recipe = ["--preset", presets()[0][0] if small else PRESET, "--learning-rate", "4e-4"]
     recipe += ["--backbone-learning-rate", "4e-4", "--steps", "2" if small else "1000", "--quiet"]
     recipe += ["--batch-size", "2" if small else "16", "--workers", "0" if small else "8", "--device", request.device]
     overfitted = ("--val-annotations", annotations, "--val-images", data / "train2017")
@@ -206,7 +215,7 @@ def engines(request: Request) -> list[Step]:
     calibrated = ("--batch", "1", "--precision", "int8", "--calibration", data / "val2017")
 
     def compare(name: str, *files: Path) -> Step:
-        command = asag("parity", TINY, *files, "--data", data, "--device", device)
+        command = asag("parity", TRAINED, *files, "--data", data, "--device", device)
         command += ("--json", output / f"{name}.json", "--report", output / f"{name}.html")
         return Step(name, 400, command, (*RUNS_MODELS, "onnxruntime", "pycocotools", "jinja2", *files))
 
@@ -214,7 +223,7 @@ def engines(request: Request) -> list[Step]:
     builder = (*EXPORTS, "tensorrt", "cuda.bindings", model)
     return [
         Step("data", 120, asag("data", "synthetic", data, *images), RUNS_MODELS),
-        Step("export", 120, asag("export", TINY, "-o", model), EXPORTS),
+        Step("export", 120, asag("export", TRAINED, "-o", model), EXPORTS),
         compare("parity", model),
         Step("tensorrt-build", 500, (*trt, "-o", engine, "--batch", "1:4"), builder, only_gpu=True),
         Step("tensorrt-layers", 60, asag("inspect", engine, "--json", output / "layers.json"), (engine,)),
