@@ -97,7 +97,10 @@ def test_only_listed_linear_layers_are_half(exported: onnx.ModelProto) -> None:
     assert biases
     listed = small_export().metadata.half_layers
     assert all(any(layer in name for layer in listed) for name in biases)
-    assert {layer for layer in listed if any(layer in name for name in biases)} == set(listed)
+    # The list is the family's: this detector has not all of them.
+    parameters = small_export().detector.state_dict()
+    existing = {layer for layer in listed if any(layer in name for name in parameters)}
+    assert {layer for layer in listed if any(layer in name for name in biases)} == existing
 
 
 def test_the_pyramids_ops_take_maps_and_parameters_in_half_and_give_half(half: onnx.ModelProto, half_type: int) -> None:
