@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -76,6 +76,7 @@ def after_the_backbone(detector: SAPDETRDetector, map_: Tensor, sizes: Tensor, i
 
 
 @torch.no_grad()
+@settings(deadline=None, max_examples=12)
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 4), st.integers(0, 4))
 def test_in_the_frame_of_the_content_padding_is_nothing(h: int, w: int, below: int, beside: int) -> None:
     """The same cells in a larger map give the same; in the padded frame they do not."""
@@ -96,6 +97,7 @@ def detector_of(frame: str) -> SAPDETRDetector:
     return _DETECTORS[frame]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 7), st.integers(1, 7))
 def test_the_map_is_read_at_the_grid_as_bilinear_sampling_reads_it(h: int, w: int, columns: int, rows: int) -> None:
     config = small_config(columns=columns, rows=rows)

@@ -98,7 +98,7 @@ def test_a_training_step(goldens: Path, name: str) -> None:
     images, sizes = golden_batch(meta)
     detector = golden_detector(meta["preset"]).train()
     detector.backbone.freeze()
-    training = SAPDETRTraining(detector, SAPDETRSettings(3.0))
+    training = SAPDETRTraining(detector, SAPDETRSettings())
     batch = Batch(images, sizes, targets_of(case))
     outputs = training.outputs(batch, Step(0))
     check_matches(outputs, case)
@@ -150,13 +150,14 @@ def test_the_last_layer_says_in_training_what_the_detector_says(frame: str) -> N
 
 def test_every_parameter_learns_and_has_a_rate() -> None:
     detector, batch = random_detector().train(), random_batch()
-    training = SAPDETRTraining(detector, SAPDETRSettings(3.0))
+    training = SAPDETRTraining(detector, SAPDETRSettings(distances_rate=3.0, class_weight=2.0))
     totals = training.counts(batch, Step(0))
     assert totals.tolist() == [3]
     losses = training.losses(training.outputs(batch, Step(0)), batch.targets, totals)
     assert set(losses) == set(training.weights) == set(training.parts)
     torch.stack(list(losses.values())).sum().backward()
     assert [name for name, each in detector.named_parameters() if each.grad is None] == []
+    assert (training.weights["loss_class_1"], training.weights["loss_l1_1"]) == (2, 5)
     groups = training.parameter_groups()
     assert sum(len(group.parameters) for group in groups) == len(list(detector.parameters()))
     assert [(group.backbone, group.factor) for group in groups] == [(False, 1.0), (True, 1.0), (False, 3.0)]
@@ -193,8 +194,9 @@ def test_points_outside_cost_more_than_all_else_without_hiding_it() -> None:
 
 
 def test_recipes() -> None:
-    with pytest.raises(ValueError, match="distances_rate is 0; it is a factor above 0"):
-        SAPDETRSettings(0.0)
+    for name in ("distances_rate", "class_weight"):
+        with pytest.raises(ValueError, match=f"{name} is 0; it is a factor above 0"):
+            SAPDETRSettings(**{name: 0.0})
     for name, preset in PRESETS.items():
         config = TrainConfig.for_preset(name, ".", ".")
         assert config.background_images is bool(preset.published)
@@ -202,7 +204,7 @@ def test_recipes() -> None:
             assert (config.epochs, config.milestones, config.warmup_steps) == (50, (40,), 1000)
             assert (config.learning_rate, config.backbone_learning_rate, config.gradient_clip) == (1e-4, 1e-5, 0.1)
             assert (config.weight_decay, config.ema_decay, config.warmup_start) == (1e-4, None, 0.001)
-            assert config.settings.distances_rate == 1
+            assert config.settings == SAPDETRSettings()
             assert config.batch_size == (8 if preset.config.dilation else 16)
 
 

@@ -16,7 +16,8 @@ from asag.training.protocol import Target
 from asag.training.set_losses import FOCAL_ALPHA, FOCAL_GAMMA
 from asag.training.timing import PartTimer
 
-WEIGHTS = {"loss_class": 1.0, "loss_objectness": 1.0, "loss_l1": 5.0, "loss_giou": 2.0, "loss_outside": 2.0}
+CLASS_LOSS = "loss_class"
+WEIGHTS = {CLASS_LOSS: 1.0, "loss_objectness": 1.0, "loss_l1": 5.0, "loss_giou": 2.0, "loss_outside": 2.0}
 """Of the losses of a layer. The last one counts the points outside of their objects, so no gradient follows from it:
 it is there to be seen.
 """

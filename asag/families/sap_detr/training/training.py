@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from asag.families.sap_detr.detector import SAPDETRDetector
-from asag.families.sap_detr.training.criterion import WEIGHTS, detection_losses, loss_name
+from asag.families.sap_detr.training.criterion import CLASS_LOSS, WEIGHTS, detection_losses, loss_name
 from asag.families.sap_detr.training.forward import LayerPredictions, training_outputs
 from asag.families.sap_detr.training.settings import SAPDETRSettings
 from asag.training.protocol import Batch, ParameterGroup, Step, Target, rates_of
@@ -34,7 +34,8 @@ class SAPDETRTraining:
             for norm in detector.backbone.norms():
                 norm.requires_grad_(False)
         layers = range(detector.config.size.decoder_layers)
-        self.weights = {loss_name(kind, layer): weight for layer in layers for kind, weight in WEIGHTS.items()}
+        weights = {**WEIGHTS, CLASS_LOSS: settings.class_weight * WEIGHTS[CLASS_LOSS]}
+        self.weights = {loss_name(kind, layer): weight for layer in layers for kind, weight in weights.items()}
         self.parts = {loss_name(kind, layer): f"layer {layer}" for layer in layers for kind in WEIGHTS}
 
     def outputs(self, batch: Batch, step: Step) -> tuple[LayerPredictions, ...]:
