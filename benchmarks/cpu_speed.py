@@ -7,7 +7,6 @@ the command `asag detect` in a process of its own.
 from __future__ import annotations
 
 import dataclasses
-import os
 import subprocess
 import sys
 import tempfile
@@ -149,8 +148,8 @@ def ratio_lines(report: BenchmarkReport) -> list[str]:
     return lines
 
 
-def random_checkpoint(folder: Path, name: str = PRESET) -> Path:
-    """A checkpoint of random weights of a preset for :data:`INPUT_SIZE`, called like it.
+def random_checkpoint(folder: Path, name: str = PRESET, size: tuple[int, int] = INPUT_SIZE) -> Path:
+    """A checkpoint of random weights of a preset for inputs of `size` (height, width), called like it.
 
     Timing does not depend on what weights have learned, since shapes are static and all query places are computed. Only
     where queries look decides what is in the caches, so what starts at zero is random too.
@@ -170,7 +169,7 @@ def random_checkpoint(folder: Path, name: str = PRESET) -> Path:
                 parameter.normal_(std=0.02)
     path = folder / f"{name}.safetensors"
     info = CheckpointInfo.of(preset, DATASETS[preset.dataset])
-    save_detector(path, detector, dataclasses.replace(info, input=dataclasses.replace(info.input, size=INPUT_SIZE)))
+    save_detector(path, detector, dataclasses.replace(info, input=dataclasses.replace(info.input, size=size)))
     return path
 
 
@@ -215,14 +214,13 @@ def main(
         folder = Path(name)
         images = random_images(folder)
         weights = checkpoints or [random_checkpoint(folder, preset) for preset in presets]
-        load = os.getloadavg()[0]
         models, report = compare_variants(
             weights, folder, images, rounds=rounds, warmup=warmup, threads=threads, stages=stages
         )
         console.print(benchmark_table(report))
         for line in ratio_lines(report):
             console.print(line, highlight=False)
-        console.print(f"processes that ran or waited in the minute before: {load:.1f}", highlight=False)
+        console.print(f"load of the minute before: {report.machine.load:.1f}", highlight=False)
         for model in models:
             found = [measure_detect(model, Path(str(images[0])), folder / "out", threads) for _ in range(3)]
             console.print(detect_line(model.stem, found), highlight=False)

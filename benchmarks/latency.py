@@ -1,6 +1,7 @@
 """PyTorch on a GPU, end to end: eager, torch.compile, and the custom kernels in a CUDA graph, measured in turn.
 
-`python -m benchmarks.latency CHECKPOINT`: uint8 image on the device in, detections on the device out.
+`python -m benchmarks.latency MODEL`: uint8 image on the device in, detections on the device out. MODEL is a checkpoint,
+or a preset with random weights.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from asag.deploy import DeployedDetector
 from asag.ops import definitions_only
 from asag.runtime.files import write_json
 from asag.runtime.machine import describe_machine
+from benchmarks.cpu_speed import random_checkpoint
 from benchmarks.timing import ClockTimer, CudaTimer, Sampler, Spread, first_line, interleave, ratio
 
 EAGER = "eager"
@@ -29,7 +32,8 @@ Way = Callable[[], Sampler]
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path, exists=True))
+@click.argument("model")
+@click.option("--input-size", default="800x1344", show_default=True, metavar="HXW", help="Of a preset's input.")
 @click.option("--batch-size", default=1, show_default=True)
 @click.option("--rounds", default=50, show_default=True)
 @click.option("--half", is_flag=True, help="Backbone and neck in float16.")
@@ -37,12 +41,24 @@ Way = Callable[[], Sampler]
 @click.option("--compile/--no-compile", "compiled", default=True, show_default=True, help="Include torch.compile.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path))
 def main(
-    checkpoint: Path, batch_size: int, rounds: int, half: bool, device: str, compiled: bool, json_path: Path | None
+    model: str,
+    input_size: str,
+    batch_size: int,
+    rounds: int,
+    half: bool,
+    device: str,
+    compiled: bool,
+    json_path: Path | None,
 ) -> None:
-    """Compare the ways to run CHECKPOINT. A way that cannot run is named with the reason; the others still do."""
+    """Compare the ways to run MODEL, a checkpoint or a preset's name. What cannot run is named with the reason."""
     if device == "cuda" and not torch.cuda.is_available():
         raise click.ClickException("needs an NVIDIA GPU; there is none here (--device cpu tries the script itself)")
-    deployed = DeployedDetector(*load_detector(checkpoint)).to(device)
+    with tempfile.TemporaryDirectory() as folder:
+        height, width = map(int, input_size.lower().split("x"))
+        checkpoint = Path(model)
+        if not checkpoint.is_file():
+            checkpoint = random_checkpoint(Path(folder), model, (height, width))
+        deployed = DeployedDetector(*load_detector(checkpoint)).to(device)
     timer = CudaTimer() if device == "cuda" else ClockTimer()
     samplers: dict[str, Sampler] = {}
     reasons: dict[str, str] = {}
@@ -57,7 +73,8 @@ def main(
     if json_path is not None:
         content: dict[str, Any] = {
             "machine": describe_machine().to_json(),
-            "checkpoint": checkpoint.name,
+            "model": checkpoint.stem,
+            "input_size": deployed.input_size,
             "batch_size": batch_size,
             "half": half,
             "rounds": rounds,

@@ -8,16 +8,15 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from asag.runtime.coco_dataset import CocoFolder, clipped_boxes
+from asag.runtime.coco_dataset import CocoFolder
 from asag.runtime.coco_file import Id
-from asag.runtime.drawing import Mark, class_colour, draw_marks
+from asag.runtime.drawing import annotation_marks, draw_marks
 from asag.runtime.files import atomic_path
 from asag.runtime.preprocessing import resize, resized_size
 
 CELL = 320
 """Longest side of a picture in the grid, pixels."""
 _GAP = 4
-_GREY = (128, 128, 128)
 
 
 def to_cell(image: Image.Image) -> Image.Image:
@@ -45,15 +44,6 @@ def annotated_cell(folder: CocoFolder, image_id: Id) -> Image.Image:
 
     Raises what reading the picture raises.
     """
-    image, held = folder.images[image_id], folder.objects(image_id)
-    found = folder.annotations
-    marks = [
-        Mark(box, "ignored" if crowd else folder.category_names[label], _GREY if crowd else class_colour(int(label)))
-        for box, label, crowd in zip(
-            clipped_boxes(found.boxes[held], image.height, image.width),
-            found.labels[held],
-            found.crowd[held],
-            strict=True,
-        )
-    ]
+    image = folder.images[image_id]
+    marks = annotation_marks(folder, image_id)
     return draw_marks(to_cell(folder.load(image_id)), marks, (image.height, image.width))

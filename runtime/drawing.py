@@ -11,11 +11,15 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from asag.runtime.captions import Font, caption
+from asag.runtime.coco_dataset import CocoFolder, clipped_boxes
+from asag.runtime.coco_file import Id
 from asag.runtime.metadata import ModelMetadata
 from asag.runtime.postprocessing import Detections
 
 Colour = tuple[int, int, int]
 Rectangle = tuple[float, float, float, float]
+
+_GREY, _RED = (128, 128, 128), (226, 0, 26)
 
 PADDING = 2
 """Pixels around the text of a label."""
@@ -29,6 +33,17 @@ def class_colour(index: int) -> Colour:
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
+@dataclass(frozen=True)
+class Mark:
+    """A box ``xyxy`` [4] in pixels of the original image, with what is written at it; ringed in red, or dashed."""
+
+    box: NDArray[np.floating]
+    text: str
+    colour: Colour
+    ringed: bool = False
+    dashed: bool = False
+
+
 def draw_detections(
     image: Image.Image, detections: Detections, metadata: ModelMetadata, score_threshold: float = 0.3
 ) -> Image.Image:
@@ -37,22 +52,31 @@ def draw_detections(
     The image may be smaller or larger than the original that the detections refer to; boxes are scaled to it and
     clipped to its edges. The most confident detections are drawn on top, and choose first where their captions stand.
     """
-    shown = detections.above(score_threshold)
+    return draw_marks(image, detection_marks(detections.above(score_threshold), metadata), detections.image_size)
+
+
+def detection_marks(detections: Detections, metadata: ModelMetadata) -> list[Mark]:
+    """Boxes with the classes' names and colours, and scores."""
     places = {number: place for place, number in enumerate(metadata.category_ids)}
-    marks = [
+    return [
         Mark(box, f"{metadata.category_name(int(label))} {score:.2f}", class_colour(places.get(int(label), int(label))))
-        for box, score, label in zip(shown.boxes, shown.scores, shown.labels, strict=True)
+        for box, score, label in zip(detections.boxes, detections.scores, detections.labels, strict=True)
     ]
-    return draw_marks(image, marks, detections.image_size)
 
 
-@dataclass(frozen=True)
-class Mark:
-    """A box ``xyxy`` [4] in pixels of the original image, with what is written at it."""
-
-    box: NDArray[np.floating]
-    text: str
-    colour: Colour
+def annotation_marks(folder: CocoFolder, image_id: Id) -> list[Mark]:
+    """An image's annotated boxes and their classes; what is to ignore is grey."""
+    image, held = folder.images[image_id], folder.objects(image_id)
+    found = folder.annotations
+    return [
+        Mark(box, "ignored" if crowd else folder.category_names[label], _GREY if crowd else class_colour(int(label)))
+        for box, label, crowd in zip(
+            clipped_boxes(found.boxes[held], image.height, image.width),
+            found.labels[held],
+            found.crowd[held],
+            strict=True,
+        )
+    ]
 
 
 def draw_marks(image: Image.Image, marks: Sequence[Mark], image_size: tuple[int, int]) -> Image.Image:
@@ -63,7 +87,7 @@ def draw_marks(image: Image.Image, marks: Sequence[Mark], image_size: tuple[int,
     scale = np.array([canvas.width / width, canvas.height / height] * 2)
     last = np.array([canvas.width - 1, canvas.height - 1] * 2)
     line_width = max(2, round(min(canvas.size) / 200))
-    placed: list[tuple[Rectangle, Colour, _Label]] = []
+    placed: list[tuple[Rectangle, Mark, _Label]] = []
     for mark in marks:
         left, top, right, bottom = (float(value) for value in np.clip(mark.box * scale, 0, last))
         if right < left or bottom < top:
@@ -71,12 +95,29 @@ def draw_marks(image: Image.Image, marks: Sequence[Mark], image_size: tuple[int,
         text, font = caption(mark.text, max(11, round(min(canvas.size) / 30)))
         corners = (left, top, right, bottom)
         label = _Label.place(draw, text, font, corners, canvas.size, [label.area for _, _, label in placed])
-        placed.append((corners, mark.colour, label))
-    for corners, colour, _ in reversed(placed):
-        draw.rectangle(corners, outline=colour, width=line_width)
-    for _, colour, label in reversed(placed):
-        label.draw(draw, colour)
+        placed.append((corners, mark, label))
+    for corners, mark, _ in reversed(placed):
+        if mark.ringed:
+            around = (*(end - line_width for end in corners[:2]), *(end + line_width for end in corners[2:]))
+            draw.rectangle(around, outline=_RED, width=2 * line_width)
+        if mark.dashed:
+            _dashed(draw, corners, mark.colour, line_width)
+        else:
+            draw.rectangle(corners, outline=mark.colour, width=line_width)
+    for _, mark, label in reversed(placed):
+        label.draw(draw, mark.colour)
     return canvas
+
+
+def _dashed(draw: ImageDraw.ImageDraw, corners: Rectangle, colour: Colour, width: int) -> None:
+    left, top, right, bottom = corners
+    step = 4 * width
+    for x in np.arange(left, right, 2 * step):
+        for y in (top, bottom):
+            draw.line((x, y, min(x + step, right), y), colour, width)
+    for y in np.arange(top, bottom, 2 * step):
+        for x in (left, right):
+            draw.line((x, y, x, min(y + step, bottom)), colour, width)
 
 
 @dataclass(frozen=True)

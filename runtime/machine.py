@@ -25,13 +25,16 @@ _PACKAGES = (
     "nvidia-cuda-nvrtc",
 )
 
+_BUSY = 0.75
+"""Share of the cores that other work may have before times are called rough."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
     """The processor, number of usable cores, memory in GiB (None where unknown), GPUs, system, versions and date.
 
     ``clock_mhz`` is what the processor's fastest core runs at while this is asked (None where the system does not
-    tell); each of ``gpus`` says its own.
+    tell); each of ``gpus`` says its own. ``load`` is that of the minute before.
     """
 
     processor: str
@@ -42,21 +45,39 @@ class Machine:
     versions: dict[str, str]
     date: str
     clock_mhz: float | None = None
+    load: float | None = None
+
+    @property
+    def busy(self) -> str:
+        """What other work says of the times measured here; empty on a quiet machine."""
+        if self.load is None or self.load < _BUSY * self.cores:
+            return ""
+        return f"busy before the measurement (load {self.load:.1f}), so times are rough"
 
     def summary(self) -> str:
         """One line for below a table."""
         memory = "" if self.memory_gib is None else f", {self.memory_gib:.0f} GiB"
         clock = "" if self.clock_mhz is None else f" at {self.clock_mhz:.0f} MHz"
         gpus = ", ".join(self.gpus) or "no GPU"
-        return f"{self.processor}, {self.cores} cores{clock}{memory}, {gpus}; {self.date}"
+        return (
+            f"{self.processor}, {self.cores} cores{clock}{memory}, {gpus}; {self.date}{self.busy and '; ' + self.busy}"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The description as JSON values."""
         return dataclasses.asdict(self)
 
 
-def describe_machine() -> Machine:
-    """Describe this machine now, without importing any backend."""
+def processor_load() -> float | None:
+    """Processes that ran or waited in the last minute, on average; None where the system does not tell."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def describe_machine(load: float | None = None) -> Machine:
+    """Describe this machine now, without importing any backend.
+
+    After a measurement, ``load`` is :func:`processor_load` from before it: the measurement's own work is no other's.
+    """
     return Machine(
         processor=_processor(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
@@ -66,6 +87,7 @@ def describe_machine() -> Machine:
         versions={"python": platform.python_version(), **_versions()},
         date=datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="minutes"),
         clock_mhz=_clock_mhz(),
+        load=load,
     )
 
 

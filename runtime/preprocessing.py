@@ -5,6 +5,8 @@ Training uses the same functions, so that a detector sees the same pixels in eve
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +20,8 @@ from PIL import ExifTags, Image, ImageOps
 from asag.runtime.errors import one_line
 from asag.runtime.metadata import ModelMetadata
 
+logger = logging.getLogger(__name__)
+
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
 ImageLike = str | os.PathLike[str] | NDArray[np.uint8] | Image.Image
@@ -25,6 +29,11 @@ ImageLike = str | os.PathLike[str] | NDArray[np.uint8] | Image.Image
 
 PIXEL_LIMIT = "ASAG_MAX_IMAGE_PIXELS"
 """Environment variable: pictures of more than twice so many pixels are refused; Pillow's own is 89,478,485."""
+
+
+GREY_BITS = "ASAG_GREY_BITS"
+"""Environment variable: how many bits of a 16-bit grey picture's pixels count, 10, 12, 14 or 16; 16 where not set."""
+_BITS = ("10", "12", "14", "16")
 
 
 def load_image(path: str | os.PathLike[str], stored_pixels: bool = False) -> Image.Image:
@@ -81,9 +90,10 @@ def _opened(file: Path | BytesIO, name: str) -> Iterator[Image.Image]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert a PIL image of any mode to 8-bit RGB; 16-bit grey values are scaled to 8 bits, not clipped.
+    """Convert a PIL image of any mode to 8-bit RGB; grey values of 16 bits are scaled to 8 bits, not clipped.
 
-    Raises ValueError for a floating-point image, whose range nothing tells.
+    Where :data:`GREY_BITS` says that they come from 10 or 12 bits, these are scaled. Raises ValueError for a
+    floating-point image, whose range nothing tells.
     """
     if image.mode == "RGB":
         return image
@@ -93,10 +103,37 @@ def to_rgb(image: Image.Image) -> Image.Image:
         values = np.asarray(image).astype(np.int64)
         if values.size and (values.min() < 0 or values.max() > 65535):
             raise ValueError("images of 32-bit pixels are not supported; save it with 8 or 16 bits")
-        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(_scaled_to_8_bits(values)).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
         return image.convert("RGBA").convert("RGB")
     return image.convert("RGB")
+
+
+def _scaled_to_8_bits(values: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Grey values 0..65535 as 0..255; a picture that looks like one of fewer bits is warned of, once."""
+    text = os.environ.get(GREY_BITS, "16")
+    if text not in _BITS:
+        raise ValueError(f"{GREY_BITS} must be one of {', '.join(_BITS)}, it is {text!r}")
+    most = int(values.max(initial=0))
+    if text == "16" and GREY_BITS not in os.environ:
+        likely = next((bits for bits in _BITS if 255 < most < 1 << int(bits)), "16")
+        if likely != "16":
+            _warn_of_bits(likely)
+    elif most >= 1 << int(text):
+        raise ValueError(f"{GREY_BITS} says {text} bits, but a value is {most}")
+    return (values >> (int(text) - 8)).astype(np.uint8)
+
+
+@functools.cache
+def _warn_of_bits(bits: str) -> None:
+    logger.warning(
+        "a 16-bit grey picture uses %s bits alone, as of a %s-bit camera: read as 16 bits it is dark. Set %s=%s to read"
+        " such pictures so, or to 16 to hear no more of it",
+        bits,
+        bits,
+        GREY_BITS,
+        bits,
+    )
 
 
 def as_image(image: ImageLike) -> Image.Image:

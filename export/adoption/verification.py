@@ -179,11 +179,15 @@ def _gives(attention: Attention, values: Values, outputs: Values, batch: int) ->
     if attention.result is None:
         result = result.reshape(batch, heads * channels, queries).transpose(0, 2, 1)
     sides = [side for shape in attention.level_shapes for side in shape]
-    parts = (torch.from_numpy(np.ascontiguousarray(part, np.float32)) for part in (value, locations, weights))
-    value, locations, weights = parts
-    computed = deformable_attention_definition(value, locations, weights, sides, attention.level_points).numpy()
+    computed = deformable_attention_definition(
+        _tensor(value), _tensor(locations), _tensor(weights), sides, attention.level_points
+    ).numpy()
     difference = np.abs(computed - result.reshape(computed.shape)).max()
     return bool(difference <= TOLERANCE[result.dtype] * np.abs(computed).max())
+
+
+def _tensor(values: Array) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values, np.float32))
 
 
 def _canonical(candidate: Candidate, seen: Mapping[str, Array], batch: int) -> _Canonical | None:

@@ -31,9 +31,13 @@ def voc_splits(root: Path) -> dict[str, Split]:
         return {}
     # Beside the splits' are lists of the images of each class, such as dog_train.txt.
     own = {name: path for name, path in lists.items() if "_" not in name or name.rpartition("_")[2] not in lists}
+    classes = _classes(root / "labelmap.txt")
     return {
         name: Split(
-            name, pictures, path, partial(_entries, partial(_listed, path, annotations), (annotations,), pictures)
+            name,
+            pictures,
+            path,
+            partial(_entries, partial(_listed, path, annotations), (annotations,), pictures, classes),
         )
         for name, path in own.items()
     }
@@ -47,7 +51,7 @@ def beside_splits(root: Path) -> dict[str, Split]:
     folders = [path for path in folders if any(_is_file(file) for file in path.iterdir())]
     return {
         folder.name: Split(
-            folder.name, folder, folder, partial(_entries, partial(_beside, folder), tuple(folders), folder)
+            folder.name, folder, folder, partial(_entries, partial(_beside, folder), tuple(folders), folder, ())
         )
         for folder in folders
     }
@@ -61,16 +65,19 @@ def _entries(
     documents: Callable[[], Iterable[tuple[Path, Path]]],
     folders: Sequence[Path],
     pictures: Path,
+    classes: Sequence[str],
     stored_pixels: bool,
     unreadable: list[str] | None,
 ) -> dict[str, Any]:
     """The content of an annotation file in COCO's format.
 
     `documents` gives the images' XML files, which need not be there, and their names without suffixes. The classes are
-    those of all files in `folders`, so that every split has the same ones, numbered from 1 in alphabetic order.
+    those of all files in `folders`, so that every split has the same ones, numbered from 1: first `classes` in their
+    order, then others in alphabetic order.
     """
     read = {path: _Document.read(path) for folder in folders for path in _files(folder)}
-    names = sorted({one.name for document in read.values() for one in document.objects})
+    used = {one.name for document in read.values() for one in document.objects}
+    names = [*classes, *sorted(used - set(classes))]
     numbers = {name: number for number, name in enumerate(names, start=1)}
     picture_of = {Path(name).with_suffix(""): name for name in pictures_in(pictures)}
     images: list[dict[str, Any]] = []
@@ -87,6 +94,15 @@ def _entries(
             annotations.append({"image_id": len(images), "category_id": numbers[one.name], **box})
     categories = [{"id": number, "name": name} for name, number in numbers.items()]
     return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def _classes(labels: Path) -> list[str]:
+    """Classes of CVAT's ``labelmap.txt``, lines of ``name:colour:parts:actions``, the background left out; or none."""
+    if not labels.is_file():
+        return []
+    lines = labels.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    names = [line.partition(":")[0].strip() for line in lines if not line.startswith("#")]
+    return list(dict.fromkeys(name for name in names if name and name != "background"))
 
 
 def _listed(names: Path, annotations: Path) -> Iterator[tuple[Path, Path]]:

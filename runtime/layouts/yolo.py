@@ -1,8 +1,11 @@
-"""YOLO's layouts: a text file of boxes for every picture, and a YAML file that names folders and classes.
+"""YOLO's layouts: a text file of boxes for every picture, and a file that names folders and classes.
 
 The layout is Ultralytics', https://docs.ultralytics.com/datasets/detect/: the labels of ``images/val/a.jpg`` are in
 ``labels/val/a.txt``, those of a picture whose path has no folder ``images`` beside it. A line is a class, counted from
 0, and the centre, width and height of its box as fractions of the picture, or the corners of an outline.
+
+Darknet's, https://github.com/AlexeyAB/darknet, which CVAT calls YOLO 1.1, has the same lines beside the pictures;
+``obj.data`` names a list of the pictures of each split, and a file with the classes, one a line.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from asag.runtime.coco_file import MOST_OUTSIDE
 from asag.runtime.errors import one_line
 from asag.runtime.layouts.split import Layout, Split, pictures_in, readable_size
 
-FILES = ("data.yaml", "data.yml", "dataset.yaml")
+FILES = ("data.yaml", "data.yml", "dataset.yaml", "obj.data")
 SPLITS = ("train", "val", "valid", "test")
 
 _BOX = 5
@@ -27,15 +30,15 @@ _PIXELS = 2
 
 
 def yolo_splits(root: Path) -> dict[str, Split]:
-    """The splits that ``data.yaml`` in a folder names, or any YAML file that is `root` itself.
+    """The splits that ``data.yaml`` or ``obj.data`` in a folder names, or any such file that is `root` itself.
 
     Raises ValueError for a file that cannot be read or names no classes.
     """
-    files = (root,) if root.suffix in (".yaml", ".yml") else tuple(root / name for name in FILES)
+    files = (root,) if root.suffix in (".yaml", ".yml", ".data") else tuple(root / name for name in FILES)
     file = next((path for path in files if path.is_file()), None)
     if file is None:
         return {}
-    content = _read_yaml(file)
+    content = _read_darknet(file) if file.suffix == ".data" else _read_yaml(file)
     base = file.parent / (content.get("path") or "")
     # Files travel with the path of the machine they were made on.
     base = base if base.is_dir() else file.parent
@@ -51,7 +54,7 @@ def yolo_splits(root: Path) -> dict[str, Split]:
     return found
 
 
-YOLO = Layout("YOLO", "data.yaml with folders and names (YOLO; or name another YAML file)", yolo_splits)
+YOLO = Layout("YOLO", "data.yaml or obj.data with folders and names (YOLO; or name another such file)", yolo_splits)
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ class _Reader:
                 for line in source.read_text(encoding="utf-8-sig").split("\n"):
                     if line.strip():
                         beside = source.parent / line.strip()
-                        yield beside if beside.is_file() else self.base / line.strip()
+                        yield beside if beside.is_file() else _existing(self.base, line.strip())
             else:
                 raise FileNotFoundError(f"{self.file} names {source}, and it is not there")
 
@@ -163,10 +166,9 @@ def _box_of_outline(values: Sequence[float]) -> tuple[float, float, float, float
 
 
 def _existing(base: Path, text: str) -> Path:
-    """What a YAML file calls `text`. Roboflow's are written as if they were in a folder beside those they name."""
-    path = base / text
-    inside = base / text.removeprefix("../")
-    return inside if not path.exists() and inside.exists() else path
+    """What a file calls `text`. Roboflow's are written as if in a folder beside those they name, CVAT's as if above."""
+    tried = [base / text, *(base / text.removeprefix(prefix) for prefix in ("../", "data/"))]
+    return next((path for path in tried if path.exists()), tried[0])
 
 
 def _relative(picture: Path, folder: Path) -> str:
@@ -191,6 +193,20 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         if not isinstance(value, str) and not (isinstance(value, list) and all(isinstance(one, str) for one in value)):
             raise ValueError(f"{file}: {name} must be a path or a list of paths")
     return content
+
+
+def _read_darknet(file: Path) -> dict[str, Any]:
+    """``obj.data`` as the YAML file would say it: lines of ``name = value``."""
+    lines = [line.partition("=") for line in file.read_text(encoding="utf-8-sig", errors="replace").splitlines()]
+    content: dict[str, Any] = {name.strip(): value.strip() for name, _, value in lines if value.strip()}
+    names = _existing(file.parent, content.get("names", "obj.names"))
+    if not names.is_file():
+        raise ValueError(f"{file}: no names of the classes: looked for {names}")
+    classes = [line.strip() for line in names.read_text(encoding="utf-8-sig", errors="replace").splitlines()]
+    splits = {name: content[name] for name in SPLITS if name in content}
+    if not splits:
+        raise ValueError(f"{file} is no YOLO data set: it names none of {', '.join(SPLITS)}")
+    return {**splits, "names": [name for name in classes if name], "nc": content.get("classes", "")}
 
 
 def _class_names(content: dict[str, Any], file: Path) -> dict[int, str]:

@@ -89,6 +89,22 @@ def compare_detections(
     )
 
 
+def differing(
+    reference: Detections,
+    candidate: Detections,
+    score_tolerance: float = SCORE_TOLERANCE,
+    box_tolerance: float = BOX_TOLERANCE,
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Which of the reference's detections have no partner, and which of the candidate's none within the tolerances."""
+    pairs = _match(reference, candidate, score_tolerance, box_tolerance)
+    missing, different = np.ones(len(reference), bool), np.ones(len(candidate), bool)
+    missing[pairs[:, 0]] = False
+    scores = np.abs(_wide(reference.scores)[pairs[:, 0]] - _wide(candidate.scores)[pairs[:, 1]])
+    boxes = np.abs(_wide(reference.boxes)[pairs[:, 0]] - _wide(candidate.boxes)[pairs[:, 1]]).max(axis=1, initial=0.0)
+    different[pairs[:, 1]] = (scores > score_tolerance) | (boxes > box_tolerance)
+    return missing, different
+
+
 def _pair_ious(boxes: NDArray, others: NDArray, differences: NDArray) -> NDArray[np.float64]:
     """Intersection over union [M] of boxes [M, 4] pair by pair; 1 where corners are the same, also without area."""
     sides = np.minimum(boxes[:, 2:], others[:, 2:]) - np.maximum(boxes[:, :2], others[:, :2])

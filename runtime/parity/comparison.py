@@ -16,7 +16,7 @@ from asag.runtime.coco_dataset import CocoFolder
 from asag.runtime.coco_evaluation import CocoResult, check_measurable, evaluate_with_matches
 from asag.runtime.coco_file import Id
 from asag.runtime.errors import BackendUnavailableError, one_line
-from asag.runtime.machine import describe_machine
+from asag.runtime.machine import describe_machine, processor_load
 from asag.runtime.opening import open_session
 from asag.runtime.parity.agreement import BOX_TOLERANCE, SCORE_TOLERANCE, ImageAgreement, compare_detections
 from asag.runtime.parity.batch_checks import BATCH_SIZES, BatchCheck, check_batches
@@ -86,6 +86,7 @@ def compare(
     """
     if images is not None and images < 1:
         raise ValueError(f"the number of images must be at least 1, it is {images}")
+    load = processor_load()
     dataset = dataset.for_model(reference.metadata, classes)
     image_ids = dataset.image_ids[:images]
     check_measurable(dataset, image_ids)
@@ -112,7 +113,7 @@ def compare(
         rows=all_rows,
         detections=all_detections,
         metadata=reference.metadata,
-        machine=describe_machine(),
+        machine=describe_machine(load),
         score_tolerance=SCORE_TOLERANCE,
         box_tolerance=BOX_TOLERANCE,
         batch_checks=_check_batches(sessions, dataset, image_ids, batch_sizes),

@@ -14,9 +14,11 @@ from PIL import Image
 
 from asag.runtime.coco_dataset import CocoFolder
 from asag.runtime.coco_file import Id
-from asag.runtime.drawing import draw_detections
+from asag.runtime.drawing import Mark, annotation_marks, detection_marks, draw_marks
 from asag.runtime.errors import one_line
+from asag.runtime.parity.agreement import differing
 from asag.runtime.parity.results import ParityReport, Unavailable
+from asag.runtime.postprocessing import Detections
 from asag.runtime.records import check_format, convert, to_json
 from asag.runtime.schema_1 import upgraded_metadata
 from asag.runtime.session import Session
@@ -30,6 +32,8 @@ _PICTURE_SIDE = 640
 _STAGE_IMAGES = 3
 SCORE_THRESHOLD = 0.3
 """Detections that score less are not drawn."""
+VISIBLE_SCORE, VISIBLE_PIXELS = 0.01, 1.0
+"""What differs less is not marked in pictures: in 16 bits nearly every detection is beyond parity's tolerances."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,18 +140,44 @@ def _chosen_images(report: ParityReport, count: int) -> list[Id]:
 
 
 def _picture_group(report: ParityReport, dataset: CocoFolder, image_id: Id, score_threshold: float) -> PictureGroup:
+    """The annotations, then what every model found; in a candidate's picture, what differs from the reference's."""
     image = dataset.load(image_id)
+    size = (image.height, image.width)
     image.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE))
-    pictures = []
-    for row, detections in zip(report.rows, report.detections, strict=True):
-        if detections is None:
-            continue
-        found = detections[image_id]
-        drawn = draw_detections(image, found, report.metadata, score_threshold)
+    marks = annotation_marks(dataset, image_id)
+    pictures = [_picture(Panel(draw_marks(image, marks, size), f"annotated: {_count(len(marks), 'object')}"))]
+    ran = [
+        (row, detections[image_id])
+        for row, detections in zip(report.rows, report.detections, strict=True)
+        if detections is not None
+    ]
+    for row, found in ran:
+        marks, differences = _compared_marks(ran[0][1], found, report, score_threshold)
         count = len(found.above(score_threshold))
-        caption = f"{row.name}, {row.backend} {row.precision}: {count} {'object' if count == 1 else 'objects'}"
-        pictures.append(Picture(_data_uri(drawn), caption, drawn.width, drawn.height))
+        caption = f"{row.name}, {row.backend} {row.precision}: {_count(count, 'object')}{differences}"
+        pictures.append(_picture(Panel(draw_marks(image, marks, size), caption)))
     return PictureGroup(dataset.path(image_id).name, tuple(pictures))
+
+
+def _compared_marks(
+    reference: Detections, found: Detections, report: ParityReport, score_threshold: float
+) -> tuple[list[Mark], str]:
+    """What is drawn of the detections found: those that differ are ringed, those missing dashed; and a few words."""
+    missing, different = differing(reference, found, VISIBLE_SCORE, VISIBLE_PIXELS)
+    missing &= reference.scores >= score_threshold
+    shown = found.scores >= score_threshold
+    marks = [
+        dataclasses.replace(mark, ringed=bool(ringed))
+        for mark, ringed in zip(detection_marks(found.select(shown), report.metadata), different[shown], strict=True)
+    ]
+    lost = detection_marks(reference.select(missing), report.metadata)
+    marks += [dataclasses.replace(mark, text=f"missing: {mark.text}", ringed=True, dashed=True) for mark in lost]
+    told = [f"{count} {word}" for count, word in ((different[shown].sum(), "differ"), (len(lost), "missing")) if count]
+    return marks, "".join(f", {text}" for text in told)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _stage_group(reference: Session, dataset: CocoFolder, image_id: Id, score_threshold: float) -> PictureGroup:

@@ -143,8 +143,7 @@ def _benchmark_section(benchmark: BenchmarkReport) -> dict[str, Any]:
         "rounds": benchmark.rounds,
         "latencies": benchmark.latencies,
         "bars": stage_bars([(f"{item.backend} {item.precision}", stages) for item, stages in bars]),
-        "machine": f"{machine.processor}, {machine.cores} cores, {', '.join(machine.gpus) or 'no GPU'}",
-        "date": machine.date,
+        "machine": machine.summary(),
         "versions": ", ".join(f"{name} {text}" for name, text in benchmark.versions.items()),
     }
 

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from asag.runtime.backends.pytorch_session import PyTorchSession
-from asag.runtime.machine import Machine, describe_machine
+from asag.runtime.machine import Machine, describe_machine, processor_load
 from asag.runtime.parity.results import Unavailable
 from asag.runtime.preprocessing import ImageLike, as_image, prepare
 from asag.runtime.session import Session
@@ -123,6 +123,7 @@ def measure(
         raise ValueError(f"rounds and batch size must be at least 1, they are {rounds} and {batch_size}")
     for session in sessions:
         session.check_batch_size(batch_size)
+    load = processor_load()
     loaded = [as_image(image) for image in images]
     times = np.zeros((rounds, len(sessions), len(STAGES)))
     for number in range(-warmup, rounds):
@@ -144,7 +145,7 @@ def measure(
         rounds=rounds,
         warmup=warmup,
         versions={name: text for session in sessions for name, text in session.versions.items()},
-        machine=describe_machine(),
+        machine=describe_machine(load),
     )
 
 

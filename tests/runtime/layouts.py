@@ -113,6 +113,26 @@ def yolo_lists(root: Path) -> None:
     (root / "data.yaml").write_text("train: train.txt\nval: [val.txt]\nnames: [cat, dog]\n")
 
 
+def cvat_yolo(root: Path) -> None:
+    """YOLO 1.1, with paths as if in a folder `data`."""
+    for split, name in (("train", "train"), ("val", "valid")):
+        _pictures(root / f"obj_{name}_data", split)
+        _yolo_labels(root / f"obj_{name}_data", split)
+        lines = (f"data/obj_{name}_data/{image}.png\n" for image in OBJECTS[split])
+        (root / f"{name}.txt").write_text("".join(lines))
+    (root / "obj.names").write_text("cat\ndog\n")
+    (root / "obj.data").write_text(
+        "classes = 2\ntrain = data/train.txt\nvalid = data/valid.txt\nnames = data/obj.names\nbackup = backup/\n"
+    )
+
+
+def cvat_voc(root: Path) -> None:
+    voc(root)
+    (root / "labelmap.txt").write_text(
+        "# label:color_rgb:parts:actions\nbackground:0,0,0::\ncat:170,240,209::\ndog:1,2,3::\n"
+    )
+
+
 def voc(root: Path) -> None:
     (root / "ImageSets" / "Main").mkdir(parents=True)
     for split, objects in OBJECTS.items():
@@ -136,7 +156,9 @@ LAYOUTS: tuple[Callable[[Path], None], ...] = (
     ultralytics,
     roboflow_yolo,
     yolo_lists,
+    cvat_yolo,
     voc,
+    cvat_voc,
     voc_beside,
 )
 

@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 from PIL import Image
 
-from asag.runtime.drawing import class_colour, draw_detections
+from asag.runtime.drawing import Mark, class_colour, draw_detections, draw_marks
 from asag.runtime.postprocessing import Detections
 from tests.runtime.toy_detector import toy_metadata
 
@@ -48,3 +48,16 @@ def test_neighbouring_classes_differ() -> None:
     assert len(set(colours)) == 80
     for one, other in pairwise(colours):
         assert sum(abs(a - b) for a, b in zip(one, other, strict=True)) > 100
+
+
+def test_a_ring_surrounds_and_dashes_leave_gaps() -> None:
+    image, box, green, red = Image.new("RGB", (300, 200)), np.array([60, 60, 240, 180.0]), (0, 255, 0), (226, 0, 26)
+
+    def edge(**how: bool) -> list[tuple[int, ...]]:
+        drawn = np.asarray(draw_marks(image, [Mark(box, "", green, **how)], (200, 300)))
+        return [tuple(pixel) for pixel in drawn[180, 61:239].tolist()]
+
+    assert set(edge()) == {green}
+    assert set(edge(ringed=True)) == {green}, "the box itself stays"
+    assert set(edge(dashed=True)) == {green, (0, 0, 0)}
+    assert set(edge(dashed=True, ringed=True)) == {green, red}

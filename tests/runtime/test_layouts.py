@@ -198,3 +198,25 @@ def test_a_picture_of_voc_s_that_is_missing(tmp_path: Path) -> None:
     folder = open_coco(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"1 of 2 images .* the first is e\.png"):
         folder.check_images(folder.image_ids)
+
+
+def test_darknet_s_files_that_are_wrong(tmp_path: Path) -> None:
+    layouts.cvat_yolo(tmp_path)
+    (tmp_path / "obj.data").write_text("classes = 3\nvalid = valid.txt\n")
+    with pytest.raises(ValueError, match=r"obj\.data has nc: 3, but 2 names"):
+        open_coco(tmp_path)
+    (tmp_path / "obj.data").write_text("names = obj.names\n")
+    with pytest.raises(ValueError, match=r"obj\.data is no YOLO data set: it names none of train, val, valid, test"):
+        open_coco(tmp_path)
+    (tmp_path / "obj.names").unlink()
+    with pytest.raises(ValueError, match=r"no names of the classes: looked for .*obj\.names"):
+        open_coco(tmp_path)
+
+
+def test_cvat_s_label_map_names_the_classes(tmp_path: Path) -> None:
+    """Also those that nothing is annotated as, in its order."""
+    layouts.cvat_voc(tmp_path)
+    (tmp_path / "labelmap.txt").write_text("# label:color_rgb:parts:actions\nbackground:::\nzebra:::\ncat:1,1,1::\n")
+    folder = open_coco(tmp_path)
+    assert folder.category_names == ("zebra", "cat", "dog")
+    assert seen(folder) == OBJECTS["val"]

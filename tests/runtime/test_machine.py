@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from asag.runtime.machine import describe_machine
+from asag.runtime.machine import describe_machine, processor_load
 
 
 def test_the_clocks_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,3 +38,17 @@ def test_words_in_place_of_gpus_are_none(tmp_path: Path, monkeypatch: pytest.Mon
     tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     assert describe_machine().gpus == ()
+
+
+def test_a_busy_machine_is_said_to_be_busy() -> None:
+    machine = dataclasses.replace(describe_machine(1.4), cores=2)
+    assert machine.busy == ""
+    assert "busy" not in machine.summary()
+    assert dataclasses.replace(machine, load=None).busy == ""
+    assert (
+        dataclasses.replace(machine, load=3.14)
+        .summary()
+        .endswith("; busy before the measurement (load 3.1), so times are rough")
+    )
+    load = processor_load()
+    assert load is None or 0 <= load < 10_000

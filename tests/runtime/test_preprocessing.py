@@ -13,7 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from asag.runtime.preprocessing import as_image, load_image, prepare, resize, resize_by_two_taps, resized_size
+from asag.runtime.preprocessing import (
+    GREY_BITS,
+    _warn_of_bits,
+    as_image,
+    load_image,
+    prepare,
+    resize,
+    resize_by_two_taps,
+    resized_size,
+)
 from tests.runtime.toy_detector import toy_metadata
 
 SIDE = st.integers(1, 5000)
@@ -117,6 +126,33 @@ def test_load_image_of_every_mode(mode: str, tmp_path: Path) -> None:
     assert loaded.size == (12, 8)
     if mode not in ("P", "1", "CMYK"):
         assert np.array_equal(np.asarray(loaded)[..., 1], gradient())
+
+
+def test_pictures_of_12_bit_cameras_are_said_to_be_dark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    values = np.linspace(0, 4095, 600, dtype=np.uint16).reshape(20, 30)
+    Image.fromarray(values).save(tmp_path / "grey.png")
+
+    def read() -> np.ndarray:
+        return np.asarray(load_image(tmp_path / "grey.png"))[..., 0]
+
+    monkeypatch.delenv(GREY_BITS, raising=False)
+    _warn_of_bits.cache_clear()
+    for _ in range(2):
+        np.testing.assert_array_equal(read(), values >> 8)
+    assert [record.getMessage() for record in caplog.records] == [
+        "a 16-bit grey picture uses 12 bits alone, as of a 12-bit camera: read as 16 bits it is dark. Set"
+        " ASAG_GREY_BITS=12 to read such pictures so, or to 16 to hear no more of it"
+    ]
+    for bits in (12, 14, 16):
+        monkeypatch.setenv(GREY_BITS, str(bits))
+        np.testing.assert_array_equal(read(), values >> (bits - 8))
+    for wrong, complaint in (("10", "says 10 bits, but a value is 4095"), ("8", "must be one of 10, 12, 14, 16")):
+        monkeypatch.setenv(GREY_BITS, wrong)
+        with pytest.raises(ValueError, match=complaint):
+            read()
+    assert len(caplog.records) == 1
 
 
 def test_16_bit_grey_is_scaled_not_clipped(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from asag.families.deformable.config import LEVELS, RESNETS, DeformableConfig
 from asag.families.deformable.decoder import DecoderLayer, Head, inverse_sigmoid
 from asag.families.deformable.encoder import Encoder, Kept, TokenScorer, keep_best
 from asag.families.deformable.neck import LevelNeck
-from asag.families.deformable.proposals import BoxEmbedding, Candidates, proposal_boxes
+from asag.families.deformable.proposals import BoxEmbedding, Candidates, best_first, proposal_boxes
 from asag.parts.backbones.resnet import ResNet
 from asag.parts.backbones.swin import Swin
 from asag.parts.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
@@ -113,7 +113,7 @@ class DeformableDetector(Detector):
         if logits.shape[1] < self.config.queries:
             raise ValueError(f"an input of {logits.shape[1]} cells has no room for {self.config.queries} queries")
         ranking = logits.amax(-1) if self.config.rank_by_class else logits[..., 0]
-        return ranking.topk(self.config.queries, dim=1).indices
+        return best_first(ranking, self.config.queries)
 
     def queries_of_tokens(self, memory: Tensor, chosen: Tensor, boxes: Tensor) -> Queries:
         """memory: [B, T, C]; chosen: [B, N] indices of tokens; boxes: [B, N, 4], theirs."""

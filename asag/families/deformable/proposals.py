@@ -28,6 +28,17 @@ def proposal_boxes(levels: Levels) -> tuple[Tensor, Tensor]:
     return torch.where(usable.unsqueeze(-1), (safe / (1 - safe)).log(), UNUSABLE), usable
 
 
+def best_first(ranking: Tensor, count: int) -> Tensor:
+    """Indices [B, count] of the largest of `ranking` [B, T]; among equals the lower index comes first.
+
+    All tokens that are not usable are equal here, and one of them is chosen where the usable ones do not suffice. Every
+    backend has to choose the same: ONNX defines its TopK so, PyTorch's chooses any.
+    """
+    if torch.compiler.is_exporting():
+        return ranking.topk(count, dim=1).indices
+    return ranking.sort(dim=1, descending=True, stable=True).indices[:, :count]
+
+
 class Candidates(nn.Module):
     """Tokens [B, T, C] as a head sees them; those that are not usable count as zeros."""
 

@@ -17,6 +17,8 @@ from asag.deploy import DeployedDetector
 from asag.export.model import build_onnx
 from asag.export.precision import convert_precision
 from asag.families.deformable import DEFORMABLE
+from asag.families.deformable.detector import levels_of
+from asag.families.deformable.proposals import proposal_boxes
 from asag.family import InputSpec
 from asag.parts.backbones.swin import DEPTHS
 from asag.runtime import open_session
@@ -66,6 +68,19 @@ def test_norms_and_places_stay_float(exported: Path) -> None:
     for node in proto.graph.node:
         if node.op_type == "MultiScaleDeformableAttention":
             assert types[node.input[1]] == onnx.TensorProto.FLOAT
+
+
+def test_tokens_that_are_not_usable_are_chosen_alike(exported: Path) -> None:
+    """Fewer usable tokens than queries: of the others, which are all equal, every backend takes the same."""
+    images, sizes = uint8_batch([random_picture(seed, 16, 14 + seed) for seed in range(3)], *SIZE)
+    model = torch.load(exported / "model.pt", weights_only=False)
+    _, usable = proposal_boxes(levels_of([torch.zeros(3, 1, 16 >> n, 20 >> n) for n in range(4)], sizes, images))
+    assert (usable.sum(1) < model.detector.config.queries).all()
+    with torch.no_grad():
+        boxes, scores, _, _ = (value.numpy() for value in model(images, sizes))
+    found = open_session(exported / "float.onnx").run({"images": images.numpy(), "sizes": sizes.numpy()})
+    np.testing.assert_allclose(found["scores"], scores, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(np.sort(found["boxes"], axis=1), np.sort(boxes, axis=1), rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize(("name", "tolerance"), [("float", 2e-5), ("half", 1e-2)])

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asag.runtime.parity.agreement import compare_detections
+from asag.runtime.parity.agreement import compare_detections, differing
 from asag.runtime.postprocessing import Detections
 
 
@@ -29,6 +29,21 @@ def test_equal_lists_agree_wholly(seed: int, count: int) -> None:
     agreement = compare_detections(1, found, found, 100)
     assert agreement.within(0, 0)
     assert (agreement.matched, agreement.cut_ties, agreement.swaps) == (count, 0, 0)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 10_000), st.integers(3, 30))
+def test_what_differs_is_named_and_what_is_missing(seed: int, count: int) -> None:
+    reference = random_detections(seed, count)
+    scores = reference.scores.copy()
+    scores[1] += 0.01
+    candidate = dataclasses.replace(reference, scores=scores).select(np.arange(count) != 2)
+    missing, different = differing(reference, candidate)
+    assert missing.sum() == 1
+    # The lost one's partner may be taken by a neighbour of its class, which differs then, and so on.
+    assert different.sum() >= 1
+    assert not differing(reference, reference)[0].any()
+    assert not differing(reference, reference)[1].any()
 
 
 @settings(deadline=None)

@@ -66,7 +66,7 @@ def test_an_export_is_within_every_budget(files: Files, tmp_path: Path) -> None:
     assert "every stage is within its tolerance" in " ".join(done.output.split())
     assert "batches of 2, 4 give the results of batch 1" in done.output
     (document,), _ = find_reports([tmp_path])
-    assert [len(group.pictures) for group in document.pictures] == [2, 2, 2]
+    assert [len(group.pictures) for group in document.pictures] == [3, 3, 3]
     assert [len(group.pictures) for group in document.stage_pictures] == [5, 5, 5]
     assert document.start_pictures == ()
 

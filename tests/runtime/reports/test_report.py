@@ -82,13 +82,30 @@ def page(tmp_path: Path) -> Page:
 
 
 def test_every_picture_is_inside_the_file(page: Page) -> None:
-    assert len(page.images) == 3 * 2
+    assert len(page.images) == 3 * 3, "what is annotated, and two models that ran"
     assert all(link is not None and link.startswith("data:") for link in page.links)
     for image in page.images:
         source = image["src"] or ""
         with Image.open(io.BytesIO(base64.b64decode(source.removeprefix("data:image/jpeg;base64,")))) as picture:
             assert (str(picture.width), str(picture.height)) == (image["width"], image["height"])
         assert image["alt"]
+
+
+def test_pictures_show_what_is_annotated_and_what_differs(tmp_path: Path) -> None:
+    dataset = write_toy_dataset(tmp_path / "data", images=3)
+
+    def lose_one(outputs: dict[str, np.ndarray]) -> None:
+        best = outputs["scores"].argmax(axis=1)
+        outputs["boxes"][np.arange(len(best)), best, :2] = 0
+        outputs["scores"] -= 0.03
+
+    report = compare(ToySession(), [ToySession(change=lose_one, name="worse")], dataset)
+    assert report.detections[0] is not None
+    for group in make_document(report, dataset, pictures=1).pictures:
+        annotated, reference, candidate = group.pictures
+        assert annotated.caption.startswith("annotated: ")
+        assert "differ" not in reference.caption
+        assert candidate.caption.endswith(" differ, 1 missing")
 
 
 def test_table_names_every_backend_and_reason(page: Page) -> None:
@@ -143,7 +160,7 @@ def test_page_of_a_folder(run: Path) -> None:
     documents, benchmarks = find_reports([run])
     page = Page(write_page(run / "report.html", documents, benchmarks, published=published).read_text())
     assert page.charts == 3
-    assert len(page.images) == 2 * 2
+    assert len(page.images) == 2 * 3
     assert "differences start at head on 1 of 2 images (2)" in page.text
     assert "Latency of a batch of 1" in page.text
     assert "Not run: no GPU" in page.text
@@ -309,7 +326,7 @@ def test_a_browser_opens_the_page(run: Path) -> None:
         title = re.search(r"<title>(.*?)</title>", done.stdout)
         assert title is not None, done.stderr
         found = json.loads(html.unescape(title[1]))
-        assert found == {"images": 4, "loaded": 4, "wide": False, "requests": 0, "problems": []}
+        assert found == {"images": 6, "loaded": 6, "wide": False, "requests": 0, "problems": []}
         assert ":CONSOLE" not in done.stderr
 
 
