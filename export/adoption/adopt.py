@@ -90,6 +90,11 @@ def adopt(source: Path, target: Path, options: AdoptionOptions, say: Say = lambd
         raise ValueError(f"{source}: {one_line(error)}") from None
 
 
+_ODD_PLACES = (
+    " (it samples at places that are no numbers, where runtimes differ: is a level only one cell high or wide?)"
+)
+
+
 class _Adoption:
     """One file on its way."""
 
@@ -98,6 +103,7 @@ class _Adoption:
         self.proto = foreign.proto
         self.notes: list[str] = []
         self.size = (0, 0)
+        self.odd_places = False
         self.interface = self._recognise()
 
     def write(self, target: Path) -> AdoptionReport:
@@ -129,7 +135,7 @@ class _Adoption:
             lost = comparison.detections - comparison.found
             raise ValueError(
                 f"{lost:,} of {comparison.detections:,} detections differ, first in {comparison.first_differing};"
-                " nothing was written"
+                f" nothing was written{_ODD_PLACES * self.odd_places}"
             )
         write_bytes(target, adopted.SerializeToString())
         warnings = tuple(f"{count} GridSample with {what} kept" for what, count in Counter(kept).items())
@@ -177,6 +183,8 @@ class _Adoption:
             feeds[count] = foreign_feeds(tensors["images"], tensors["sizes"], plan)
             runs[count] = run.run(feeds[count])
         del run  # its memory
+        grids = [seen[level.grid] for seen in runs.values() for one in candidates for level in one.levels]
+        self.odd_places = any(np.isnan(grid).any() for grid in grids)
         proposed = [attention for one in candidates if (attention := propose(one, runs)) is not None]
         return confirm(self.proto, proposed, runs, feeds)
 

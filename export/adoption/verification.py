@@ -110,7 +110,7 @@ def confirm(
     One that does not is tried again with its inputs and result where they surely lie, at its GridSamples and its sum.
     feeds: what the file was fed in each run.
     """
-    confirmed = []
+    confirmed: list[Attention] = []
     for attempt in (
         proposed,
         [replace(one, value=None, locations=None, weights=None, result=None) for one in proposed],
@@ -179,10 +179,15 @@ def _gives(attention: Attention, values: Values, outputs: Values, batch: int) ->
     if attention.result is None:
         result = result.reshape(batch, heads * channels, queries).transpose(0, 2, 1)
     sides = [side for shape in attention.level_shapes for side in shape]
-    given = (torch.from_numpy(np.ascontiguousarray(part, np.float32)) for part in (value, locations, weights))
-    computed = deformable_attention_definition(*given, sides, attention.level_points).numpy()
+    computed = deformable_attention_definition(
+        _tensor(value), _tensor(locations), _tensor(weights), sides, attention.level_points
+    ).numpy()
     difference = np.abs(computed - result.reshape(computed.shape)).max()
     return bool(difference <= TOLERANCE[result.dtype] * np.abs(computed).max())
+
+
+def _tensor(values: Array) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values, np.float32))
 
 
 def _canonical(candidate: Candidate, seen: Mapping[str, Array], batch: int) -> _Canonical | None:
