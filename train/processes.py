@@ -97,6 +97,6 @@ def joined_processes() -> Iterator[Processes]:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     distributed.init_process_group(backend, timeout=_LONGEST_WAIT)
     if not processes.is_main:
-        logging.getLogger("train").setLevel(logging.ERROR)
+        logging.getLogger("asag.train").setLevel(logging.ERROR)
     yield processes
     distributed.destroy_process_group()

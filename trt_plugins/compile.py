@@ -95,7 +95,7 @@ def resource_usage(plan: Plan, capability: int) -> Usage:
 
 def kernel_source(file_name: str) -> str:
     """Text of a file of the package's `kernels`."""
-    return (resources.files("trt_plugins") / "kernels" / file_name).read_text()
+    return (resources.files("asag.trt_plugins") / "kernels" / file_name).read_text()
 
 
 def cache_folder() -> Path:

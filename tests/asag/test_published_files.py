@@ -85,7 +85,14 @@ def test_another_preset_than_the_tensors_is_refused(published: tuple[Path, Detec
     assert not output.exists()
 
 
-@pytest.mark.parametrize("name", [name for name, preset in PRESETS.items() if preset.published is not None])
+HAVE_FILES = [
+    name
+    for name, preset in PRESETS.items()
+    if preset.published is not None and preset.config.decoder != "deformable"  # ASAG-D has none
+]
+
+
+@pytest.mark.parametrize("name", HAVE_FILES)
 def test_every_published_preset_is_told_from_its_tensors(name: str) -> None:
     preset = find_preset(name)
     config = preset.config

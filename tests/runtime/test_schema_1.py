@@ -104,7 +104,8 @@ def test_a_file_runs_and_its_values_get_their_names(
     path = old_model(exported, precision, tmp_path / "old.onnx")
     proto, metadata = read_onnx(path)
     assert (metadata.family, metadata.schema, metadata.choices) == ("asag", 2, CHOICES)
-    assert metadata.half_layers == exported.metadata.half_layers
+    assert set(metadata.half_layers) <= set(exported.metadata.half_layers), "decoders that are younger have more"
+    assert metadata.half_layers
     made = {output for node in proto.graph.node for output in node.output}
     half = {"features/p2_half"} if precision == "fp16" else set()
     assert {"features/p3", "features/p5", "anchors/boxes", "anchors/valid", *half} <= made

@@ -82,7 +82,7 @@ def test_the_seed_decides(config, tmp_path):
 
 
 def test_what_a_run_leaves(config, shapes, caplog):
-    with caplog.at_level(logging.INFO, logger="train"):
+    with caplog.at_level(logging.INFO, logger="asag.train"):
         result = train(dataclasses.replace(config, evaluation_interval=None), progress=False)
     lines = [record.getMessage() for record in caplog.records]
     assert any(line.startswith("step 6/6") and "images/s" in line and "anchors" in line for line in lines)
@@ -265,7 +265,7 @@ def test_a_full_disk_is_reported_and_training_goes_on(config, monkeypatch, caplo
         save(content, stream)
 
     monkeypatch.setattr(torch, "save", full_at_first)
-    with caplog.at_level(logging.INFO, logger="train"):
+    with caplog.at_level(logging.INFO, logger="asag.train"):
         assert train(config, progress=False).finished
     lines = [record.getMessage() for record in caplog.records if "could not be written" in record.getMessage()]
     assert len(lines) == 1

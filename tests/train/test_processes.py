@@ -180,7 +180,7 @@ def test_after_an_error_a_process_does_not_wait_for_the_others(monkeypatch):
         monkeypatch.setattr(distributed, name, lambda *_, name=name, **__: calls.append(name))
     for name, value in {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "MASTER_ADDR": "here", "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(logging.getLogger("train"), "level", logging.WARNING)
+    monkeypatch.setattr(logging.getLogger("asag.train"), "level", logging.WARNING)
     with joined_processes() as processes:
         assert (processes.rank, processes.count) == (1, 2)
     assert calls == ["init_process_group", "destroy_process_group"]
@@ -220,7 +220,7 @@ def test_norms_that_learn_do_not_count_a_piece_twice(config, micro_preset, tmp_p
 def test_a_run_says_what_its_training_remarks(config, caplog):
     settings = AdaMixerSettings("batched")
     config = dataclasses.replace(config, preset=child_run.RECOLLECTED, settings=settings, steps=1, batch_size=1)
-    with caplog.at_level(logging.INFO, logger="train"):
+    with caplog.at_level(logging.INFO, logger="asag.train"):
         train(config, progress=False)
     assert "recollection: 6 copies of 3 stages a step, batched" in caplog.text
 

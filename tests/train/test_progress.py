@@ -34,17 +34,17 @@ def test_an_interrupted_run_tells_where_it_can_go_on(config, monkeypatch, caplog
         return make(self, pieces, epoch)
 
     monkeypatch.setattr(StepMaker, "make", interrupted)
-    with caplog.at_level(logging.INFO, logger="train"), pytest.raises(KeyboardInterrupt):
+    with caplog.at_level(logging.INFO, logger="asag.train"), pytest.raises(KeyboardInterrupt):
         train(config, progress=False)
     assert "interrupted after step 3; resume the run to go on from step 2" in lines_of(caplog)
-    with caplog.at_level(logging.INFO, logger="train"), pytest.raises(KeyboardInterrupt):
+    with caplog.at_level(logging.INFO, logger="asag.train"), pytest.raises(KeyboardInterrupt):
         train(dataclasses.replace(config, output=config.output / "2", checkpoint_interval=5), progress=False)
     assert "interrupted after step 3; there was no checkpoint yet" in lines_of(caplog)
 
 
 def test_a_resumed_run_tells_where_it_goes_on(config, caplog):
     train(dataclasses.replace(config, stop_after=1), progress=False)
-    with caplog.at_level(logging.INFO, logger="train"):
+    with caplog.at_level(logging.INFO, logger="asag.train"):
         train(dataclasses.replace(config, resume=True, stop_after=2), progress=False)
     assert "resumed after step 1" in lines_of(caplog)
 
@@ -54,7 +54,7 @@ def test_what_is_wrong_in_the_annotations_is_told_once(config, copied, caplog):
     content = json.loads(path.read_text())
     content["annotations"][0]["bbox"] = [0, 0, -1, 5]
     path.write_text(json.dumps(content))
-    with caplog.at_level(logging.INFO, logger="train"):
+    with caplog.at_level(logging.INFO, logger="asag.train"):
         train(dataclasses.replace(config, data=copied, steps=1), progress=False)
     assert sum("1 bad boxes" in line for line in lines_of(caplog)) == 1
 

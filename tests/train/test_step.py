@@ -159,7 +159,7 @@ def test_other_norms_stay_as_they_are(
     learn: bool, device: str, processes: Processes, caplog: pytest.LogCaptureFixture
 ) -> None:
     detector = random_detector(small_config(train_batch_statistics=learn)).train()
-    with caplog.at_level(logging.WARNING, logger="train"):
+    with caplog.at_level(logging.WARNING, logger="asag.train"):
         synchronize_norms(detector, torch.device(device), processes)
         synchronize_norms(detector, torch.device(device), dataclasses.replace(processes, rank=1))
     assert {type(norm) for norm in detector.backbone.norms()} == {nn.BatchNorm2d}

@@ -47,7 +47,8 @@ def test_every_stage_has_its_time(tmp_path: Path) -> None:
     for row in rows[:3]:
         assert row.reason is None
         assert {"pre-processing", *PARTS, "post-processing"} <= set(row.p50_ms)
-        assert all(value > 0 for value in row.p50_ms.values())
+        assert all(value >= 0 for value in row.p50_ms.values()), "a profiler counts whole microseconds"
+        assert row.p50_ms["features"] > 0
         assert row.share(*row.p50_ms) == pytest.approx(1)
         assert row.share("other") < 0.02, "nearly every node of the optimized graph is known"
     assert rows[3] == StageTimes("toy", "numpy", "fp32", {}, "numpy does not tell its stages apart")
@@ -66,7 +67,7 @@ def test_a_slow_part_of_pytorch(stage: str) -> None:
     detector, choose_best = deployed.detector, deployed.best
 
     def wait(*_: object) -> None:
-        time.sleep(0.2)
+        time.sleep(0.4)
 
     def choose_slowly(found: Predictions) -> tuple[Tensor, Tensor, Tensor]:
         wait()
@@ -83,7 +84,7 @@ def test_a_slow_part_of_pytorch(stage: str) -> None:
     else:
         deployed.best = choose_slowly  # type: ignore[method-assign]
     (row,) = measure_stages([PyTorchSession(deployed, "small")], IMAGES, rounds=1, warmup=0)
-    assert row.p50_ms[stage] >= 200
+    assert row.p50_ms[stage] >= 400
     assert row.share(stage) > 0.7
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from asag.detector import stage
@@ -35,7 +36,7 @@ class DeformableHead(nn.Module):
         # A proposal may reach beyond the image, where a fraction has no logit.
         references = proposals.boxes.clamp(0, 1)
         position = self.box_embedding(references)
-        nothing = queries.new_zeros((1, 1, 1, 1))
+        nothing = torch.zeros((1, 1, 1, 1), device=queries.device)
         queries = self.layer.attend(queries, position, exclude(nothing, allowed))
         sampling = self.layer.sampling(queries, position, references, levels)
         (locations,) = stage("head", points=sampling.locations)
