@@ -27,7 +27,10 @@ def test_files_of_a_user_hide_nothing(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text("""
 import asag.cli.main, asag.train.loop, asag.export.model, asag.trt_plugins.operations
 from asag.runtime import open_session
+from asag.runtime.reports.page import _template
+from asag.trt_plugins.compile import kernel_source
 print(open_session.__module__)
+_template(), kernel_source("select_tokens.cu")  # files that are no modules
 """)
     command = [sys.executable, "script.py"]
     environment = {"PYTHONPATH": str(ROOT)}
