@@ -72,8 +72,7 @@ def compare_detections(
     candidate_is_cut = suppressed or len(candidate) >= max_detections
     ties_reference = _at_the_cut(reference, alone_reference, candidate, score_tolerance) if candidate_is_cut else 0
     ties_candidate = _at_the_cut(candidate, alone_candidate, reference, score_tolerance) if reference_is_cut else 0
-    scores = np.abs(_wide(reference.scores)[pairs[:, 0]] - _wide(candidate.scores)[pairs[:, 1]])
-    boxes = np.abs(_wide(reference.boxes)[pairs[:, 0]] - _wide(candidate.boxes)[pairs[:, 1]])
+    scores, boxes = _differences(reference, candidate, pairs)
     in_reference_order = pairs[np.argsort(pairs[:, 0], kind="stable"), 1]
     return ImageAgreement(
         image_id=image_id,
@@ -99,10 +98,18 @@ def differing(
     pairs = _match(reference, candidate, score_tolerance, box_tolerance)
     missing, different = np.ones(len(reference), bool), np.ones(len(candidate), bool)
     missing[pairs[:, 0]] = False
-    scores = np.abs(_wide(reference.scores)[pairs[:, 0]] - _wide(candidate.scores)[pairs[:, 1]])
-    boxes = np.abs(_wide(reference.boxes)[pairs[:, 0]] - _wide(candidate.boxes)[pairs[:, 1]]).max(axis=1, initial=0.0)
-    different[pairs[:, 1]] = (scores > score_tolerance) | (boxes > box_tolerance)
+    scores, boxes = _differences(reference, candidate, pairs)
+    different[pairs[:, 1]] = (scores > score_tolerance) | (boxes.max(axis=1, initial=0.0) > box_tolerance)
     return missing, different
+
+
+def _differences(
+    reference: Detections, candidate: Detections, pairs: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Of matched pairs [M, 2]: absolute differences of scores [M] and of boxes' coordinates [M, 4]."""
+    scores = np.abs(_wide(reference.scores)[pairs[:, 0]] - _wide(candidate.scores)[pairs[:, 1]])
+    boxes = np.abs(_wide(reference.boxes)[pairs[:, 0]] - _wide(candidate.boxes)[pairs[:, 1]])
+    return scores, boxes
 
 
 def _pair_ious(boxes: NDArray, others: NDArray, differences: NDArray) -> NDArray[np.float64]:

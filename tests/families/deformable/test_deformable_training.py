@@ -26,6 +26,7 @@ from asag.training.recollection import StagePredictions
 from asag.training.timing import PartTimer
 from tests.families.deformable.golden_cases import SPARSE, config_of, golden_batch, golden_detector, names, targets_of
 from tests.families.deformable.small_detector import PLAIN, random_detector, small_config
+from tests.families.pieces import check_pieces_add_up
 from tests.golden_files import module, read_case
 
 LOSS_TOLERANCE = 1e-4
@@ -178,17 +179,7 @@ def test_losses_of_two_pieces_add_up_to_those_of_the_whole_step() -> None:
     detector = random_detector(small_config(dropout=0.0))
     training, batch = DeformableTraining(detector, DeformableSettings()), random_batch()
     batch = batch._replace(sizes=batch.sizes[:1].expand(2, -1))
-    pieces = [Batch(batch.images[i : i + 1], batch.sizes[i : i + 1], batch.targets[i : i + 1]) for i in range(2)]
-    totals = torch.stack([training.counts(piece, Step(0)) for piece in pieces]).sum(0)
-    assert torch.equal(totals, training.counts(batch, Step(0)))
-
-    def losses(part: Batch) -> Mapping[str, Tensor]:
-        with torch.no_grad():
-            return training.losses(training.outputs(part, Step(0)), part.targets, totals)
-
-    whole, parts = losses(batch), [losses(piece) for piece in pieces]
-    for name, value in whole.items():
-        torch.testing.assert_close(sum(part[name] for part in parts), value, rtol=1e-4, atol=1e-5)
+    check_pieces_add_up(training, batch)
 
 
 def test_the_attention_map_counts_from_the_first_cell() -> None:

@@ -24,6 +24,7 @@ from asag.train.config import TrainConfig
 from asag.training.assignment import assign, pad_targets
 from asag.training.protocol import Batch, Step, Target
 from asag.training.timing import PartTimer
+from tests.families.pieces import check_pieces_add_up
 from tests.families.sap_detr.golden_cases import FOLDER, golden_batch, golden_detector, names, targets_of
 from tests.families.sap_detr.small_detector import random_detector, small_config
 from tests.golden_files import module, read_case
@@ -166,17 +167,7 @@ def test_every_parameter_learns_and_has_a_rate() -> None:
 
 def test_losses_of_two_pieces_add_up_to_those_of_the_whole_step() -> None:
     training, batch = SAPDETRTraining(random_detector(), SAPDETRSettings()), random_batch()
-    pieces = [Batch(batch.images[i : i + 1], batch.sizes[i : i + 1], batch.targets[i : i + 1]) for i in range(2)]
-    totals = torch.stack([training.counts(piece, Step(0)) for piece in pieces]).sum(0)
-    assert torch.equal(totals, training.counts(batch, Step(0)))
-
-    def losses(part: Batch) -> Mapping[str, Tensor]:
-        with torch.no_grad():
-            return training.losses(training.outputs(part, Step(0)), part.targets, totals)
-
-    whole, parts = losses(batch), [losses(piece) for piece in pieces]
-    for name, value in whole.items():
-        torch.testing.assert_close(sum(part[name] for part in parts), value, rtol=1e-4, atol=1e-5)
+    check_pieces_add_up(training, batch)
 
 
 def test_points_outside_cost_more_than_all_else_without_hiding_it() -> None:
