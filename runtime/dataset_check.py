@@ -17,6 +17,7 @@ from asag.runtime.coco_dataset import CocoFolder, missing_files, spread
 from asag.runtime.coco_file import Id, name_key
 from asag.runtime.contact_sheet import annotated_cell, write_sheet
 from asag.runtime.layouts.find import find_splits
+from asag.runtime.layouts.split import LostPictures
 from asag.runtime.preprocessing import load_image, picture_size, resized_size
 
 SMALL, MEDIUM = 32**2, 96**2
@@ -56,7 +57,8 @@ class SplitCheck:
     mistakes: bool
     """Whether some of it is a mistake in the annotations."""
     missing: tuple[str, ...]
-    unreadable: tuple[str, ...]
+    unreadable: Mapping[str, str]
+    """Why, by picture."""
     other_size: tuple[str, ...]
     """Pictures of another size than annotated."""
     turned: int
@@ -71,11 +73,12 @@ class SplitCheck:
             yield f"{self.name}: no objects"
         for files, what in (
             (self.missing, "missing"),
-            (self.unreadable, "unreadable"),
             (self.other_size, f"of another size than annotated, {self.turned} for their EXIF orientation"),
         ):
             if files:
                 yield f"{self.name}: {len(files)} pictures {what}: {_first(files)}"
+        if self.unreadable:
+            yield f"{self.name}: {len(self.unreadable)} pictures unreadable: {_first(list(self.unreadable.values()))}"
 
 
 @dataclass(frozen=True)
@@ -114,19 +117,19 @@ def check_dataset(
     which is computed where two have one length. With `stored_pixels` pictures are seen without their EXIF orientation.
     Raises what :func:`runtime.layouts.find.find_splits` and reading annotations raise.
     """
-    unreadable: dict[str, list[str]] = defaultdict(list)
+    lost: dict[str, LostPictures] = defaultdict(LostPictures)
     folders = {
-        name: CocoFolder(split.images, split.read(stored_pixels, unreadable[name]), stored_pixels)
+        name: CocoFolder(split.images, split.read(stored_pixels, lost[name]), stored_pixels)
         for name, split in find_splits(path).items()
     }
     total, done = sum(map(len, folders.values())), 0
     checks, files = [], []
     for name, folder in folders.items():
-        pictures = _Pictures(unreadable=unreadable[name])
+        pictures = _Pictures(lost[name])
         missing = set(missing_files(folder.images_dir, [image.file_name for image in folder.images.values()]))
         for image_id, image in folder.images.items():
             if image.file_name in missing:
-                pictures.missing.append(image.file_name)
+                pictures.lost.missing.append(image.file_name)
             else:
                 pictures.look_at(folder, image_id, decode)
                 files.append((name, image.file_name, folder.path(image_id)))
@@ -149,7 +152,7 @@ def write_annotated_sheet(
     splits = find_splits(data).values()
     cells: list[Image.Image] = []
     for split in splits:
-        folder = CocoFolder(split.images, split.read(stored_pixels, []), stored_pixels)
+        folder = CocoFolder(split.images, split.read(stored_pixels, LostPictures()), stored_pixels)
         for image_id in spread(folder.image_ids, -(-most // len(splits)))[: -(-most // len(splits))]:
             with contextlib.suppress(FileNotFoundError, ValueError):
                 cells.append(annotated_cell(folder, image_id))
@@ -162,8 +165,7 @@ def write_annotated_sheet(
 class _Pictures:
     """What is found in the files of a split."""
 
-    unreadable: list[str]
-    missing: list[str] = field(default_factory=list)
+    lost: LostPictures
     other_size: list[str] = field(default_factory=list)
     turned: int = 0
 
@@ -172,8 +174,8 @@ class _Pictures:
         image, path = folder.images[image_id], folder.path(image_id)
         try:
             size = load_image(path, folder.stored_pixels).size if decode else picture_size(path, folder.stored_pixels)
-        except (FileNotFoundError, ValueError):
-            self.unreadable.append(image.file_name)
+        except (FileNotFoundError, ValueError) as error:
+            self.lost.unreadable[image.file_name] = str(error)
             return
         if size != (image.width, image.height):
             self.other_size.append(image.file_name)
@@ -206,8 +208,8 @@ def _check(name: str, folder: CocoFolder, pictures: _Pictures) -> SplitCheck:
         images_without_objects=len(folder) - len(np.unique(places)),
         left_out={reason: count for reason, count in found.left_out.reasons.items() if count},
         mistakes=found.left_out.wrong,
-        missing=tuple(pictures.missing),
-        unreadable=tuple(pictures.unreadable),
+        missing=tuple(pictures.lost.missing),
+        unreadable=pictures.lost.unreadable,
         other_size=tuple(pictures.other_size),
         turned=pictures.turned,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch.utils.data import Dataset
 from asag.runtime.coco_dataset import CocoFolder, check_size, clipped_boxes, missing_files
 from asag.runtime.coco_file import CocoAnnotations, LeftOut, left_out_sentence
 from asag.runtime.layouts.find import find_split
+from asag.runtime.layouts.split import LostPictures
 from asag.runtime.preprocessing import load_image
 from asag.training.protocol import Target
 
@@ -67,8 +69,9 @@ class DetectionDataset(Dataset[tuple[Image.Image, Target]]):
     indices in the order of the rising category ids. ``category_ids`` and ``category_names`` follow from the file. Left
     out, beside what :mod:`runtime.coco_file` leaves out: crowd annotations, images without objects, and images with a
     side under 32 pixels; ``counts`` tells how many, and one log line reports it. With `skip_missing` so are images
-    whose file is missing. With `stored_pixels` pictures are read without regard to their EXIF orientation. An image
-    whose only objects are to be ignored, or have bad boxes, is no background.
+    whose file is missing; `without_size` more are left out of the annotations for that. With `stored_pixels` pictures
+    are read without regard to their EXIF orientation. An image whose only objects are to be ignored, or have bad
+    boxes, is no background.
 
     Raises FileNotFoundError when the annotation file or an image is missing, and ValueError when the file is not one
     of COCO's kind or when nothing remains to train on.
@@ -81,6 +84,8 @@ class DetectionDataset(Dataset[tuple[Image.Image, Target]]):
         skip_missing: bool = False,
         stored_pixels: bool = False,
         background_images: bool = False,
+        *,
+        without_size: int = 0,
     ) -> None:
         folder = CocoFolder(images_dir, annotation_file, stored_pixels)
         self.images_dir, self.annotation_file = folder.images_dir, folder.annotations_path
@@ -114,7 +119,7 @@ class DetectionDataset(Dataset[tuple[Image.Image, Target]]):
             background_images=sum(not len(objects[place]) for place in kept),
             small_images=len(large) - sum(large),
             crowd_annotations=int(annotations.crowd.sum()),
-            missing_images=len(missing),
+            missing_images=len(missing) + without_size,
             of_file=annotations.left_out,
         )
         if not len(self._labels):
@@ -147,10 +152,7 @@ class DetectionDataset(Dataset[tuple[Image.Image, Target]]):
         """The images whose file is missing, now, not hours later; FileNotFoundError unless they are to be skipped."""
         missing = missing_files(self.images_dir, names)
         if missing and not skip:
-            raise FileNotFoundError(
-                f"{len(missing)} images of {self.annotation_file} are missing in {self.images_dir}, the first is"
-                f" {missing[0]}; --set skip_missing_images=true trains without them"
-            )
+            raise _are_missing(missing, self.annotation_file, self.images_dir)
         return set(missing)
 
     def _check_size(self, index: int, size: tuple[int, int]) -> None:
@@ -158,6 +160,13 @@ class DetectionDataset(Dataset[tuple[Image.Image, Target]]):
         height, width = self._sizes[index]
         path = self.images_dir / self._files[index]
         check_size(path, size, (width, height), self.annotation_file, self.stored_pixels)
+
+
+def _are_missing(names: Sequence[str], annotations: Path | str, folder: Path) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"{len(names)} images of {annotations} are missing in {folder}, the first is {names[0]};"
+        " --set skip_missing_images=true trains without them"
+    )
 
 
 def open_training_split(
@@ -169,4 +178,12 @@ def open_training_split(
 ) -> DetectionDataset:
     """The split of a data set in any known layout; see :func:`runtime.layouts.find.find_split`."""
     found = find_split(data, split)
-    return DetectionDataset(found.images, found.read(stored_pixels), skip_missing, stored_pixels, background_images)
+    lost = LostPictures()
+    annotations = found.read(stored_pixels, lost)
+    if lost.unreadable:
+        raise ValueError(next(iter(lost.unreadable.values())))
+    if lost.missing and not skip_missing:
+        raise _are_missing(lost.missing, found.annotations, found.images)
+    return DetectionDataset(
+        found.images, annotations, skip_missing, stored_pixels, background_images, without_size=len(lost.missing)
+    )

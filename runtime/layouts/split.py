@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,17 @@ from PIL import Image
 from asag.runtime.coco_file import CocoAnnotations, coco_annotations, read_coco_file
 from asag.runtime.preprocessing import picture_size
 
-Entries = Callable[[bool, list[str] | None], dict[str, Any]]
+
+@dataclass
+class LostPictures:
+    """Pictures that had to be left out because their size is not known."""
+
+    missing: list[str] = field(default_factory=list)
+    unreadable: dict[str, str] = field(default_factory=dict)
+    """Why, by name."""
+
+
+Entries = Callable[[bool, LostPictures | None], dict[str, Any]]
 """Reads the content of an annotation file in COCO's format out of another layout; takes what `Split.read` takes."""
 
 
@@ -29,16 +39,16 @@ class Split:
     entries: Entries | None = None
     """None where `annotations` is a file in COCO's format."""
 
-    def read(self, stored_pixels: bool = False, unreadable: list[str] | None = None) -> CocoAnnotations:
+    def read(self, stored_pixels: bool = False, lost: LostPictures | None = None) -> CocoAnnotations:
         """What is annotated, by the rules of :func:`runtime.coco_file.read_coco_file`, whatever the layout.
 
         Where boxes are fractions of the picture its header is read, with `stored_pixels` without regard to its EXIF
-        orientation; a picture that cannot be read is named in `unreadable` and left out, or without that list a
+        orientation; a picture without one is added to `lost` and left out, or where that is None a FileNotFoundError or
         ValueError.
         """
         if self.entries is None:
             return read_coco_file(self.annotations)
-        return coco_annotations(self.entries(stored_pixels, unreadable), self.annotations)
+        return coco_annotations(self.entries(stored_pixels, lost), self.annotations)
 
 
 @dataclass(frozen=True)
@@ -52,15 +62,19 @@ class Layout:
     """Takes the folder (or the file that names the folders); the splits found there, by name."""
 
 
-def readable_size(path: Path, stored_pixels: bool, name: str, unreadable: list[str] | None) -> tuple[int, int] | None:
-    """(width, height) of a picture; None for one whose `name` was added to `unreadable`. See :meth:`Split.read`."""
+def readable_size(path: Path, stored_pixels: bool, name: str, lost: LostPictures | None) -> tuple[int, int] | None:
+    """(width, height) of a picture; None for one whose `name` was added to `lost`. See :meth:`Split.read`."""
     try:
         return picture_size(path, stored_pixels)
-    except (FileNotFoundError, ValueError):
-        if unreadable is None:
+    except FileNotFoundError:
+        if lost is None:
             raise
-        unreadable.append(name)
-        return None
+        lost.missing.append(name)
+    except ValueError as error:
+        if lost is None:
+            raise
+        lost.unreadable[name] = str(error)
+    return None
 
 
 def pictures_in(folder: Path) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from asag.runtime.errors import one_line
-from asag.runtime.layouts.split import Layout, Split, pictures_in, readable_size
+from asag.runtime.layouts.split import Layout, LostPictures, Split, pictures_in, readable_size
 
 _COUNTED_FROM_ONE = "The VOC"
 """Sources whose name begins so count pixels from 1, both ends included; what tools write are edges, from 0."""
@@ -67,7 +67,7 @@ def _entries(
     pictures: Path,
     classes: Sequence[str],
     stored_pixels: bool,
-    unreadable: list[str] | None,
+    lost: LostPictures | None,
 ) -> dict[str, Any]:
     """The content of an annotation file in COCO's format.
 
@@ -85,7 +85,7 @@ def _entries(
     for path, place in documents():
         document = read.get(path, _Document())
         name = picture_of.get(place) or document.file_name or f"{place.as_posix()}.jpg"
-        size = document.size or readable_size(pictures / name, stored_pixels, name, unreadable)
+        size = document.size or readable_size(pictures / name, stored_pixels, name, lost)
         if size is None:
             continue
         images.append({"id": len(images) + 1, "file_name": name, "width": size[0], "height": size[1]})

@@ -18,7 +18,7 @@ from typing import Any
 
 from asag.runtime.coco_file import MOST_OUTSIDE
 from asag.runtime.errors import one_line
-from asag.runtime.layouts.split import Layout, Split, pictures_in, readable_size
+from asag.runtime.layouts.split import Layout, LostPictures, Split, pictures_in, readable_size
 
 FILES = ("data.yaml", "data.yml", "dataset.yaml", "obj.data")
 SPLITS = ("train", "val", "valid", "test")
@@ -71,14 +71,14 @@ class _Reader:
         """What names of pictures are relative to."""
         return self.sources[0] if len(self.sources) == 1 and not self.sources[0].is_file() else self.base
 
-    def entries(self, stored_pixels: bool, unreadable: list[str] | None) -> dict[str, Any]:
+    def entries(self, stored_pixels: bool, lost: LostPictures | None) -> dict[str, Any]:
         """The content of an annotation file in COCO's format; the classes keep YOLO's numbers as ids."""
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
         pixels, labels = 0, set()
         for picture in self._pictures():
             name = _relative(picture, self.folder)
-            if (size := readable_size(picture, stored_pixels, name, unreadable)) is None:
+            if (size := readable_size(picture, stored_pixels, name, lost)) is None:
                 continue
             label = label_file(picture)
             labels.add(label)
@@ -92,7 +92,7 @@ class _Reader:
         if pixels > MOST_OUTSIDE * len(annotations):
             raise ValueError(f"{self.file}: {pixels} boxes look like pixels, and YOLO's are fractions of the picture")
         folders = {label.parent for label in labels}
-        if not any(folder.is_dir() for folder in folders):
+        if folders and not any(folder.is_dir() for folder in folders):
             raise FileNotFoundError(f"{self.file}: no labels: looked for {', '.join(map(str, sorted(folders)[:3]))}")
         annotations += self._without_picture(labels)
         categories = [{"id": number, "name": name} for number, name in self.classes.items()]

@@ -54,7 +54,7 @@ def test_what_is_wrong_with_pictures(folder: Path) -> None:
     exif[0x0112] = 6
     Image.new("RGB", (600, 40)).save(folder / "train2017" / "4.png", exif=exif)
     train = check_dataset(folder).splits[0]
-    assert (train.missing, train.unreadable, train.other_size) == (("1.png",), ("2.png",), ("3.png", "4.png"))
+    assert (train.missing, [*train.unreadable], train.other_size) == (("1.png",), ["2.png"], ("3.png", "4.png"))
     assert train.turned == 1
     assert len(check_dataset(folder).problems) == 3
     assert check_dataset(folder, stored_pixels=True).splits[0].other_size == ("3.png",)
@@ -64,8 +64,11 @@ def test_damage_behind_the_header_is_found_by_decoding(folder: Path) -> None:
     path = folder / "val2017" / "1.png"
     Image.effect_noise((60, 40), 50).convert("RGB").save(path, "JPEG")
     path.write_bytes(path.read_bytes()[:-500])
-    assert check_dataset(folder).splits[1].unreadable == ()
-    assert check_dataset(folder, decode=True).splits[1].unreadable == ("1.png",)
+    assert check_dataset(folder).splits[1].unreadable == {}
+    found = check_dataset(folder, decode=True)
+    assert "truncated" in found.splits[1].unreadable["1.png"]
+    assert found.problems[0].startswith("val2017: 1 pictures unreadable: ")
+    assert str(path) in found.problems[0]
 
 
 def test_equal_pictures(folder: Path) -> None:

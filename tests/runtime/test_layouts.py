@@ -155,7 +155,7 @@ def test_pictures_that_cannot_be_read(write: Writer, tmp_path: Path) -> None:
     path.write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"c\.png is not an image"):
         open_coco(tmp_path, "train2017")
-    assert check_dataset(tmp_path).splits[0].unreadable == ("c.png",)
+    assert check_dataset(tmp_path).splits[0].unreadable == {"c.png": f"{path} is not an image in a known format"}
 
 
 def change_voc(tmp_path: Path, old: str, new: str) -> Path:

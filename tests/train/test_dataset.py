@@ -276,6 +276,20 @@ def test_missing_images_can_be_skipped(tmp_path, caplog):
         open_training_split(tmp_path, skip_missing=True)
 
 
+def test_missing_pictures_of_a_list_can_be_skipped(tmp_path, caplog):
+    layouts.yolo_lists(tmp_path)
+    (tmp_path / "pictures" / "a.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"first is pictures/a\.png; --set skip_missing_images=true"):
+        open_training_split(tmp_path)
+    with caplog.at_level("WARNING"):
+        dataset = open_training_split(tmp_path, skip_missing=True)
+    assert dataset.counts.missing_images == 1
+    assert "1 images whose file is missing" in caplog.text
+    (tmp_path / "pictures" / "c.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"c\.png is not an image"):
+        open_training_split(tmp_path, skip_missing=True)
+
+
 def test_a_turned_picture_has_the_size_it_is_shown_with(tmp_path):
     write_dataset(tmp_path, [(1, 40, 60)], [annotation(1, [1, 1, 5, 5])])
     exif = Image.Exif()
