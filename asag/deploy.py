@@ -111,6 +111,7 @@ class DeployedDetector(nn.Module):
             "input_type": self.input_type,
             "shorter_side": self.info.input.shorter_side,
             "longer_side": self.info.input.longer_side,
+            "interpolation": self.info.input.interpolation,
             "mean": IMAGE_MEAN,
             "std": IMAGE_STD,
             "category_ids": self.info.category_ids,

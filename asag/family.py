@@ -102,6 +102,8 @@ class InputSpec:
     """Height and width of the exported model's input."""
     divisor: int = 32
     """Both are multiples of this."""
+    interpolation: Literal["antialias", "bilinear"] = "antialias"
+    """How images are resized, see :func:`runtime.preprocessing.resize`."""
 
 
 @dataclass(frozen=True)

@@ -183,22 +183,17 @@ def _fit(height: int, width: int, limit: tuple[int, int]) -> tuple[int, int]:
     return max(1, limit[1] * height // width), limit[1]
 
 
-def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Resize to ``size`` = (height, width) pixels with PIL's bilinear filter (antialiased when shrinking)."""
-    height, width = size
-    if image.size == (width, height):
-        return image
-    return image.resize((width, height), Image.Resampling.BILINEAR)
+def resize(image: Image.Image, size: tuple[int, int], interpolation: str = "antialias") -> Image.Image:
+    """Resize to ``size`` = (height, width) pixels.
 
-
-def resize_by_two_taps(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Resize to ``size`` = (height, width): each pixel from two rows and two columns next to its centre.
-
-    Centres of pixels are at halves and the border is repeated, as bilinear interpolation of arrays does it without
-    antialiasing; the result is rounded to 8 bits.
+    ``interpolation``: "antialias", PIL's bilinear filter, or "bilinear", the two rows and columns next to a pixel's
+    centre alone, as OpenCV and MMDetection do it: centres are at halves, the border is repeated, the result is rounded
+    to 8 bits.
     """
     if image.size == size[::-1]:
         return image
+    if interpolation == "antialias":
+        return image.resize(size[::-1], Image.Resampling.BILINEAR)
     pixels = np.asarray(image)
     for axis, count in enumerate(size):
         first, second, share = _taps(pixels.shape[axis], count)
@@ -233,10 +228,9 @@ def prepare(images: Sequence[Image.Image], metadata: ModelMetadata) -> dict[str,
     dtype = np.uint8 if metadata.input_type == "uint8" else np.float32
     batch = np.zeros((len(images), 3, *metadata.input_size), dtype)
     sizes = np.zeros((len(images), 2), np.float32)
-    resized = resize if metadata.interpolation == "antialias" else resize_by_two_taps
     for index, image in enumerate(images):
         size = _size_in_input(image, metadata)
-        pixels = np.asarray(resized(image, size))
+        pixels = np.asarray(resize(image, size, metadata.interpolation))
         if metadata.input_type == "float32":
             pixels = normalize(pixels, metadata.mean, metadata.std)
         batch[index, :, : size[0], : size[1]] = pixels.transpose(2, 0, 1)

@@ -323,6 +323,7 @@ def _steps(run: _Run, last: int) -> Iterator[list[Piece]]:
         run.info.input.longer_side,
         config.flip_probability,
         crop if config.crop_probability > 0 else None,
+        run.info.input.interpolation,
     )
     loader = make_loader(run.dataset, transform, sampler, workers=config.workers, pin_memory=run.device.type == "cuda")
     pieces = (Piece(batch, places) for batch, places in zip(loader, sampler, strict=True))

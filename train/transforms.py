@@ -55,7 +55,7 @@ class RandomCrop:
     sides: tuple[int, int] = (384, 600)
 
     def __call__(
-        self, image: Image.Image, target: Target, generator: np.random.Generator
+        self, image: Image.Image, target: Target, generator: np.random.Generator, interpolation: str = "antialias"
     ) -> tuple[Image.Image, Target]:
         """`image` RGB; `target` with boxes ``xyxy`` in its pixels."""
         if generator.random() >= self.probability:
@@ -73,7 +73,7 @@ class RandomCrop:
         boxes = functional.crop(functional.resize(boxes, list(full)), top, left, height, width)
         boxes = functional.clamp_bounding_boxes(boxes).as_subclass(Tensor)
         inside = (boxes[:, 2:] > boxes[:, :2]).all(1)
-        picture = functional.crop(resize(image, full), top, left, height, width)
+        picture = functional.crop(resize(image, full, interpolation), top, left, height, width)
         return picture, Target(boxes=boxes[inside], labels=target["labels"][inside])
 
 
@@ -90,21 +90,22 @@ class TrainingTransform:
     longer_side: int
     flip_probability: float = 0.5
     crop: RandomCrop | None = None
+    interpolation: str = "antialias"
 
     def __call__(self, image: Image.Image, target: Target, generator: np.random.Generator) -> Sample:
         """`image` RGB; `target` with boxes ``xyxy`` in its pixels."""
         if self.crop is not None:
-            image, target = self.crop(image, target, generator)
+            image, target = self.crop(image, target, generator, self.interpolation)
         size = (image.height, image.width)
         boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=size)
         if generator.random() < self.flip_probability:
             image = functional.horizontal_flip(image)
             boxes = functional.horizontal_flip(boxes)
         shorter_side = self.shorter_sides[int(generator.integers(len(self.shorter_sides)))]
-        pixels = np.asarray(resize(image, resized_size(*size, shorter_side, self.longer_side)))
+        resized = resize(image, resized_size(*size, shorter_side, self.longer_side), self.interpolation)
         extent = torch.tensor([size[1], size[0], size[1], size[0]], dtype=torch.float32)
         normalized = box_convert(boxes.as_subclass(Tensor) / extent, "xyxy", "cxcywh")
-        return Sample(torch.from_numpy(pixels.transpose(2, 0, 1).copy()), normalized, target["labels"])
+        return Sample(torch.from_numpy(np.asarray(resized).transpose(2, 0, 1).copy()), normalized, target["labels"])
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

@@ -95,6 +95,12 @@ def test_description_is_the_runtimes_metadata() -> None:
     assert metadata.weights_digest == weights_digest(detector)
 
 
+def test_the_exported_model_resizes_as_the_checkpoint_says() -> None:
+    detector, info = random_detector(small_config()), small_info((96, 128))
+    info = dataclasses.replace(info, input=dataclasses.replace(info.input, interpolation="bilinear"))
+    assert ModelMetadata(**DeployedDetector(detector, info).describe()).interpolation == "bilinear"
+
+
 def test_digest_follows_the_weights() -> None:
     detector = random_detector(seed=4)
     digest = weights_digest(detector)

@@ -20,7 +20,6 @@ from asag.runtime.preprocessing import (
     load_image,
     prepare,
     resize,
-    resize_by_two_taps,
     resized_size,
 )
 from tests.runtime.toy_detector import toy_metadata
@@ -282,5 +281,5 @@ def test_two_taps_are_bilinear_interpolation_of_arrays(
     pixels = np.random.default_rng(seed).integers(0, 256, (*before, 3), np.uint8)
     maps = torch.from_numpy(pixels).permute(2, 0, 1)[None].float()
     expected = torch.nn.functional.interpolate(maps, after, mode="bilinear", align_corners=False)
-    found = np.asarray(resize_by_two_taps(Image.fromarray(pixels), after), np.float32)
+    found = np.asarray(resize(Image.fromarray(pixels), after, "bilinear"), np.float32)
     assert np.abs(found - expected[0].permute(1, 2, 0).numpy()).max() <= 0.51

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 
@@ -187,13 +188,16 @@ def test_the_transform_keeps_boxes_on_their_pixels(height, width, flips, corner,
     assert torch.equal(sample.pixels, expected_pixels)
 
 
+@pytest.mark.parametrize("interpolation", ["antialias", "bilinear"])
 @pytest.mark.parametrize(("height", "width"), [(61, 200), (200, 61), (128, 160), (90, 90)])
-def test_training_and_inference_see_the_same_pixels(height, width):
+def test_training_and_inference_see_the_same_pixels(height, width, interpolation):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8))
     target = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
-    batch = collate([TrainingTransform((96,), 128, flip_probability=0)(image, target, np.random.default_rng(0))])
+    transform = TrainingTransform((96,), 128, flip_probability=0, interpolation=interpolation)
+    batch = collate([transform(image, target, np.random.default_rng(0))])
     for input_type in ("uint8", "float32"):
-        tensors = prepare([image], metadata(input_type))
+        contract = dataclasses.replace(metadata(input_type), interpolation=interpolation)
+        tensors = prepare([image], contract)
         height_padded, width_padded = batch.images.shape[2:]
         assert np.array_equal(tensors["sizes"], batch.sizes.numpy())
         assert not tensors["images"][:, :, height_padded:].any()

@@ -41,7 +41,8 @@ _TINY_RECIPE = {**FROM_RANDOM_WEIGHTS, "epochs": 12}
 
 
 def _coco(config: AdaMixerConfig, recipe: Mapping[str, Any], ap: float, paper: str = ADAMIXER_PAPER) -> Preset:
-    return Preset(config=config, recipe=recipe, published=Published(f"AP {ap}", paper, ap=ap))
+    resized = InputSpec(interpolation="bilinear")
+    return Preset(config=config, input=resized, recipe=recipe, published=Published(f"AP {ap}", paper, ap=ap))
 
 
 PRESETS: dict[str, Preset] = {

@@ -43,7 +43,9 @@ _TINY_RECIPE = {**FROM_RANDOM_WEIGHTS, "epochs": 8}
 
 
 def _coco(config: DeformableConfig, ap: float, paper: str, recipe: Mapping[str, Any] = _RECIPE) -> Preset:
-    return Preset(config=config, recipe=recipe, published=Published(f"AP {ap}", paper, ap=ap))
+    # MMDetection, whose projections have no bias, resizes without antialiasing.
+    resized = InputSpec(interpolation="antialias" if config.projection_bias else "bilinear")
+    return Preset(config=config, input=resized, recipe=recipe, published=Published(f"AP {ap}", paper, ap=ap))
 
 
 def _sparse(name: str, config: DeformableConfig, precisions: tuple[float, ...]) -> Iterator[tuple[str, Preset]]:
