@@ -30,14 +30,15 @@ LARGEST_R50_FILE = 260e6
 
 CASES = {
     "asag-a-tiny": True,
-    "asag-a-r50-1x-100": True,
+    "asag-a-r50-1x-100": False,
     "asag-s-crowdhuman": True,
     "asag-d-r50-3x-300": True,
     "asag-s-r50-3x-100": False,
     "asag-a-r101-3x-300": False,
 }
-"""Whether a case has its published widths, as each decoder has once. Thin layers are the same operators, and most of
-the time lies in the wide ones. What is left out differs from these in the head, or combines what two of them have.
+"""Whether a case has its published widths, as each decoder has once; ASAG-A's meet photographs in
+tests/end_to_end/test_photographs.py. Thin layers are the same operators, and most of the time lies in the wide ones.
+What is left out differs from these in the head, or combines what two of them have.
 """
 
 
@@ -49,7 +50,9 @@ def test_the_cases_cover_every_preset() -> None:
         needed = {tuple(getattr(config, name) for name in what) for config in presets.values()}
         assert {tuple(getattr(config, name) for name in what) for config in cases.values()} == needed
     published = {(config.decoder, config.size) for config in presets.values()}
-    assert {(cases[name].decoder, cases[name].size) for name, full in CASES.items() if full} == published
+    elsewhere = find_preset("asag-a-r50-1x-100").config
+    covered = {(cases[name].decoder, cases[name].size) for name, full in CASES.items() if full}
+    assert covered == published - {(elsewhere.decoder, elsewhere.size)}
 
 
 @pytest.fixture(scope="module", params=CASES)
