@@ -102,7 +102,8 @@ def _train(data: Path, run: Path, weights: Path | None) -> Path:
     import shutil
 
     from asag.train.config import TrainConfig
-    from asag.train.loop import CONFIG_FILE, train
+    from asag.train.loop import train
+    from asag.train.run import CONFIG_FILE
 
     _step(2, f"training {PRESET} " + ("from nothing" if weights is None else f"on from {weights}"))
     if (run / CONFIG_FILE).is_file():

@@ -3,49 +3,35 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from torch.amp import GradScaler
 
-from asag.checkpoint import CheckpointInfo, save_detector
-from asag.families import family_of
-from asag.runtime.coco_dataset import CocoFolder, open_coco
-from asag.runtime.coco_evaluation import CocoResult, check_measurable
+from asag.checkpoint import save_detector
+from asag.runtime.coco_dataset import CocoFolder
+from asag.runtime.coco_evaluation import CocoResult
 from asag.runtime.errors import one_line
 from asag.runtime.files import write_json
-from asag.train.averaging import average_of
-from asag.train.checkpointing import TrainingState, has_run, keep_state, kept_states, remove_leftovers, resume_state
+from asag.train.checkpointing import keep_state, kept_states
 from asag.train.config import TrainConfig
 from asag.train.crowdhuman_evaluation import CrowdHumanResult
-from asag.train.dataset import DetectionDataset, open_training_split
-from asag.train.devices import check_gpus, resolve_device
 from asag.train.evaluation import Evaluation, detect, evaluate_detector
-from asag.train.initialization import starting_detector
-from asag.train.loading import StepSampler, make_loader, steps_per_epoch
+from asag.train.loading import StepSampler, make_loader
 from asag.train.pictures import pictured_images, read_table, write_curves, write_grid
-from asag.train.processes import Processes, joined_processes
-from asag.train.record import git_revision, versions
+from asag.train.processes import joined_processes
 from asag.train.reporting import EVALUATIONS_FILE, LOSSES_FILE, TrainingReport
-from asag.train.schedule import build_optimizer, build_schedule, evaluation_interval, warmup_steps
-from asag.train.step import Piece, StepMaker, feature_precision, prepare_detector
+from asag.train.run import BEST_RECORD, Run, prepare_run
+from asag.train.schedule import evaluation_interval, warmup_steps
+from asag.train.step import Piece, StepMaker
 from asag.train.transforms import RandomCrop, TrainingTransform
-from asag.training.protocol import Training
-
-logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "weights.safetensors"
 BEST_FILE = "best.safetensors"
-BEST_RECORD = "best.json"
-CONFIG_FILE = "config.json"
 CURVES_FILE = "curves.png"
 PICTURES_FOLDER = "pictures"
 
@@ -80,31 +66,6 @@ class TrainResult:
         return self.early or self.step >= self.total_steps
 
 
-@dataclass
-class _Run:
-    """What the steps of one process share."""
-
-    config: TrainConfig
-    processes: Processes
-    dataset: DetectionDataset
-    validation: CocoFolder | None
-    info: CheckpointInfo
-    state: TrainingState
-    training: Training
-    device: torch.device
-    total_steps: int
-    steps_per_epoch: int
-
-    def computation(self) -> dict[str, Any]:
-        """What decides the sequence of weights: the configuration and the data."""
-        counts = self.dataset.counts
-        data = {"images": counts.images, "objects": counts.objects, "category_ids": list(self.dataset.category_ids)}
-        return {**self.config.computation(), **data}
-
-    def epoch(self, step: int) -> int:
-        return step // self.steps_per_epoch
-
-
 def train(config: TrainConfig, progress: bool = True) -> TrainResult:
     """Train a detector as `config` says; `progress` shows a bar and log lines in the terminal.
 
@@ -118,7 +79,7 @@ def train(config: TrainConfig, progress: bool = True) -> TrainResult:
     last weights cannot be written.
     """
     with joined_processes() as processes:
-        run = _prepare(config, processes)
+        run = prepare_run(config, processes)
         began = time.perf_counter()
         with TrainingReport(
             config.output, run.training, run.total_steps, run.state.step, progress, processes, config.tensorboard
@@ -145,80 +106,7 @@ def train(config: TrainConfig, progress: bool = True) -> TrainResult:
         )
 
 
-def _prepare(config: TrainConfig, processes: Processes) -> _Run:
-    """Check the data, then build the detector and all that trains it, at the start or where the run stood."""
-    device = resolve_device(config.device)
-    check_gpus(device, processes)
-    if has_run(config.output) and not config.resume:
-        raise ValueError(f"{config.output} already holds a training run: resume it or name another folder")
-    dataset = _training_data(config)
-    validation = _validation_data(config, dataset)
-    torch.manual_seed(config.seed)
-    detector, info = starting_detector(config, dataset)
-    prepare_detector(detector, config, device, processes)
-    training = family_of(detector.config).training(detector, config.settings)
-    per_epoch = steps_per_epoch(len(dataset), config.batch_size)
-    total = config.steps if config.steps is not None else max(1, round(config.epochs * per_epoch))
-    optimizer = build_optimizer(training.parameter_groups(), config)
-    state = TrainingState(
-        detector=detector,
-        average=None if config.ema_decay is None else average_of(detector, config.ema_decay),
-        optimizer=optimizer,
-        schedule=build_schedule(optimizer, config, total, per_epoch),
-        scaler=GradScaler(device.type, enabled=feature_precision(config, device) == torch.float16),
-    )
-    run = _Run(config, processes, dataset, validation, info, state, training, device, total, per_epoch)
-    if config.resume:
-        resume_state(config.output, state, run.computation())
-        _check_same_step(processes, state.step)
-    if processes.is_main:
-        remove_leftovers(config.output)
-        if not config.resume:
-            (config.output / BEST_RECORD).unlink(missing_ok=True)
-        _write_configuration(run)
-    return run
-
-
-def _check_same_step(processes: Processes, step: int) -> None:
-    """Check that all processes go on from the same state. Raises ValueError."""
-    steps = sorted(set(processes.gather(step)))
-    if len(steps) > 1:
-        raise ValueError(
-            f"the processes found states of different steps ({', '.join(map(str, steps))}): the run's folder must be"
-            " the same one for all of them"
-        )
-
-
-def _training_data(config: TrainConfig) -> DetectionDataset:
-    options = config.skip_missing_images, config.stored_pixels, config.background_images
-    if config.train_annotations is not None:
-        folder = config.train_images or config.train_annotations.parent
-        return DetectionDataset(folder, config.train_annotations, *options)
-    assert config.data is not None
-    return open_training_split(config.data, config.train_split, *options)
-
-
-def _validation_data(config: TrainConfig, dataset: DetectionDataset) -> CocoFolder | None:
-    """The images to evaluate on; None where there are none, or none are wanted."""
-    if config.evaluation_interval == 0:
-        return None
-    if config.val_annotations is not None:
-        images = config.val_images or config.val_annotations.parent
-        folder = CocoFolder(images, config.val_annotations, config.stored_pixels).report()
-    elif config.data is not None:
-        folder = open_coco(config.data, config.val_split, config.stored_pixels)
-    else:
-        return None
-    if folder.annotations_path == dataset.annotation_file:
-        logger.warning(
-            "%s has one split, which is trained and evaluated on: AP says nothing about other images", config.data
-        )
-    folder.with_classes(dataset.category_ids, dataset.category_names, "the classes of the training images")
-    check_measurable(folder, folder.image_ids[: config.evaluation_images])
-    return folder
-
-
-def _announce(run: _Run, report: TrainingReport) -> None:
+def _announce(run: Run, report: TrainingReport) -> None:
     config, count, found = run.config, run.processes.count, run.dataset.counts
     # What was wrong has had its line when the file was read.
     told = found.kept() if found.wrong else found.sentence()
@@ -242,13 +130,13 @@ def _announce(run: _Run, report: TrainingReport) -> None:
         )
 
 
-def _say_what_is_kept(run: _Run, report: TrainingReport) -> None:
+def _say_what_is_kept(run: Run, report: TrainingReport) -> None:
     kept = kept_states(run.config.output)
     state = f"resume the run to go on from step {kept[-1][0]}" if kept else "there was no checkpoint yet"
     report.say(f"interrupted after step {run.state.step}; {state}")
 
 
-def _make_steps(run: _Run, report: TrainingReport, began: float) -> Evaluation | None:
+def _make_steps(run: Run, report: TrainingReport, began: float) -> Evaluation | None:
     """Make the remaining steps with their log lines, checkpoints, evaluations and pictures."""
     config, state = run.config, run.state
     last = run.total_steps if config.stop_after is None else min(run.total_steps, config.stop_after)
@@ -304,7 +192,7 @@ def _make_steps(run: _Run, report: TrainingReport, began: float) -> Evaluation |
     return evaluation
 
 
-def _steps(run: _Run, last: int) -> Iterator[list[Piece]]:
+def _steps(run: Run, last: int) -> Iterator[list[Piece]]:
     """This process's pieces of the steps from the state's up to step `last`."""
     config = run.config
     sampler = StepSampler(
@@ -347,7 +235,7 @@ def _due(step: int, total_steps: int, interval: int) -> bool:
     return interval > 0 and (step == total_steps or step % interval == 0)
 
 
-def _save(run: _Run, report: TrainingReport, required: bool) -> None:
+def _save(run: Run, report: TrainingReport, required: bool) -> None:
     """Write state and weights; a failure is reported, and raised (OSError) where nothing comes after."""
     if not run.processes.is_main:
         return
@@ -364,14 +252,14 @@ def _save(run: _Run, report: TrainingReport, required: bool) -> None:
         report.say(f"{message}; free some space, training goes on")
 
 
-def _save_weights(path: Path, run: _Run) -> None:
+def _save_weights(path: Path, run: Run) -> None:
     try:
         save_detector(path, run.state.deployable, run.info)
     except SafetensorError as error:
         raise OSError(f"cannot write {path}: {one_line(error)}") from None
 
 
-def _evaluate(run: _Run, validation: CocoFolder, report: TrainingReport) -> Evaluation | None:
+def _evaluate(run: Run, validation: CocoFolder, report: TrainingReport) -> Evaluation | None:
     """Evaluate in all processes, and keep the weights where they are the best so far; None but in the first."""
     state, output = run.state, run.config.output
     evaluation = evaluate_detector(
@@ -404,7 +292,7 @@ def _best_score(record: Path, step: int) -> float:
         return -1.0
 
 
-def _out_of_patience(run: _Run) -> bool:
+def _out_of_patience(run: Run) -> bool:
     """Whether so many of the last evaluations as the configuration bears brought no better score.
 
     All processes must ask. The table of evaluations tells, so that a resumed run counts on.
@@ -417,7 +305,7 @@ def _out_of_patience(run: _Run) -> bool:
     return run.processes.any(run.processes.is_main and since >= run.config.patience, run.device)
 
 
-def _picture(run: _Run, validation: CocoFolder, report: TrainingReport) -> None:
+def _picture(run: Run, validation: CocoFolder, report: TrainingReport) -> None:
     """Draw the present detections on a few validation images."""
     if not run.processes.is_main:
         return
@@ -429,22 +317,3 @@ def _picture(run: _Run, validation: CocoFolder, report: TrainingReport) -> None:
         report.picture(path, step)
     except (OSError, ValueError) as error:
         report.say(f"the picture of step {step} could not be written ({one_line(error)})")
-
-
-def _write_configuration(run: _Run) -> None:
-    """Record what was asked for and what it was run with."""
-    content = {
-        "training": run.config.to_dict(),
-        "family": family_of(run.state.detector.config).name,
-        "detector": asdict(run.state.detector.config),
-        "steps": run.total_steps,
-        "steps_per_epoch": run.steps_per_epoch,
-        "first_step": run.state.step,
-        "images": run.dataset.counts.images,
-        "objects": run.dataset.counts.objects,
-        "device": str(run.device),
-        "processes": run.processes.count,
-        "versions": versions(),
-        "git": git_revision(),
-    }
-    write_json(run.config.output / CONFIG_FILE, content)

@@ -21,11 +21,13 @@ from asag.runtime.coco_evaluation import CocoResult
 from asag.train.checkpointing import has_run, kept_states
 from asag.train.config import TrainConfig
 from asag.train.config_file import read_config_file
+from asag.train.devices import resolve_device
 from asag.train.evaluation import Evaluation
 from asag.train.initialization import load_backbone, untrained_detector
-from asag.train.loop import CONFIG_FILE, WEIGHTS_FILE, resolve_device, train
+from asag.train.loop import WEIGHTS_FILE, train
 from asag.train.pictures import read_table
 from asag.train.reporting import EVALUATIONS_FILE, LOSSES_FILE, group_losses
+from asag.train.run import CONFIG_FILE
 from asag.train.synthetic import write_synthetic_dataset
 from tests.train.child_run import micro_families
 

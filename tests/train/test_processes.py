@@ -26,10 +26,11 @@ from asag.train.checkpointing import kept_states
 from asag.train.config import TrainConfig
 from asag.train.devices import check_gpus
 from asag.train.loading import StepSampler
-from asag.train.loop import CONFIG_FILE, WEIGHTS_FILE, train
+from asag.train.loop import WEIGHTS_FILE, train
 from asag.train.pictures import read_table
 from asag.train.processes import Processes, joined_processes
 from asag.train.reporting import LOSSES_FILE
+from asag.train.run import CONFIG_FILE
 from asag.train.step import StepMaker
 from tests.families.adamixer.small_detector import random_detector
 from tests.train import child_run
