@@ -27,9 +27,6 @@ SCHEDULES = ("step", "cosine")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
 # Fields that say where and how long a run works, not what it computes: they may differ when a run is resumed.
-LATER_FIELDS = {"stored_pixels", "background_images", "freeze"}
-"""States of runs from before these fields say nothing of them; where they are off, they change nothing."""
-
 OPERATIONAL_FIELDS = frozenset(
     {
         "data",
@@ -227,8 +224,7 @@ class TrainConfig:
 
     def computation(self) -> dict[str, Any]:
         """The fields that decide the sequence of weights, for JSON; a resumed run must agree on them."""
-        fields = {name: value for name, value in self.to_dict().items() if name not in OPERATIONAL_FIELDS}
-        return {name: value for name, value in fields.items() if value or name not in LATER_FIELDS}
+        return {name: value for name, value in self.to_dict().items() if name not in OPERATIONAL_FIELDS}
 
 
 def option_names() -> set[str]:
