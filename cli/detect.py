@@ -134,11 +134,14 @@ def detect(
 
 
 def _check_named(images: tuple[Path, ...]) -> None:
-    """Say what is not supported before anything runs; a path loses one of two slashes of an address."""
+    """Say what is not supported before anything runs."""
     for image in images:
         address = re.match(r"[a-z][a-z0-9+.-]+:/", str(image))
         if address and not image.exists():
-            raise click.UsageError(f"{image} is an address: download it first, detect reads files, folders and videos")
+            written = str(image).replace(":/", "://", 1)  # a path loses one of the slashes
+            raise click.UsageError(
+                f"{written} is an address: download it first, detect reads files, folders and videos"
+            )
         if str(image).isdecimal() and not image.exists():
             raise click.UsageError(f"{image} is no file, and cameras are not read: record a video first")
 

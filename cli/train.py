@@ -77,6 +77,9 @@ def train(
     given = {"preset": preset, "data": data, "output": output, **options, "initial_weights": weights}
     given["resume"] = resume or None
     config = resolve_config(config_file, given, _parse_settings(settings))
+    for start in (config.initial_weights, config.backbone_weights):
+        if start is not None and not Path(start).is_file():
+            raise FileNotFoundError(f"{start}: no such file")
     # These import PyTorch, which takes seconds; what is wrong with the options was said before.
     from asag.train.loop import train as run
     from asag.train.processes import is_main_process

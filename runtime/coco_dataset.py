@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import TypeVar
 
 import numpy as np
@@ -50,11 +50,22 @@ class CocoFolder:
         read = annotations if isinstance(annotations, CocoAnnotations) else read_coco_file(annotations)
         self.annotations, self.annotations_path = read, read.path
         self.images: dict[Id, CocoImage] = {image.id: image for image in self.annotations.images}
+        self._check_names()
         self._places = {image_id: place for place, image_id in enumerate(self.images)}
         ids = [category.id for category in self.annotations.categories]
         numbered = all(isinstance(identifier, int) for identifier in ids)
         self.category_ids: tuple[int, ...] = tuple(ids) if numbered else tuple(range(1, len(ids) + 1))  # type: ignore[arg-type]
         self.category_names = tuple(category.name for category in self.annotations.categories)
+
+    def _check_names(self) -> None:
+        """ValueError where two images are one file, one of them by its full path."""
+        seen: dict[str, str] = {}
+        for image in self.annotations.images:
+            first = seen.setdefault(os.path.normpath(self.images_dir / image.file_name), image.file_name)
+            if first != image.file_name:
+                raise ValueError(
+                    f"{self.annotations_path}: {first} and {image.file_name} are one picture: keep one name"
+                )
 
     @property
     def image_ids(self) -> tuple[Id, ...]:
@@ -99,7 +110,7 @@ class CocoFolder:
         if missing:
             raise FileNotFoundError(
                 f"{len(missing)} of {len(image_ids)} images of {self.annotations_path} are missing in"
-                f" {self.images_dir}, the first is {missing[0]}: complete them, or take them out of the file"
+                f" {self.images_dir}, the first is {missing[0]}: {remedy_of_missing(self.images_dir, missing[0])}"
             )
         self.check_sizes(image_ids)
 
@@ -118,15 +129,22 @@ class CocoFolder:
 
     def for_model(self, metadata: ModelMetadata, classes: Sequence[str] = ()) -> CocoFolder:
         """The data set with the model's category ids; see :meth:`with_classes`."""
-        return self.with_classes(metadata.category_ids, metadata.category_names, "the model's classes", classes)
+        return self.with_classes(
+            metadata.category_ids, metadata.category_names, "the model's classes", classes, "--classes"
+        )
 
     def with_classes(
-        self, ids: Sequence[int], names: Sequence[str], whose: str, classes: Sequence[str] = ()
+        self,
+        ids: Sequence[int],
+        names: Sequence[str],
+        whose: str,
+        classes: Sequence[str] = (),
+        option: str | None = None,
     ) -> CocoFolder:
         """The data set with the category ids of somebody else's classes.
 
         Without `classes` both must have the same ones, by id and by name. With them, only these count, matched by name.
-        Raises ValueError with both lists, which calls the others `whose`.
+        Raises ValueError with both lists, which calls the others `whose` and advises the `option` that gives `classes`.
         """
         ours = {name_key(name): number for number, name in zip(self.category_ids, self.category_names, strict=True)}
         theirs = {name_key(name): number for number, name in zip(ids, names, strict=True)}
@@ -135,7 +153,7 @@ class CocoFolder:
         both = f"{whose} are {_some(theirs)}; those of {self.annotations_path} are {_some(ours)}"
         if not classes:
             common = ",".join(name for name in theirs if name in ours)
-            remedy = f'; --classes "{common}" counts what both have, by name' if common else ""
+            remedy = f'; {option} "{common}" counts what both have, by name' if common and option else ""
             raise ValueError(f"the classes are not the same: {both}{remedy}")
         wanted = [name_key(name) for name in classes]
         unknown = [name for name in wanted if name not in ours or name not in theirs]
@@ -189,8 +207,17 @@ def check_size(
 def missing_files(folder: Path, names: Sequence[str]) -> list[str]:
     """Those of the names, relative to the folder, that are no files there. The folder is listed once: that is faster
     than asking for each of many thousands."""
-    present = {entry.name for entry in folder.iterdir()}
+    with os.scandir(folder) as entries:
+        present = {entry.name for entry in entries if entry.is_file()}
     return [name for name in names if name not in present and not _is_file(folder / name)]
+
+
+def remedy_of_missing(folder: Path, name: str) -> str:
+    """What to do about a picture that is not there."""
+    last = PureWindowsPath(name).name  # knows both kinds of slashes
+    if last != name and _is_file(folder / last):
+        return f"{last} is there, so take the folders out of the names"
+    return "complete them, or take them out of the file"
 
 
 def _is_file(path: Path) -> bool:

@@ -7,8 +7,10 @@ absent or null get COCO's defaults, what is no object is left out and counted, a
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
+import posixpath
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -21,11 +23,17 @@ from numpy.typing import NDArray
 
 from asag.runtime.errors import one_line
 
+logger = logging.getLogger(__name__)
+
 Id = int | str
 """An id as a file states it. 7 and "7" are the same id."""
 
 FEWEST_TO_JUDGE, MOST_OUTSIDE = 10, 1 / 3
 """So many boxes, and this share of them out of their images, tell that a file's boxes are corners."""
+SMALLEST_EXTENT, LARGEST_NUMBER = 0.01, 1e9
+"""Pixels: a box of which less lies in the image is nothing that could be found, a larger number is no place."""
+LARGEST_ID = (1 << 63) - 1
+"""Of a category: detectors give them out as 64-bit numbers."""
 
 _REQUIRED: dict[str, dict[str, tuple[type, ...]]] = {
     "images": {"id": (int, str), "file_name": (str,), "height": (int, float), "width": (int, float)},
@@ -36,7 +44,7 @@ _REQUIRED: dict[str, dict[str, tuple[type, ...]]] = {
 
 @dataclass(frozen=True)
 class CocoImage:
-    """An image of the file; sides in pixels."""
+    """An image of the file; sides in pixels. The name is without detours, so that one picture has one name."""
 
     id: Id
     file_name: str
@@ -118,7 +126,7 @@ class CocoAnnotations:
 def read_coco_file(path: str | os.PathLike[str]) -> CocoAnnotations:
     """Read an annotation file in COCO's format (UTF-8, with or without a byte order mark).
 
-    Left out and counted: boxes that are empty, outside their image or not four finite numbers; entries that repeat an
+    Left out and counted: boxes that are empty, outside their image or not four numbers; entries that repeat an
     image or an annotation; annotations of images that are not listed; a root category that a labelling tool adds. One
     picture under two ids is one image. Raises FileNotFoundError without such a file, and ValueError naming the first
     entry that cannot be understood.
@@ -171,7 +179,18 @@ def _check_sections(content: Any, path: Path) -> None:
 
 def _has(entry: Any, name: str, kinds: tuple[type, ...]) -> bool:
     value = entry.get(name) if isinstance(entry, dict) else None
-    return isinstance(value, kinds) and not isinstance(value, bool) and value != ""
+    if isinstance(value, str):
+        return str in kinds and bool(value.strip()) and _is_unicode(value)
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be written: JSON's escapes can also say halves of a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _images(
@@ -184,7 +203,7 @@ def _images(
     repeated, merged = 0, []
     for index, entry in enumerate(entries):
         height, width = (_side(entry[name], f"{path}: images[{index}]", name) for name in ("height", "width"))
-        image = CocoImage(entry["id"], entry["file_name"], height, width)
+        image = CocoImage(entry["id"], posixpath.normpath(entry["file_name"]), height, width)
         key = key_of(image.id)
         same_id = places.get(key)
         if same_id is not None:
@@ -226,7 +245,9 @@ def _categories(entries: Sequence[Mapping[str, Any]], path: Path) -> tuple[CocoC
     if not entries:
         raise ValueError(f"{path} names no categories")
     by_id: dict[str, CocoCategory] = {}
-    for entry in entries:
+    for index, entry in enumerate(entries):
+        if isinstance(entry["id"], int) and abs(entry["id"]) > LARGEST_ID:
+            raise ValueError(f"{path}: categories[{index}] has no proper id: it takes more than 64 bits")
         category = CocoCategory(entry["id"], entry["name"])
         if by_id.setdefault(key_of(category.id), category) != category:
             raise ValueError(
@@ -310,11 +331,14 @@ class _Objects:
         sides = np.array([(self.images[row[0]].width, self.images[row[0]].height) for row in self.rows])
         outside = (ends > sides + 1).any(axis=1).mean()
         corners = ((boxes[:, 2:] > boxes[:, :2]) & (boxes[:, 2:] <= sides + 1)).all()
-        if len(boxes) >= FEWEST_TO_JUDGE and corners and outside > MOST_OUTSIDE:
-            raise ValueError(
+        if corners and outside > MOST_OUTSIDE:
+            told = (
                 f"{self.path}: {outside:.0%} of the boxes reach out of their images, and all fit as corners: they look"
                 " like x1, y1, x2, y2, and COCO's are x, y, width, height"
             )
+            if len(boxes) >= FEWEST_TO_JUDGE:
+                raise ValueError(told)
+            logger.warning("%s; read as these, since so few boxes prove nothing", told)
 
     def _flag(self, entry: Mapping[str, Any], name: str, index: int) -> bool:
         value = entry.get(name)
@@ -346,8 +370,12 @@ def _box(value: Any, image: CocoImage) -> tuple[float, float, float, float] | No
     if not isinstance(value, list) or len(value) != 4 or not all(_is_finite(number) for number in value):
         return None
     x, y, width, height = (float(number) for number in value)
-    inside = min(x + width, image.width) > max(x, 0) and min(y + height, image.height) > max(y, 0)
-    return (x, y, width, height) if width > 0 and height > 0 and inside else None
+    inside = min(
+        min(x + width, image.width) - max(x, 0),
+        min(y + height, image.height) - max(y, 0),
+    )
+    huge = max(map(abs, (x, y, width, height))) > LARGEST_NUMBER
+    return None if inside < SMALLEST_EXTENT or huge else (x, y, width, height)
 
 
 def _is_finite(value: Any) -> bool:

@@ -82,6 +82,8 @@ def detect_files(
     files = expand_paths(paths)
     if not files:
         raise ValueError("no images were named")
+    if not any(path.is_file() for path in files):
+        raise FileNotFoundError(f"{files[0]} is no file{', nor are the others' if len(files) > 1 else ''}")
     ids = None if annotations is None else _ids_by_name(annotations.for_model(session.metadata))
     if output.exists() and not output.is_dir():
         raise ValueError(f"cannot write to {output}: it is a file; name a folder")

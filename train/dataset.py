@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from asag.runtime.coco_dataset import CocoFolder, check_size, clipped_boxes, missing_files
+from asag.runtime.coco_dataset import CocoFolder, check_size, clipped_boxes, missing_files, remedy_of_missing
 from asag.runtime.coco_file import CocoAnnotations, LeftOut, left_out_sentence
 from asag.runtime.layouts.find import find_split
 from asag.runtime.layouts.split import LostPictures
@@ -162,10 +162,10 @@ class DetectionDataset(Dataset[tuple[Image.Image, Target]]):
         check_size(path, size, (width, height), self.annotation_file, self.stored_pixels)
 
 
-def _are_missing(names: Sequence[str], annotations: Path | str, folder: Path) -> FileNotFoundError:
+def _are_missing(names: Sequence[str], annotations: Path, folder: Path) -> FileNotFoundError:
     return FileNotFoundError(
-        f"{len(names)} images of {annotations} are missing in {folder}, the first is {names[0]};"
-        " --set skip_missing_images=true trains without them"
+        f"{len(names)} images of {annotations} are missing in {folder}, the first is {names[0]}:"
+        f" {remedy_of_missing(folder, names[0])}; --set skip_missing_images=true trains without them"
     )
 
 

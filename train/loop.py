@@ -125,7 +125,7 @@ def _announce(run: Run, report: TrainingReport) -> None:
     warmup = warmup_steps(config, run.total_steps)
     if warmup < config.warmup_steps:
         report.say(
-            f"a short run: the warm-up takes {warmup} steps, not {config.warmup_steps}, and few detectors learn in so"
+            f"a short run: a warm-up of {warmup} in place of {config.warmup_steps} steps, and few detectors learn in so"
             " little; --steps or --epochs ask for more"
         )
 

@@ -13,6 +13,7 @@ from asag.checkpoint import CheckpointInfo
 from asag.families import family_of
 from asag.runtime.coco_dataset import CocoFolder, open_coco
 from asag.runtime.coco_evaluation import check_measurable
+from asag.runtime.coco_file import name_key
 from asag.runtime.files import write_json
 from asag.train.averaging import average_of
 from asag.train.checkpointing import TrainingState, has_run, remove_leftovers, resume_state
@@ -130,9 +131,19 @@ def _validation_data(config: TrainConfig, dataset: DetectionDataset) -> CocoFold
         logger.warning(
             "%s has one split, which is trained and evaluated on: AP says nothing about other images", config.data
         )
-    folder.with_classes(dataset.category_ids, dataset.category_names, "the classes of the training images")
+    folder = _with_training_classes(folder, dataset)
     check_measurable(folder, folder.image_ids[: config.evaluation_images])
     return folder
+
+
+def _with_training_classes(folder: CocoFolder, dataset: DetectionDataset) -> CocoFolder:
+    """Validation images may lack classes, and number them otherwise; names tell. ValueError where they have others."""
+    known, theirs = (set(map(name_key, each.category_names)) for each in (dataset, folder))
+    if theirs < known:
+        logger.warning("%s: AP is of %d of the %d classes", folder.annotations_path, len(theirs), len(known))
+    by_name = folder.category_names if theirs <= known else ()
+    whose = "the classes of the training images"
+    return folder.with_classes(dataset.category_ids, dataset.category_names, whose, by_name)
 
 
 def _write_configuration(run: Run) -> None:

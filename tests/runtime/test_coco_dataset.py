@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,20 @@ def test_what_does_not_count_is_a_warning(tmp_path: Path, caplog: pytest.LogCapt
     write_split(tmp_path, [entry(), entry(box=(1, 1, 0, 3))])
     open_coco(tmp_path)
     assert "1 images with 1 objects; left out: 1 bad boxes" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [("val2017/1.png", "1.png is there, so take"), (r"C:\own\1.png", "1.png is there"), ("2.png", "complete them")],
+)
+def test_a_missing_picture_comes_with_what_to_do(tmp_path: Path, name: str, remedy: str) -> None:
+    path = write_split(tmp_path, [entry()])
+    content = json.loads(path.read_text())
+    content["images"][0]["file_name"] = name
+    path.write_text(json.dumps(content))
+    folder = open_coco(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"1 of 1 images .*: {remedy}"):
+        folder.check_images(folder.image_ids)
 
 
 def test_pictures_as_stored(tmp_path: Path) -> None:

@@ -73,6 +73,9 @@ def test_areas_that_cannot_be_become_the_box_s(tmp_path: Path, area: Any) -> Non
         [10**400, 0, 1, 1],
         [True, 0, 1, 1],
         [[1], 0, 1, 1],
+        [10, 10, 1e-10, 5],
+        [59.9999999, 0, 5, 5],
+        [0, 0, 1e308, 5],
     ],
 )
 def test_bad_boxes_are_left_out_and_counted(tmp_path: Path, box: Any) -> None:
@@ -94,8 +97,14 @@ def test_only_true_repetitions_are_left_out(tmp_path: Path) -> None:
 
 
 def test_a_picture_under_two_ids_is_one_image(tmp_path: Path) -> None:
-    images = [image_entry(1, "a.png"), image_entry(2, "b.png"), image_entry(3, "a.png")]
-    path = write_split(tmp_path, [*PLAIN, entry(3, (40, 30, 5, 5)), {**PLAIN[0], "image_id": 3}], images)
+    images = [image_entry(1, "./a.png"), image_entry(2, "b.png"), image_entry(3, "../val2017//a.png")]
+    again = [entry(3, (40, 30, 5, 5)), {**PLAIN[0], "image_id": 3}]
+    path = write_split(tmp_path, [*PLAIN, *again], images)
+    found = read_coco_file(path)
+    assert len(found.images) == 3, "their folder is not known here"
+    with pytest.raises(ValueError, match=r"a\.png and \.\./val2017/a\.png are one picture: keep one name"):
+        CocoFolder(path.parents[1] / "val2017", path)
+    path = write_split(tmp_path, [*PLAIN, *again], [*images[:2], image_entry(3, "a.png")])
     found = read_coco_file(path)
     assert [image.file_name for image in found.images] == ["a.png", "b.png"]
     assert found.places.tolist() == [0, 0, 0, 1]
@@ -153,6 +162,9 @@ CLASS_A = {"id": 1, "name": "a"}
         ({"images": [image_entry(1, "a"), image_entry(2, "a", 41)]}, "a is listed with two sizes"),
         ({"categories": []}, "names no categories"),
         ({"categories": [{"id": 1}]}, r"categories\[0\] has no proper name"),
+        ({"categories": [{"id": 1, "name": "\t"}]}, r"categories\[0\] has no proper name"),
+        ({"categories": [{"id": 1, "name": "\ud800"}]}, r"categories\[0\] has no proper name"),
+        ({"categories": [CLASS_A, {"id": 1 << 63, "name": "b"}]}, r"categories\[1\] has no proper id"),
         ({"categories": [CLASS_A, {"id": 1, "name": "b"}]}, "the category id 1 is used twice, for 'a' and 'b'"),
         ({"categories": [CLASS_A, {"id": 3, "name": " a"}]}, "the categories 1 and 3 are both named"),
         ({"annotations": [7]}, r"annotations\[0\] has no proper image_id"),
@@ -248,13 +260,13 @@ def test_any_file_evaluates_perfect_detections_to_1_or_is_one_line(tmp_path: Pat
     assert np.isnan(ap) if found.crowd.all() else ap == pytest.approx(1)
 
 
-def test_boxes_in_other_units_are_refused(tmp_path: Path) -> None:
+def test_boxes_in_other_units_are_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     fractions = write_split(tmp_path / "a", [entry(1, (0.1, 0.2, 0.5, 0.5)), entry(2, (0, 0, 1, 1))], IMAGES)
     with pytest.raises(ValueError, match="they look like fractions of the image"):
         read_coco_file(fractions)
     corners = write_split(tmp_path / "b", [entry(1, (20 + i, 10, 58, 39)) for i in range(10)])
     with pytest.raises(ValueError, match=r"100% of the boxes reach out .* they look like x1, y1, x2, y2"):
         read_coco_file(corners)
-    assert (
-        len(read_coco_file(write_split(tmp_path / "c", [entry(1, (20 + i, 10, 58, 39)) for i in range(9)])).boxes) == 9
-    )
+    few = write_split(tmp_path / "c", [entry(1, (20 + i, 10, 58, 39)) for i in range(9)])
+    assert len(read_coco_file(few).boxes) == 9
+    assert "they look like x1, y1, x2, y2" in caplog.text

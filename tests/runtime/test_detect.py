@@ -64,6 +64,12 @@ def test_records_match_the_session(folder: Path, tmp_path: Path) -> None:
     assert np.allclose(np.stack([x, y, x + width, y + height], 1), expected.boxes, atol=1e-4)
 
 
+def test_files_that_are_not_there_write_nothing(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"a\.png is no file, nor are the others"):
+        detect_files(ToySession(), [tmp_path / "a.png", tmp_path / "b.png"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_bad_files_do_not_stop_the_rest(folder: Path, tmp_path: Path) -> None:
     names = ["a.png", "missing.png", "notes.txt", "b.png"]
     summary = detect_files(ToySession(), [folder / name for name in names], tmp_path / "out", batch_size=2)

@@ -283,7 +283,9 @@ def test_missing_images_can_be_skipped(tmp_path, caplog):
 def test_missing_pictures_of_a_list_can_be_skipped(tmp_path, caplog):
     layouts.yolo_lists(tmp_path)
     (tmp_path / "pictures" / "a.png").unlink()
-    with pytest.raises(FileNotFoundError, match=r"first is pictures/a\.png; --set skip_missing_images=true"):
+    with pytest.raises(
+        FileNotFoundError, match=r"first is pictures/a\.png: complete them, .*; --set skip_missing_images=true"
+    ):
         open_training_split(tmp_path)
     with caplog.at_level("WARNING"):
         dataset = open_training_split(tmp_path, skip_missing=True)

@@ -59,6 +59,31 @@ def test_what_is_wrong_in_the_annotations_is_told_once(config, copied, caplog):
     assert sum("1 bad boxes" in line for line in lines_of(caplog)) == 1
 
 
+def test_validation_may_lack_classes_and_number_them_otherwise(config, copied, caplog):
+    path = copied / "annotations" / "instances_val2017.json"
+    content = json.loads(path.read_text())
+    first, last = content["categories"][0], content["categories"][-1]
+    content["categories"] = [last | {"id": 1}, first | {"id": 2}]
+    numbers = {last["id"]: 1, first["id"]: 2}
+    kept = [one for one in content["annotations"] if one["category_id"] in numbers]
+    content["annotations"] = [one | {"category_id": numbers[one["category_id"]]} for one in kept]
+    path.write_text(json.dumps(content))
+    with caplog.at_level(logging.INFO, logger="asag.train"):
+        done = train(dataclasses.replace(config, data=copied, steps=1, evaluation_interval=1), progress=False)
+    assert done.evaluation is not None
+    assert any("AP is of 2 of the" in line for line in lines_of(caplog))
+    content["categories"][0]["name"] = "something else"
+    path.write_text(json.dumps(content))
+    with pytest.raises(
+        ValueError, match="the classes are not the same: the classes of the training images are"
+    ) as caught:
+        train(
+            dataclasses.replace(config, data=copied, output=config.output / "again", steps=1, evaluation_interval=1),
+            progress=False,
+        )
+    assert "--classes" not in str(caught.value)
+
+
 @pytest.mark.parametrize("damage", ["missing", "damaged", "another size"])
 def test_the_images_of_validation_are_checked_before_the_first_step(config, copied, damage):
     victim = sorted((copied / "val2017").iterdir())[1]
