@@ -37,7 +37,7 @@ _RECIPE = {
     **MULTI_SCALE,
     "background_images": True,
 }
-_TINY_RECIPE = {**FROM_RANDOM_WEIGHTS, "distances_rate": 30.0, "class_weight": 4.0, "epochs": 7}
+_TINY_RECIPE = {**FROM_RANDOM_WEIGHTS, "distances_rate": 30.0, "class_weight": 4.0, "epochs": 12}
 
 
 def _coco(config: SAPDETRConfig, ap: float, images: int) -> Preset:
