@@ -171,25 +171,6 @@ def test_a_missing_validation_split_is_noticed_before_training(config, shapes, t
     assert not config.output.exists()
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"name": "disc"}, r"training images are 6: 1 circle, .* are 6: 1 disc, "),
-        ({"id": 4}, r"training images are 6: 1 circle, .*4 circle"),
-    ],
-)
-def test_both_splits_must_have_the_same_classes(config, shapes, tmp_path, change, message):
-    data = tmp_path / "data"
-    shutil.copytree(shapes, data)
-    path = data / "annotations" / "instances_val2017.json"
-    content = json.loads(path.read_text())
-    content["categories"][0] |= change
-    content["annotations"] = []
-    path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=message):
-        train(dataclasses.replace(config, data=data, evaluation_interval=None), progress=False)
-
-
 def test_a_loss_that_is_not_finite_stops_the_run(config):
     with pytest.raises(ValueError, match="lower the learning rate"):
         train(dataclasses.replace(config, learning_rate=1e30, warmup_steps=0, steps=20), progress=False)
