@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from asag.export.adoption.adopt import AdoptionReport, adopt
+from asag.export.adoption.comparison import Comparison, compare_files
 from asag.export.adoption.graph import all_graphs
 from asag.export.adoption.pictures import made_up
 from asag.export.adoption.plan import AdoptionOptions
@@ -188,6 +189,25 @@ def test_a_lost_detection_writes_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(ValueError, match=r"\d+ of \d+ detections differ, first in made-up picture 0; nothing was"):
         adopted(make_toy(), tmp_path)
     assert not (tmp_path / "adopted.onnx").exists()
+
+
+def test_queries_that_nearly_tie_get_a_second_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where few pictures differ, rounding may have chosen other queries: then image by image, nothing rewritten."""
+    pictures: tuple[str, ...] = ("a", "b")
+    looks = []
+
+    def first_differs(*arguments: Any, **options: Any) -> Comparison:
+        looks.append(options.get("at_once", 2))
+        found = compare_files(*arguments, **options)
+        return dataclasses.replace(found, differing=pictures) if len(looks) == 1 else found
+
+    monkeypatch.setattr("asag.export.adoption.adopt.compare_files", first_differs)
+    assert adopted(make_toy(), tmp_path).comparison.differing == ()
+    assert looks == [2, 1]
+    looks.clear()
+    pictures = ("a", "b", "c", "d", "e")  # of eight
+    with pytest.raises(ValueError, match="detections differ, first in a; nothing was written"):
+        adopted(make_toy(), tmp_path)
 
 
 def wrong(proposed: Any) -> tuple[Any, ...]:
