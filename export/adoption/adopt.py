@@ -209,9 +209,7 @@ def _against_half(
     """What to say of a file that computes in 16 bits, now that the adopted one does not."""
     said = "the file computes in 16 bits, the adopted one in float32"
     types = {port.name: port.type for port in graph_inputs(half.graph)}
-    inputs = {
-        role: dataclasses.replace(port, type=types[port.name]) for role, port in plan.interface.inputs.items()
-    }
+    inputs = {role: dataclasses.replace(port, type=types[port.name]) for role, port in plan.interface.inputs.items()}
     plan = dataclasses.replace(plan, interface=dataclasses.replace(plan.interface, inputs=inputs))
     try:
         compared = compare_files(FileRun(half), adopted, plan, metadata, pictures, close=IN_HALF)
