@@ -216,8 +216,8 @@ def _against_half(
     except ValueError as error:
         return f"{said}; not compared, since in 16 bits {one_line(error)}"
     return (
-        f"{said}; {compared.found:,} of {compared.detections:,} detections in 16 bits are found again (IoU {IN_HALF.iou},"
-        f" scores within {IN_HALF.score}): adopt its float32 export if there is one"
+        f"{said}; {compared.found:,} of {compared.detections:,} detections in 16 bits are found again"
+        f" (IoU {IN_HALF.iou}, scores within {IN_HALF.score}): adopt its float32 export if there is one"
     )
 
 

@@ -23,7 +23,7 @@ LEAST_SCORE = 0.05
 
 @dataclass(frozen=True)
 class Closeness:
-    """How close two detections of a class are that are one: their IoU at least, and their scores' difference at most."""
+    """How close two detections of a class are that are one: the least IoU, the largest difference of scores."""
 
     iou: float
     score: float
@@ -39,8 +39,8 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of `detections` of the foreign file, over all pictures, `found` are in the adopted one; ``differing`` are names of
-    pictures in which not all were.
+    """Of `detections` of the foreign file, over all pictures, `found` are in the adopted one; ``differing`` are names
+    of the pictures where not all are.
     """
 
     detections: int
