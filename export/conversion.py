@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from PIL import Image
+
 from asag.export.adoption.pictures import verification_pictures
 from asag.export.calibration import largest_magnitudes
 from asag.export.exported_file import read_exported
@@ -46,7 +48,8 @@ def convert_file(model: Path, output: Path, precision: str, images: Sequence[Pat
             f"{model} is of family {metadata.family}, which knows what bears {precision}: leave images out"
         )
     if precision == "fp16" and metadata.family == FOREIGN:
-        pictures = images or [picture for _, picture in verification_pictures(metadata.input_size, None)]
+        made_up = verification_pictures(metadata.input_size, None)
+        pictures: Sequence[Path | Image.Image] = images or [picture for _, picture in made_up]
         nodes = measured_nodes(proto.graph)
         kept = too_large(proto.graph, largest_magnitudes(proto, metadata, pictures, nodes=nodes))
     converted = convert_precision(proto, precision, metadata, kept or ())

@@ -130,24 +130,11 @@ class _Adoption:
         put_in_contract(adopted, plan, extent)
         adopted = _finished(adopted, self.foreign.operator_set, metadata)
         self.say("comparing detections")
-        run = FileRun(adopted)
-        comparison = compare_files(FileRun(self.proto), run, plan, metadata, pictures)
-        if 0 < len(comparison.differing) <= len(pictures) / 2:
-            # Where queries nearly tie, rounding chooses others and all detections of a picture move; a runtime rounds
-            # otherwise for each graph and batch. Image by image, and not rewritten, both files compute the same up to
-            # our ops. An error would be in most pictures.
-            plain = [FileRun(proto, optimized=False) for proto in (self.proto, adopted)]
-            comparison = compare_files(*plain, plan, metadata, pictures, at_once=1)
-        if comparison.differing:
-            lost = comparison.detections - comparison.found
-            raise ValueError(
-                f"{lost:,} of {comparison.detections:,} detections differ, first in {comparison.differing[0]};"
-                f" nothing was written{_ODD_PLACES * self.odd_places}"
-            )
+        comparison = self._compare(adopted, plan, metadata, pictures)
         warnings = [f"{count} GridSample with {what} kept" for what, count in Counter(kept).items()]
         if self.foreign.half is not None:
             self.say("comparing with 16 bits")
-            warnings.append(_against_half(self.foreign.half, run, plan, metadata, pictures))
+            warnings.append(_against_half(self.foreign.half, FileRun(adopted), plan, metadata, pictures))
         write_bytes(target, adopted.SerializeToString())
         within = {level.node for attention in found for level in attention.candidate.levels}
         assumed = (*self.notes, *plan.assumed)
@@ -177,6 +164,29 @@ class _Adoption:
             inputs = tuple(_with_sides(port, batch, self.size) for port in inputs)
             fix_sides(self.proto, inputs)
         return recognise(inputs, outputs, self.options.layout)
+
+    def _compare(
+        self,
+        adopted: onnx.ModelProto,
+        plan: Plan,
+        metadata: ModelMetadata,
+        pictures: Sequence[tuple[str, Image.Image]],
+    ) -> Comparison:
+        """Raises ValueError where a detection of the foreign file is not in the adopted one."""
+        found = compare_files(FileRun(self.proto), FileRun(adopted), plan, metadata, pictures)
+        if 0 < len(found.differing) <= len(pictures) / 2:
+            # Where queries nearly tie, rounding chooses others and all detections of a picture move; a runtime rounds
+            # otherwise for each graph and batch. Image by image, and not rewritten, both files compute the same up to
+            # our ops. An error would be in most pictures.
+            theirs, ours = (FileRun(proto, optimized=False) for proto in (self.proto, adopted))
+            found = compare_files(theirs, ours, plan, metadata, pictures, at_once=1)
+        if found.differing:
+            lost = found.detections - found.found
+            raise ValueError(
+                f"{lost:,} of {found.detections:,} detections differ, first in {found.differing[0]};"
+                f" nothing was written{_ODD_PLACES * self.odd_places}"
+            )
+        return found
 
     def _attentions(
         self, plan: Plan, metadata: ModelMetadata, pictures: Sequence[Image.Image]
