@@ -26,7 +26,7 @@ from asag.export.adoption.outlook import head_size
 from asag.export.adoption.pictures import verification_pictures
 from asag.export.adoption.plan import AdoptionOptions, Plan, input_size, make_plan
 from asag.export.adoption.rewriting import replace_attentions, replace_samples, unfit_grids
-from asag.export.adoption.verification import Attention, confirm, names_to_observe, propose
+from asag.export.adoption.verification import Attention, confirm, in_both, names_to_observe, propose, without_numbers
 from asag.export.op_bodies import bodies_of
 from asag.export.op_bodies.domain import DOMAIN_VERSION
 from asag.export.operator_set import STANDARD_DOMAINS
@@ -197,16 +197,19 @@ class _Adoption:
         observed = [name for candidate in candidates for name in names_to_observe(candidate)]
         run = FileRun(self.proto, observed, optimized=False)
         whole = dataclasses.replace(metadata, resize="stretch")
-        runs, feeds = {}, {}
+        shapes, feeds, grids = {}, {}, [level.grid for one in candidates for level in one.levels]
+        proposed: list[Attention | None] = []
         for count in (self.interface.batch,) if self.interface.batch else (1, 2):
             tensors = prepare([pictures[number % len(pictures)] for number in range(count)], whole)
             feeds[count] = foreign_feeds(tensors["images"], tensors["sizes"], plan)
-            runs[count] = run.run(feeds[count])
-        del run  # its memory
-        grids = [seen[level.grid] for seen in runs.values() for one in candidates for level in one.levels]
-        self.odd_places = any(np.isnan(grid).any() for grid in grids)
-        proposed = [attention for one in candidates if (attention := propose(one, runs)) is not None]
-        return confirm(self.proto, proposed, runs, feeds)
+            seen = run.run(feeds[count])
+            self.odd_places |= any(np.isnan(seen[name]).any() for name in grids)
+            here = [propose(one, seen, count) for one in candidates]
+            proposed = [in_both(*pair) for pair in zip(proposed or here, here, strict=True)]
+            shapes[count] = without_numbers(seen)
+            del seen  # gigabytes, in large encoders
+        del run
+        return confirm(self.proto, [one for one in proposed if one is not None], shapes, feeds)
 
 
 def _against_half(

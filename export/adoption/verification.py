@@ -86,18 +86,15 @@ def names_to_observe(candidate: Candidate) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*levels, candidate.weights, candidate.total, *(n for part in proposed for n in part)]))
 
 
-def propose(candidate: Candidate, runs: Mapping[int, Values]) -> Attention | None:
-    """The attention that a candidate may be by its values in all runs, by their batch sizes; None where it is none."""
-    found = None
-    for batch, seen in runs.items():
-        canonical = _canonical(candidate, seen, batch)
-        if canonical is None:
-            return None
-        here = _named(candidate, canonical, seen)
-        found = here if found is None else _in_both(found, here)
-        if found is None:
-            return None
-    return found
+def propose(candidate: Candidate, seen: Values, batch: int) -> Attention | None:
+    """The attention that a candidate may be by its values in a run of so many images; None where it is none."""
+    canonical = _canonical(candidate, seen, batch)
+    return None if canonical is None else _named(candidate, canonical, seen)
+
+
+def without_numbers(seen: Values) -> dict[str, Array]:
+    """Arrays of the same types and shapes that take no memory."""
+    return {name: np.broadcast_to(np.zeros((), values.dtype), values.shape) for name, values in seen.items()}
 
 
 def confirm(
@@ -106,7 +103,8 @@ def confirm(
     """Those of the proposed attentions of a file that give what the op gives, of random numbers in all runs.
 
     One that does not is tried again with its inputs and result where they surely lie, at its GridSamples and its sum.
-    feeds: what the file was fed in each run.
+    runs: by batch size, arrays of the types and shapes of the values, whose numbers do not count; feeds: what the file
+    was fed in each run.
     """
     confirmed: list[Attention] = []
     for attempt in (
@@ -241,8 +239,10 @@ def _named(candidate: Candidate, canonical: _Canonical, seen: Mapping[str, Array
     )
 
 
-def _in_both(one: Attention, other: Attention) -> Attention | None:
+def in_both(one: Attention | None, other: Attention | None) -> Attention | None:
     """What two runs agree on: names that hold in both; None where the attentions differ."""
+    if one is None or other is None:
+        return None
 
     def both(first: str | None, second: str | None) -> str | None:
         return first if first == second else None
