@@ -176,8 +176,15 @@ def _in_precision(model: Path, precision: str, output: Path, int8: Mapping[str, 
         images = [] if int8["calibration"] is None else images_in(int8["calibration"])[:MEASURED_IMAGES]
         with console.status(f"converting to {precision}"):
             kept = convert_file(model, output, precision, images)
-        for name in kept:
+        for name in kept or ():
             console.print(f"above 8,000 on an image, stays float32: {name}", highlight=False, soft_wrap=True)
+        if kept is not None and not images:
+            console.print(
+                "how large values become was measured on made-up pictures; --calibration FOLDER measures on yours",
+                style="yellow",
+                highlight=False,
+                soft_wrap=True,
+            )
     return output
 
 

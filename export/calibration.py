@@ -10,21 +10,22 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+from PIL import Image
 
 from asag.runtime.errors import one_line
 from asag.runtime.metadata import ModelMetadata
-from asag.runtime.preprocessing import load_image, prepare
+from asag.runtime.preprocessing import as_image, prepare
 
 
 def largest_magnitudes(
     proto: onnx.ModelProto,
     metadata: ModelMetadata,
-    images: Sequence[Path],
+    images: Sequence[Path | Image.Image],
     progress: Callable[[float], None] = lambda fraction: None,
-    operators: Sequence[str] = ("Conv",),
+    nodes: Sequence[onnx.NodeProto] | None = None,
 ) -> dict[str, float]:
-    """The largest magnitude over all `images` of every value that an operator of `proto` (float32) reads or gives,
-    of those types.
+    """The largest magnitude over all `images` of every value that `nodes` of `proto` (float32) read or give; None: its
+    convolutions.
 
     Images are prepared as for detection, one at a time, and run on ONNX Runtime's CPU backend. `progress` is called
     with the fraction done. Raises what reading an image raises, and ValueError naming a value that is not finite.
@@ -39,11 +40,14 @@ def largest_magnitudes(
             return next(self.batches, None)
 
     def batches() -> Iterator[dict]:
-        for number, path in enumerate(images):
+        for number, image in enumerate(images):
             progress(number / len(images))
-            yield prepare([load_image(path)], metadata)
+            yield prepare([as_image(image)], metadata)
         progress(1.0)
 
+    if nodes is None:
+        nodes = [node for node in proto.graph.node if node.op_type == "Conv"]
+    wanted = {name for node in nodes for name in (*node.input, *node.output)}
     # The calibrator works on files, and puts one more beside the file that it is given.
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "model.onnx")
@@ -51,7 +55,7 @@ def largest_magnitudes(
         try:
             calibrator = create_calibrator(
                 source,
-                list(operators),
+                sorted({node.op_type for node in nodes}),
                 augmented_model_path=str(Path(folder, "augmented.onnx")),
                 calibrate_method=CalibrationMethod.MinMax,
             )
@@ -63,7 +67,7 @@ def largest_magnitudes(
             raise ValueError(f"ONNX Runtime cannot run the model (is it damaged?): {one_line(error)}") from None
         ranges = calibrator.compute_data()
         del calibrator
-    magnitudes = {name: float(np.abs(found.range_value).max()) for name, found in ranges.items()}
+    magnitudes = {name: float(np.abs(found.range_value).max()) for name, found in ranges.items() if name in wanted}
     broken = sorted(name for name, largest in magnitudes.items() if not math.isfinite(largest))
     if broken:
         raise ValueError(f"the value {broken[0]} is not finite on the calibration images; the model is damaged")

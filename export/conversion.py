@@ -6,9 +6,12 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from PIL import Image
+
+from asag.export.adoption.pictures import verification_pictures
 from asag.export.calibration import largest_magnitudes
 from asag.export.exported_file import read_exported
-from asag.export.foreign_precision import measured_operators, too_large
+from asag.export.foreign_precision import measured_nodes, too_large
 from asag.export.precision import convert_precision
 from asag.runtime.files import write_bytes
 from asag.runtime.metadata import FOREIGN
@@ -30,25 +33,26 @@ def _differs(model: Path, found: str, precision: str) -> bool:
     return found != precision
 
 
-def convert_file(model: Path, output: Path, precision: str, images: Sequence[Path] = ()) -> tuple[str, ...]:
+def convert_file(model: Path, output: Path, precision: str, images: Sequence[Path] = ()) -> tuple[str, ...] | None:
     """Write the float32 file `model` to `output` in `precision`, one of :data:`export.precision.PRECISIONS`.
 
-    images: of an adopted file, whose values that are large on these stay float32 in "fp16"; their names are given back.
-    The metadata of `output` name its precision. Raises what :func:`needs_conversion` raises, what reading an image
-    raises, and ValueError when a weight does not fit.
+    images: of an adopted file, whose values that are large on these, else on made-up pictures, stay float32 in "fp16".
+    Their names are given back, None where nothing was measured. The metadata of `output` name its precision. Raises
+    what :func:`needs_conversion` raises, what reading an image raises, and ValueError when a weight does not fit.
     """
     proto, metadata = read_exported(model)
     _differs(model, metadata.precision, precision)
-    kept: tuple[str, ...] = ()
+    kept = None
     if images and metadata.family != FOREIGN:
         raise ValueError(
             f"{model} is of family {metadata.family}, which knows what bears {precision}: leave images out"
         )
-    if images and precision == "fp16":
-        kept = too_large(
-            proto.graph, largest_magnitudes(proto, metadata, images, operators=measured_operators(proto.graph))
-        )
-    converted = convert_precision(proto, precision, metadata, kept)
+    if precision == "fp16" and metadata.family == FOREIGN:
+        made_up = verification_pictures(metadata.input_size, None)
+        pictures: Sequence[Path | Image.Image] = images or [picture for _, picture in made_up]
+        nodes = measured_nodes(proto.graph)
+        kept = too_large(proto.graph, largest_magnitudes(proto, metadata, pictures, nodes=nodes))
+    converted = convert_precision(proto, precision, metadata, kept or ())
     write_metadata(converted, dataclasses.replace(metadata, precision=precision))
     write_bytes(output, converted.SerializeToString())
     return kept

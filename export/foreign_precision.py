@@ -19,7 +19,7 @@ import onnx
 from asag.trt_plugins.operations import DOMAIN
 
 LARGEST_BEARABLE = 8000.0
-"""Magnitude on a person's images above which a value stays float32: float16 ends at 65504, and other images differ."""
+"""Magnitude on measured images above which a value stays float32: float16 ends at 65504, and other images differ."""
 
 LEAST_SIDE = 64
 """Of a constant matrix: smaller products are not worth two casts."""
@@ -93,15 +93,14 @@ def bearing_nodes(graph: onnx.GraphProto, kept: Collection[str] = ()) -> set[int
 
 def too_large(graph: onnx.GraphProto, magnitudes: Mapping[str, float]) -> tuple[str, ...]:
     """Values of the bearing nodes whose largest magnitude 16 bits may not hold on other images."""
-    values = (
-        name for index in sorted(bearing_nodes(graph)) for name in (*graph.node[index].input, *graph.node[index].output)
-    )
+    values = (name for node in measured_nodes(graph) for name in (*node.input, *node.output))
     return tuple(name for name in dict.fromkeys(values) if magnitudes.get(name, 0.0) > LARGEST_BEARABLE)
 
 
-def measured_operators(graph: onnx.GraphProto) -> tuple[str, ...]:
-    """Types of the bearing nodes, whose values are to be measured."""
-    return tuple(sorted({graph.node[index].op_type for index in bearing_nodes(graph)}))
+def measured_nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    """The bearing nodes, and our ops: their values are to be measured."""
+    bearing = bearing_nodes(graph)
+    return [node for index, node in enumerate(graph.node) if index in bearing or node.domain == DOMAIN]
 
 
 def _fixed_values(graph: onnx.GraphProto) -> set[str]:

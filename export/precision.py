@@ -75,7 +75,7 @@ def convert_precision(
         chosen = half_nodes(result.graph, metadata, kept)
         if standard_operator_set(result) < HALF_SCALES_OPERATOR_SET:
             chosen -= {place for place in chosen if result.graph.node[place].op_type == "DequantizeLinear"}
-        _Converter(result.graph, half_type, chosen).convert()
+        _Converter(result.graph, half_type, chosen, kept).convert()
     return result
 
 
@@ -169,8 +169,9 @@ def _half_linear(graph: onnx.GraphProto, layers: Collection[str]) -> Iterator[in
 class _Converter:
     """Rewrites one graph: half nodes get half inputs, and a cast back where something else reads what they give."""
 
-    def __init__(self, graph: onnx.GraphProto, half_type: int, chosen: set[int]) -> None:
+    def __init__(self, graph: onnx.GraphProto, half_type: int, chosen: set[int], kept: Collection[str]) -> None:
         self.graph = graph
+        self.kept = kept
         self.half_type = half_type
         self.initializers = {tensor.name: tensor for tensor in graph.initializer}
         self.values = {value.name: value for value in (*graph.input, *graph.value_info, *graph.output)}
@@ -203,7 +204,9 @@ class _Converter:
         if index in self.chosen:
             return data_inputs(node)
         operation = OPERATIONS.get(node.op_type) if node.domain == DOMAIN else None
-        return () if operation is None else operation.half_inputs
+        if operation is None or any(name in self.kept for name in (*node.input, *node.output)):
+            return ()
+        return operation.half_inputs
 
     def _convert_node(self, node: onnx.NodeProto, half_inputs: Collection[int]) -> None:
         converted = onnx.NodeProto()

@@ -18,7 +18,7 @@ import onnx
 
 from asag.export.calibration import largest_magnitudes
 from asag.export.exported_file import read_exported
-from asag.export.foreign_precision import measured_operators
+from asag.export.foreign_precision import measured_nodes
 from asag.export.quantized_graph import quantizable_layers, quantize_layers
 from asag.runtime.coco_dataset import CocoFolder
 from asag.runtime.coco_evaluation import check_measurable, evaluate_session
@@ -139,7 +139,7 @@ def quantize_int8(
         metadata,
         calibration_images,
         lambda fraction: report("calibrating", fraction),
-        ("Conv",) if metadata.family != FOREIGN else measured_operators(proto.graph),
+        measured_nodes(proto.graph) if metadata.family == FOREIGN else None,
     )
     layers = tuple(quantizable_layers(proto.graph, metadata))
     with tempfile.TemporaryDirectory() as folder:

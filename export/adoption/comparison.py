@@ -20,19 +20,33 @@ from asag.runtime.preprocessing import prepare
 LEAST_SCORE = 0.05
 """Detections under it are not looked for."""
 
-LEAST_IOU = 0.999
+
+@dataclass(frozen=True)
+class Closeness:
+    """How close two detections of a class are that are one: the least IoU, the largest difference of scores."""
+
+    iou: float
+    score: float
+
+
+SAME = Closeness(0.999, SCORE_TOLERANCE)
+
+IN_HALF = Closeness(0.9, 0.02)
+"""Where one of the files computes in 16 bits: near-equal queries change places, and numbers have three digits."""
 
 Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of `detections` of the foreign file, over all pictures, `found` are in the adopted one."""
+    """Of `detections` of the foreign file, over all pictures, `found` are in the adopted one; ``differing`` are names
+    of the pictures where not all are.
+    """
 
     detections: int
     found: int
     score_difference: float
-    first_differing: str | None
+    differing: tuple[str, ...]
 
 
 def compare_files(
@@ -41,17 +55,20 @@ def compare_files(
     plan: Plan,
     metadata: ModelMetadata,
     pictures: Sequence[tuple[str, Image.Image]],
+    *,
+    close: Closeness = SAME,
+    at_once: int = 2,
 ) -> Comparison:
-    """Run both on every picture; the adopted file, where its batch is open, on two at once.
+    """Run both on every picture; the adopted file, where its batch is open, on `at_once` of them.
 
-    A detection is found where the other file has one of its class, with IoU 0.999 and a score within 1e-4; ties at the
-    cut do not count, as in parity. Raises ValueError for outputs that cannot be those of the layout, and for a class
+    A detection is found where the other file has one of its class that is close to it; ties at the cut do not count, as
+    in parity. Raises ValueError for outputs that cannot be those of the layout, and for a class
     index without a class.
     """
     total = found = 0
     difference = 0.0
-    first = None
-    at_once = plan.interface.batch or 2
+    differing = []
+    at_once = plan.interface.batch or at_once
     for start in range(0, len(pictures), at_once):
         batch = [pictures[min(start + place, len(pictures) - 1)] for place in range(at_once)]
         tensors = prepare([picture for _, picture in batch], metadata)
@@ -61,13 +78,13 @@ def compare_files(
             size = (picture.height, picture.width)
             wanted = _detections(theirs[place], size)
             given = postprocess({key: values[place : place + 1] for key, values in ours.items()}, [size], metadata)[0]
-            missing, difference_here = _missing(wanted, given, metadata.max_detections)
+            missing, difference_here = _missing(wanted, given, metadata.max_detections, close)
             total += len(wanted.above(LEAST_SCORE))
             found += len(wanted.above(LEAST_SCORE)) - missing
             difference = max(difference, difference_here)
-            if missing and first is None:
-                first = name
-    return Comparison(total, found, difference, first)
+            if missing:
+                differing.append(name)
+    return Comparison(total, found, difference, tuple(differing))
 
 
 def _foreign(run: FileRun, tensors: Mapping[str, Array], plan: Plan) -> list[tuple[Array, Array, Array]]:
@@ -109,9 +126,15 @@ def _detections(found: tuple[Array, Array, Array], size: tuple[int, int]) -> Det
     )
 
 
-def _missing(wanted: Detections, given: Detections, most: int) -> tuple[int, float]:
+def _missing(wanted: Detections, given: Detections, most: int, close: Closeness) -> tuple[int, float]:
     """How many detections have no partner, and the largest difference of a pair's scores."""
-    agreement = compare_detections(0, wanted.above(LEAST_SCORE), given.above(LEAST_SCORE - SCORE_TOLERANCE), most)
-    off = (agreement.ious < LEAST_IOU) & (agreement.ious > 0)
-    off |= agreement.score_differences > SCORE_TOLERANCE
+    agreement = compare_detections(
+        0,
+        wanted.above(LEAST_SCORE),
+        given.above(LEAST_SCORE - close.score),
+        most,
+        score_tolerance=close.score,
+    )
+    off = (agreement.ious < close.iou) & (agreement.ious > 0)
+    off |= agreement.score_differences > close.score
     return agreement.unmatched_reference + int(off.sum()), agreement.score_difference

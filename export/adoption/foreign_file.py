@@ -10,8 +10,9 @@ from pathlib import Path
 import onnx
 import onnx.inliner
 
-from asag.export.adoption.graph import all_graphs
+from asag.export.adoption.graph import all_graphs, mend
 from asag.export.adoption.layouts import Port, graph_inputs, ports
+from asag.export.adoption.widening import widen
 from asag.export.operator_set import STANDARD_DOMAINS, standard_operator_set
 from asag.runtime.errors import one_line
 from asag.runtime.metadata import PROPERTY_PREFIX
@@ -22,12 +23,16 @@ OLDEST, NEWEST = 16, 23
 
 @dataclass(frozen=True)
 class ForeignFile:
-    """A foreign file whose functions are inlined; ``digest`` is the SHA-256 of its bytes."""
+    """A foreign file in float32, its functions inlined; ``digest`` is the SHA-256 of its bytes.
+
+    ``half`` is the file with its own types, where it computes in 16 bits.
+    """
 
     path: Path
     proto: onnx.ModelProto
     digest: str
     operator_set: int
+    half: onnx.ModelProto | None = None
 
     @property
     def inputs(self) -> tuple[Port, ...]:
@@ -50,6 +55,7 @@ def read_foreign(path: Path) -> ForeignFile:
         raise FileNotFoundError(f"model not found: {path}")
     try:
         proto = onnx.load(path)
+        mend(proto.graph)
         onnx.checker.check_model(proto)
     except Exception as error:  # protobuf, onnx and its checker raise classes of their own
         raise ValueError(f"cannot read {path} as ONNX, export it again: {one_line(error)}") from None
@@ -57,8 +63,12 @@ def read_foreign(path: Path) -> ForeignFile:
         raise ValueError(f"{path} is an asag model already")
     if proto.functions:
         proto = onnx.inliner.inline_local_functions(proto)
+    half = onnx.ModelProto()
+    half.CopyFrom(proto)
+    widened = widen(proto)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
     try:
-        return ForeignFile(path, proto, hashlib.sha256(path.read_bytes()).hexdigest(), _operator_set(proto))
+        return ForeignFile(path, proto, digest, _operator_set(proto), half if widened else None)
     except ValueError as error:
         raise ValueError(f"{path}: {one_line(error)}") from None
 

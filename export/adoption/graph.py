@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import graphlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -108,6 +109,29 @@ def prune(graph: onnx.GraphProto) -> None:
     known = [value for value in graph.value_info if value.name in needed]
     for field, items in (("node", kept), ("initializer", weights), ("value_info", known)):
         replace(getattr(graph, field), items)
+
+
+def mend(graph: onnx.GraphProto) -> None:
+    """Put nodes after those that they read of, and drop names of nodes that another has, in place.
+
+    Converters are careless here, and runtimes do not all mind. Raises ValueError for nodes in a circle.
+    """
+    producer = {name: place for place, node in enumerate(graph.node) for name in node.output if name}
+    before = {
+        place: {producer[name] for name in (*node.input, *read_inside(node)) if name in producer}
+        for place, node in enumerate(graph.node)
+    }
+    if any(other >= place for place, others in before.items() for other in others):
+        try:
+            order = list(graphlib.TopologicalSorter(before).static_order())
+        except graphlib.CycleError as error:
+            names = " and ".join(graph.node[place].op_type for place in error.args[1][:2])
+            raise ValueError(f"nodes read each other's values, {names} among them") from None
+        replace(graph.node, [graph.node[place] for place in order])
+    seen = set()
+    for node in graph.node:
+        node.name = "" if node.name in seen else node.name
+        seen.add(node.name)
 
 
 def replace(field: Any, items: Iterable[Any]) -> None:

@@ -33,6 +33,8 @@ def outlook(path: Path) -> tuple[dict[str, str], str]:
         "deformable attentions": f"{len(candidates)} by their form, with {within} of {samples} GridSample",
         "operators that TensorRT-RTX lacks": ", ".join(_lacking(nodes)) or "none",
     }
+    if foreign.half is not None:
+        found["types"] = "16 bits in part; the adopted file computes in float32"
     try:
         interface = recognise(foreign.inputs, foreign.outputs)
     except ValueError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -46,8 +46,6 @@ def _write_attention(add: NodeWriter, attention: Attention, result: str) -> None
     value = _shaped(add, attention.value or _value(add, attention), -1, _cells(attention), heads, channels)
     locations = attention.locations or _locations(add, attention)
     locations = _shaped(add, locations, -1, attention.queries, heads, points, 2)
-    if attention.half:
-        locations = add("Cast", locations, to=TensorProto.FLOAT)
     weights = attention.weights or _weights(add, attention)
     weights = _shaped(add, weights, -1, attention.queries, heads, points)
     attended = add(
@@ -85,9 +83,8 @@ def _value(add: NodeWriter, attention: Attention) -> str:
 
 def _locations(add: NodeWriter, attention: Attention) -> str:
     """The levels' grids [B*M, Q, P, 2], -1..1, as fractions [B, Q, M, N, 2]."""
-    kind = np.float16 if attention.half else np.float32
     grid = add("Concat", *(level.grid for level in attention.candidate.levels), axis=2)
-    fractions = add("Div", add("Add", grid, add.constant(1, kind)), add.constant(2, kind))
+    fractions = add("Div", add("Add", grid, add.constant(1, np.float32)), add.constant(2, np.float32))
     rows = _shaped(add, fractions, -1, attention.heads, attention.queries, sum(attention.level_points), 2)
     return add("Transpose", rows, perm=[0, 2, 1, 3, 4])
 
@@ -100,10 +97,10 @@ def _weights(add: NodeWriter, attention: Attention) -> str:
     return add("Transpose", rows, perm=[0, 2, 1, 3])
 
 
-def replace_samples(proto: onnx.ModelProto, volumes: Collection[str]) -> tuple[str, ...]:
+def replace_samples(proto: onnx.ModelProto, unfit: Mapping[str, str]) -> tuple[str, ...]:
     """Put a SampleGrid in the place of each GridSample that it can compute, in place, also inside other nodes.
 
-    volumes: what :func:`sampled_volumes` gives. Returns what the others do, such as "mode bicubic".
+    unfit: what :func:`unfit_grids` gives. Returns what the others do, such as "mode bicubic".
     """
     left = []
     for graph in all_graphs(proto.graph):
@@ -115,8 +112,8 @@ def replace_samples(proto: onnx.ModelProto, volumes: Collection[str]) -> tuple[s
                 left.append(f"mode {attribute_of(node, 'mode')}")
             elif padding not in PADDINGS:
                 left.append(f"padding {padding}")
-            elif node.input[1] in volumes:
-                left.append("volumes")
+            elif node.input[1] in unfit:
+                left.append(unfit[node.input[1]])
             else:
                 aligned = attribute_of(node, "align_corners", 0)
                 node.op_type, node.domain = "SampleGrid", DOMAIN
@@ -125,8 +122,12 @@ def replace_samples(proto: onnx.ModelProto, volumes: Collection[str]) -> tuple[s
     return tuple(left)
 
 
-def sampled_volumes(proto: onnx.ModelProto) -> set[str]:
-    """Grids of a foreign file that sample volumes, as far as shapes tell; such there may be since operator set 20."""
+def unfit_grids(proto: onnx.ModelProto) -> dict[str, str]:
+    """Values of a foreign file that a SampleGrid does not take as places, as far as inference tells, and why.
+
+    Volumes can be sampled since operator set 20.
+    """
     known = onnx.shape_inference.infer_shapes(proto).graph
-    shaped = (*known.value_info, *known.input)
-    return {value.name for value in shaped if len(value.type.tensor_type.shape.dim) == 5}
+    types = {value.name: value.type.tensor_type for value in (*known.value_info, *known.input)}
+    unfit = {name: "volumes" for name, found in types.items() if len(found.shape.dim) == 5}
+    return unfit | {name: "places in float64" for name, found in types.items() if found.elem_type == TensorProto.DOUBLE}

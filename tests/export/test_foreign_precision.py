@@ -16,6 +16,7 @@ from asag.export.conversion import convert_file
 from asag.export.foreign_precision import bearing_nodes, too_large
 from asag.export.quantization import quantize_int8
 from asag.runtime.opening import open_session
+from asag.trt_plugins.operations import DOMAIN
 from tests.export.adoption.toy_peers import make_toy
 
 SIZE = (64, 96)
@@ -112,6 +113,25 @@ def test_what_is_large_on_a_persons_images_stays(
     assert kept
     proto = onnx.load(tmp_path / "half.onnx")
     assert not {f"{name}_half" for name in kept} & {name for node in proto.graph.node for name in node.output}
+
+
+def test_without_images_made_up_ones_are_measured(adopted: Path, tmp_path: Path) -> None:
+    """Also what our op samples, though no product or convolution of 16 bits makes it; masks may be infinite."""
+    proto = onnx.load(adopted)
+    value = next(node for node in proto.graph.node if node.op_type == "MultiScaleDeformableAttention").input[0]
+    place, maker = next((place, node) for place, node in enumerate(proto.graph.node) if value in node.output)
+    maker.output[0] = "small"
+    for name, number in (("large", 1e4), ("none", -np.inf)):
+        proto.graph.initializer.append(numpy_helper.from_array(np.float32(number), name))
+    more = (("Mul", ["small", "large"], value), ("Add", ["small", "none"], "masked"), ("Relu", ["masked"], "unread"))
+    for number, (operator, inputs, output) in enumerate(more, start=place + 1):
+        proto.graph.node.insert(number, helper.make_node(operator, inputs, [output]))
+    onnx.save(proto, tmp_path / "large.onnx")
+    kept = convert_file(tmp_path / "large.onnx", tmp_path / "half.onnx", "fp16")
+    assert kept is not None
+    assert value in kept
+    ops = [node for node in onnx.load(tmp_path / "half.onnx").graph.node if node.domain == DOMAIN]
+    assert [name.endswith("_half") for node in ops for name in node.output] == [False, True]
 
 
 @pytest.mark.parametrize("operator_set", [17, 20])

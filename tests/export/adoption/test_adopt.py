@@ -15,15 +15,19 @@ import torch.nn.functional as F
 from PIL import Image
 
 from asag.export.adoption.adopt import AdoptionReport, adopt
+from asag.export.adoption.comparison import Comparison, compare_files
 from asag.export.adoption.graph import all_graphs
 from asag.export.adoption.pictures import made_up
 from asag.export.adoption.plan import AdoptionOptions
+from asag.runtime.coco_dataset import CocoFolder
 from asag.runtime.metadata import ModelMetadata
 from asag.runtime.opening import open_session
 from asag.runtime.parity.agreement import compare_detections
+from asag.runtime.parity.comparison import compare
 from asag.runtime.postprocessing import Detections
 from asag.runtime.preprocessing import resize, resized_size
 from tests.export.adoption.toy_peers import CLASSES, PORTS, Attention, make_toy, toy_of
+from tests.runtime import layouts
 
 SIZE = (64, 96)
 FUSED, ALONE = {"MultiScaleDeformableAttention": 2}, {"SampleGrid": 6}
@@ -103,6 +107,22 @@ def test_kept_grid_samples_are_the_reference(tmp_path: Path) -> None:
     assert (report.metadata.replaced, report.samples) == ({}, 6)
     assert "6 GridSample kept" in report.summary()
     assert "GridSample" in operators(report.path)
+
+
+def test_parity_with_the_reference_in_batches(tmp_path: Path) -> None:
+    layouts.coco(tmp_path / "data")
+    for number, path in enumerate((tmp_path / "data" / "val2017").iterdir()):
+        made_up(number, SIZE).resize(layouts.SIDES).save(path)
+    classes = str(tmp_path / "data" / "annotations" / "instances_val2017.json")
+    onnx.save(make_toy("masked", columns=2), tmp_path / "foreign.onnx")
+    sessions = []
+    for name, keep in (("reference", True), ("adopted", False)):
+        options = AdoptionOptions(classes=classes, keep_grid_sample=keep)
+        adopt(tmp_path / "foreign.onnx", tmp_path / f"{name}.onnx", options)
+        sessions.append(open_session(tmp_path / f"{name}.onnx", threads=1))
+    report = compare(sessions[0], sessions[1:], CocoFolder(tmp_path / "data" / "val2017", classes), batch_sizes=(1, 3))
+    assert report.agrees
+    assert [(check.batch, check.differing, check.compared > 0) for check in report.batch_checks] == [(3, (), True)] * 4
 
 
 @pytest.mark.parametrize(
@@ -188,6 +208,25 @@ def test_a_lost_detection_writes_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(ValueError, match=r"\d+ of \d+ detections differ, first in made-up picture 0; nothing was"):
         adopted(make_toy(), tmp_path)
     assert not (tmp_path / "adopted.onnx").exists()
+
+
+def test_queries_that_nearly_tie_get_a_second_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where few pictures differ, rounding may have chosen other queries: then image by image, nothing rewritten."""
+    pictures: tuple[str, ...] = ("a", "b")
+    looks = []
+
+    def first_differs(*arguments: Any, **options: Any) -> Comparison:
+        looks.append(options.get("at_once", 2))
+        found = compare_files(*arguments, **options)
+        return dataclasses.replace(found, differing=pictures) if len(looks) == 1 else found
+
+    monkeypatch.setattr("asag.export.adoption.adopt.compare_files", first_differs)
+    assert adopted(make_toy(), tmp_path).comparison.differing == ()
+    assert looks == [2, 1]
+    looks.clear()
+    pictures = ("a", "b", "c", "d", "e")  # of eight
+    with pytest.raises(ValueError, match="detections differ, first in a; nothing was written"):
+        adopted(make_toy(), tmp_path)
 
 
 def wrong(proposed: Any) -> tuple[Any, ...]:

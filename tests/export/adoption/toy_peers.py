@@ -66,7 +66,7 @@ class Toy(nn.Module):
         shapes = [tuple(int(side) for side in level.shape[2:]) for level in maps]
         value = self.value(torch.cat([level.flatten(2).transpose(1, 2) for level in maps], 1))
         if inside is not None:
-            masks = [F.interpolate(inside[:, None].float(), shape) for shape in shapes]
+            masks = [F.interpolate(inside[:, None].to(value.dtype), shape) for shape in shapes]
             value = value * torch.cat([mask.flatten(2).transpose(1, 2) for mask in masks], 1)
         queries = self.queries.expand(images.shape[0], -1, -1)
         for layer in self.project:
@@ -158,8 +158,11 @@ def make_toy(
     batch: int | None = None,
     columns: int = CLASSES,
     same_queries: bool = False,
+    half: bool = False,
 ) -> onnx.ModelProto:
-    """A toy as an exporter without constant folding of shapes leaves it; batch: None is an open one."""
+    """A toy as an exporter without constant folding of shapes leaves it; batch: None is an open one; half: all of it
+    in float16.
+    """
     toy = toy_of(attention, columns, same_queries)
     inputs, outputs = PORTS[layout]
     count = batch or 2
@@ -168,13 +171,16 @@ def make_toy(
         "orig_target_sizes": torch.tensor([[size[1], size[0]]] * count),
         "pixel_mask": torch.ones(count, *size, dtype=torch.int64),
     }
+    wrapped = Wrapped(toy, layout, size)
+    if half:
+        wrapped, images = wrapped.half(), images.half()
     given = (images, *(second[name] for name in inputs[1:]))
     axes = {} if batch else {name: {0: "batch"} for name in (*inputs, *outputs)}
     buffer = io.BytesIO()
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            Wrapped(toy, layout, size),
+            wrapped,
             given,
             buffer,
             input_names=list(inputs),
