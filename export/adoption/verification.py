@@ -106,30 +106,32 @@ def confirm(
     runs: by batch size, arrays of the types and shapes of the values, whose numbers do not count; feeds: what the file
     was fed in each run.
     """
-    confirmed = []
-    for one in proposed:
-        attempts = (one, replace(one, value=None, locations=None, weights=None, result=None))
-        right = (attempt for attempt in attempts if _is_confirmed(proto, attempt, runs, feeds))
-        if (first := next(right, None)) is not None:
-            confirmed.append(first)
+    confirmed: list[Attention] = []
+    for attempt in (
+        proposed,
+        [replace(one, value=None, locations=None, weights=None, result=None) for one in proposed],
+    ):
+        missing = {one.candidate.total for one in proposed} - {one.candidate.total for one in confirmed}
+        confirmed += _confirmed(proto, [one for one in attempt if one.candidate.total in missing], runs, feeds)
     return tuple(confirmed)
 
 
-def _is_confirmed(
-    proto: onnx.ModelProto, attention: Attention, runs: Mapping[int, Values], feeds: Mapping[int, Values]
-) -> bool:
-    """By itself: all attentions of a large encoder at once take gigabytes."""
+def _confirmed(
+    proto: onnx.ModelProto, attentions: Sequence[Attention], runs: Mapping[int, Values], feeds: Mapping[int, Values]
+) -> list[Attention]:
+    if not attentions:
+        return []
+    injected = sorted({name for one in attentions for name in one.inputs})
     some = next(iter(runs.values()))
-    run = FileRun(_cut(proto, {name: some[name] for name in attention.inputs}, [attention.output]), optimized=False)
+    cut = _cut(proto, {name: some[name] for name in injected}, [one.output for one in attentions])
+    run = FileRun(cut, optimized=False)
+    right = set(range(len(attentions)))
     for batch, seen in runs.items():
         random = np.random.default_rng(batch)
-        values = {
-            name: random.uniform(-1.2, 1.2, seen[name].shape).astype(seen[name].dtype)
-            for name in dict.fromkeys(attention.inputs)
-        }
-        if not _gives(attention, values, run.run({**feeds[batch], **values}), batch):
-            return False
-    return True
+        values = {name: random.uniform(-1.2, 1.2, seen[name].shape).astype(seen[name].dtype) for name in injected}
+        outputs = run.run({**feeds[batch], **values})
+        right &= {place for place in right if _gives(attentions[place], values, outputs, batch)}
+    return [attentions[place] for place in sorted(right)]
 
 
 def _cut(proto: onnx.ModelProto, injected: Values, outputs: Sequence[str]) -> onnx.ModelProto:
