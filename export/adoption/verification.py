@@ -31,6 +31,9 @@ Values = Mapping[str, Array]
 TOLERANCE = 1e-4
 """Of the largest number: how far the file's sum may be from the op's. Samples of a map of 200 cells differ by 3e-5."""
 
+AT_ONCE = 4
+"""So many attentions are confirmed in one run: more of a large encoder take gigabytes, fewer take longer."""
+
 
 @dataclass(frozen=True)
 class Attention:
@@ -112,7 +115,9 @@ def confirm(
         [replace(one, value=None, locations=None, weights=None, result=None) for one in proposed],
     ):
         missing = {one.candidate.total for one in proposed} - {one.candidate.total for one in confirmed}
-        confirmed += _confirmed(proto, [one for one in attempt if one.candidate.total in missing], runs, feeds)
+        left = [one for one in attempt if one.candidate.total in missing]
+        for start in range(0, len(left), AT_ONCE):
+            confirmed += _confirmed(proto, left[start : start + AT_ONCE], runs, feeds)
     return tuple(confirmed)
 
 
