@@ -62,8 +62,7 @@ def compare_files(
     """Run both on every picture; the adopted file, where its batch is open, on `at_once` of them.
 
     A detection is found where the other file has one of its class that is close to it; ties at the cut do not count, as
-    in parity. Raises ValueError for outputs that cannot be those of the layout, and for a class
-    index without a class.
+    in parity. Raises ValueError for outputs that cannot be those of the layout, and for a class index without a class.
     """
     total = found = 0
     difference = 0.0
