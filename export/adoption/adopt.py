@@ -18,7 +18,7 @@ from asag import __version__
 from asag.export.adoption.adapters import Extent, put_in_contract
 from asag.export.adoption.attention import find_candidates
 from asag.export.adoption.comparison import IN_HALF, Comparison, compare_files
-from asag.export.adoption.execution import FileRun, ask_dims, foreign_feeds, numpy_type
+from asag.export.adoption.execution import FileRun, foreign_feeds, numpy_type, shape_of, with_dims
 from asag.export.adoption.foreign_file import ForeignFile, fix_sides, read_foreign
 from asag.export.adoption.graph import GraphIndex, all_graphs
 from asag.export.adoption.layouts import Interface, Port, graph_inputs, recognise
@@ -26,7 +26,14 @@ from asag.export.adoption.outlook import head_size
 from asag.export.adoption.pictures import verification_pictures
 from asag.export.adoption.plan import AdoptionOptions, Plan, input_size, make_plan
 from asag.export.adoption.rewriting import replace_attentions, replace_samples, unfit_grids
-from asag.export.adoption.verification import Attention, confirm, in_both, names_to_observe, propose, without_numbers
+from asag.export.adoption.verification import (
+    Attention,
+    Occasion,
+    asked_shapes,
+    confirm,
+    names_to_observe,
+    propose,
+)
 from asag.export.op_bodies import bodies_of
 from asag.export.op_bodies.domain import DOMAIN_VERSION
 from asag.export.operator_set import STANDARD_DOMAINS
@@ -104,6 +111,8 @@ class _Adoption:
         self.notes: list[str] = []
         self.size = (0, 0)
         self.odd_places = False
+        self.candidates = () if options.keep_grid_sample else find_candidates(GraphIndex(self.proto.graph))
+        self.blank = Occasion(0, {}, {}, {})
         self.interface = self._recognise()
 
     def write(self, target: Path) -> AdoptionReport:
@@ -118,7 +127,7 @@ class _Adoption:
         kept: tuple[str, ...] = ()
         if not self.options.keep_grid_sample:
             self.say("looking for deformable attention")
-            found = self._attentions(plan, metadata, [picture for _, picture in pictures[:2]])
+            found = self._attentions(plan, metadata, [picture for _, picture in pictures])
             replace_attentions(adopted, found)
             kept = replace_samples(adopted, unfit_grids(self.proto))
             if kept and self.options.strict:
@@ -151,19 +160,29 @@ class _Adoption:
         self.size = input_size(image, self.options.input_size)
         inputs = tuple(_with_sides(port, image.dims[0], self.size) for port in inputs)
         fix_sides(self.proto, inputs)
-        run = FileRun(self.proto)
         batch = image.dims[0]
         try:
-            outputs = ask_dims(run, _blank(inputs, batch or 2), outputs)
+            outputs, self.blank = self._run_blank(inputs, batch or 2, outputs)
         except ValueError:
             if batch is not None:
                 raise
             batch = 1
-            outputs = ask_dims(run, _blank(inputs, batch), outputs)
             self.notes.append("it runs with one image only, though it leaves its batch open: the batch is 1")
             inputs = tuple(_with_sides(port, batch, self.size) for port in inputs)
             fix_sides(self.proto, inputs)
+            outputs, self.blank = self._run_blank(inputs, batch, outputs)
         return recognise(inputs, outputs, self.options.layout)
+
+    def _run_blank(
+        self, inputs: Iterable[Port], batch: int, outputs: tuple[Port, ...]
+    ) -> tuple[tuple[Port, ...], Occasion]:
+        """The outputs with the sides that a run gives them, and what else there is to know of that run."""
+        feeds = _blank(inputs, batch)
+        observed = [name for candidate in self.candidates for name in names_to_observe(candidate)]
+        asked = asked_shapes(self.proto.graph)
+        found = FileRun(self.proto, [*(port.name for port in outputs), *asked], measured=observed).run(feeds)
+        shapes = {name: tuple(found[shape_of(name)]) for name in observed}
+        return with_dims(outputs, found), Occasion(batch, feeds, shapes, {name: found[name] for name in asked})
 
     def _compare(
         self,
@@ -191,25 +210,18 @@ class _Adoption:
     def _attentions(
         self, plan: Plan, metadata: ModelMetadata, pictures: Sequence[Image.Image]
     ) -> tuple[Attention, ...]:
-        candidates = find_candidates(GraphIndex(self.proto.graph))
-        if not candidates:
+        if not self.candidates:
             return ()
-        observed = [name for candidate in candidates for name in names_to_observe(candidate)]
-        run = FileRun(self.proto, observed, optimized=False)
+        observed = [name for candidate in self.candidates for name in names_to_observe(candidate)]
+        batch = self.interface.batch or 1
         whole = dataclasses.replace(metadata, resize="stretch")
-        shapes, feeds, grids = {}, {}, [level.grid for one in candidates for level in one.levels]
-        proposed: list[Attention | None] = []
-        for count in (self.interface.batch,) if self.interface.batch else (1, 2):
-            tensors = prepare([pictures[number % len(pictures)] for number in range(count)], whole)
-            feeds[count] = foreign_feeds(tensors["images"], tensors["sizes"], plan)
-            seen = run.run(feeds[count])
-            self.odd_places |= any(np.isnan(seen[name]).any() for name in grids)
-            here = [propose(one, seen, count) for one in candidates]
-            proposed = [in_both(*pair) for pair in zip(proposed or here, here, strict=True)]
-            shapes[count] = without_numbers(seen)
-            del seen  # gigabytes, in large encoders
-        del run
-        return confirm(self.proto, [one for one in proposed if one is not None], shapes, feeds)
+        tensors = prepare([pictures[number % len(pictures)] for number in range(batch)], whole)
+        feeds = foreign_feeds(tensors["images"], tensors["sizes"], plan)
+        seen = FileRun(self.proto, observed, optimized=False).run(feeds)
+        self.odd_places = any(np.isnan(seen[level.grid]).any() for one in self.candidates for level in one.levels)
+        proposed = [propose(candidate, seen, batch) for candidate in self.candidates]
+        del seen  # gigabytes, in large encoders
+        return confirm(self.proto, [one for one in proposed if one is not None], self.blank)
 
 
 def _against_half(

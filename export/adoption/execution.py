@@ -21,26 +21,35 @@ Array = NDArray[Any]
 class FileRun:
     """A file that is open in ONNX Runtime.
 
-    observed: names of values within the graph to give in place of its outputs; optimized: whether the runtime may
-    rewrite the graph. Raises ValueError where the runtime does not take the file.
+    observed: names of values within the graph to give in place of its outputs; measured: of values of which it gives
+    the shape beside, by the name that `shape_of` has; optimized: whether the runtime may rewrite the graph. Raises
+    ValueError where the runtime does not take the file.
     """
 
-    def __init__(self, proto: onnx.ModelProto, observed: Iterable[str] = (), optimized: bool = True) -> None:
+    def __init__(
+        self,
+        proto: onnx.ModelProto,
+        observed: Iterable[str] = (),
+        measured: Iterable[str] = (),
+        optimized: bool = True,
+    ) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         options.enable_cpu_mem_arena = False  # it would keep the memory of the largest run
         constants = {tensor.name: tensor for tensor in proto.graph.initializer}
-        outputs = {value.name for value in proto.graph.output}
+        outputs = [value.name for value in proto.graph.output]
         observed = list(dict.fromkeys(observed))
         self._constants = {name: numpy_helper.to_array(constants[name]) for name in observed if name in constants}
         given = [name for name in observed if name not in constants]
         if not optimized:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        added = [onnx.ValueInfoProto(name=name) for name in given if name not in outputs]
-        count = len(proto.graph.output)
-        proto.graph.output.extend(added)
+        shapes = [helper.make_node("Shape", [name], [shape_of(name)]) for name in dict.fromkeys(measured)]
+        self._names = [*(given or outputs), *(node.output[0] for node in shapes)]
+        count, nodes = len(proto.graph.output), len(proto.graph.node)
+        proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in self._names if name not in outputs)
+        proto.graph.node.extend(shapes)
         try:
             self._session: Any = onnxruntime.InferenceSession(
                 proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
@@ -49,15 +58,20 @@ class FileRun:
             raise ValueError(f"ONNX Runtime cannot open it: {one_line(error)}") from None
         finally:
             del proto.graph.output[count:]
-        self._names = given or [value.name for value in self._session.get_outputs()]
+            del proto.graph.node[nodes:]
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """What is observed, else the outputs, by name. Raises ValueError where the runtime fails."""
+        """What is observed, else the outputs, and shapes, by name. Raises ValueError where the runtime fails."""
         try:
             found = self._session.run(self._names, dict(feeds))
         except Exception as error:  # as above
             raise ValueError(f"ONNX Runtime cannot run it: {one_line(error)}") from None
         return self._constants | dict(zip(self._names, found, strict=True))
+
+
+def shape_of(name: str) -> str:
+    """What the shape of a value is called in a run."""
+    return f"{name}/asag_shape"
 
 
 def foreign_feeds(images: Array, sizes: Array, plan: Plan) -> dict[str, Array]:
@@ -138,9 +152,8 @@ def _best(rows: Mapping[str, Array], plan: Plan, columns: int) -> tuple[Array, A
     return query, scores[query, place], used[place]
 
 
-def ask_dims(run: FileRun, feeds: Mapping[str, Array], outputs: Sequence[Port]) -> tuple[Port, ...]:
-    """Outputs with the sides that a run gives them, but for their batch."""
-    found = run.run(feeds)
+def with_dims(outputs: Sequence[Port], found: Mapping[str, Array]) -> tuple[Port, ...]:
+    """Outputs with the sides that a run gave them, but for their batch."""
     return tuple(
         replace(port, dims=(port.dims[0] if port.dims else None, *found[port.name].shape[1:])) for port in outputs
     )

@@ -63,12 +63,10 @@ def read_foreign(path: Path) -> ForeignFile:
         raise ValueError(f"{path} is an asag model already")
     if proto.functions:
         proto = onnx.inliner.inline_local_functions(proto)
-    half = onnx.ModelProto()
-    half.CopyFrom(proto)
-    widened = widen(proto)
+    half = widen(proto)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     try:
-        return ForeignFile(path, proto, digest, _operator_set(proto), half if widened else None)
+        return ForeignFile(path, proto, digest, _operator_set(proto), half)
     except ValueError as error:
         raise ValueError(f"{path}: {one_line(error)}") from None
 

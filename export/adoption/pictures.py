@@ -11,10 +11,10 @@ from PIL import Image
 from asag.runtime.image_source import images_in
 from asag.runtime.preprocessing import load_image
 
-MADE_UP, PHOTOGRAPHS = 8, 20
+MADE_UP, PHOTOGRAPHS = 6, 20
 """How many of each at most."""
 
-_ASPECTS = (1.0, 0.7, 1.5, 0.9, 1.9, 0.55, 1.2, 1.0)
+_ASPECTS = (1.0, 0.7, 1.5, 0.9, 1.9, 0.55)
 """Height by width of the made-up ones, over those of the input."""
 
 

@@ -1,15 +1,15 @@
 """Which candidates are deformable attention, found by running the file.
 
-First the file runs on pictures. What an attention reads and gives is worked out from the GridSamples' inputs, the
+First the file runs on a picture. What an attention reads and gives is worked out from the GridSamples' inputs, the
 weights and the sum that the file computes, in the order of axes that the op has; a value of the file with the same
-numbers bit for bit is proposed as the same value laid out otherwise. Then the file runs once more with random numbers
-in the place of these values, and must give what the op gives of them: so nothing depends on what the pictures happened
+numbers bit for bit is proposed as the same value laid out otherwise. Then what the file does between these values runs
+alone, of random numbers, and must give what the op gives of them: so nothing depends on what the pictures happened
 to be, and values whose numbers repeat are told apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,8 +31,17 @@ Values = Mapping[str, Array]
 TOLERANCE = 1e-4
 """Of the largest number: how far the file's sum may be from the op's. Samples of a map of 200 cells differ by 3e-5."""
 
-AT_ONCE = 4
-"""So many attentions are confirmed in one run: more of a large encoder take gigabytes, fewer take longer."""
+
+@dataclass(frozen=True)
+class Occasion:
+    """A run of a file: what it was fed, of so many images; the shapes that its values then have; and what its Shape
+    nodes gave.
+    """
+
+    batch: int
+    feeds: Values
+    shapes: Mapping[str, tuple[int, ...]]
+    asked: Values
 
 
 @dataclass(frozen=True)
@@ -95,71 +104,58 @@ def propose(candidate: Candidate, seen: Values, batch: int) -> Attention | None:
     return None if canonical is None else _named(candidate, canonical, seen)
 
 
-def without_numbers(seen: Values) -> dict[str, Array]:
-    """Arrays of the same types and shapes that take no memory."""
-    return {name: np.broadcast_to(np.zeros((), values.dtype), values.shape) for name, values in seen.items()}
+def asked_shapes(graph: onnx.GraphProto) -> tuple[str, ...]:
+    """The values of a graph that are the shape of another."""
+    return tuple(node.output[0] for node in graph.node if node.op_type == "Shape")
 
 
-def confirm(
-    proto: onnx.ModelProto, proposed: Sequence[Attention], runs: Mapping[int, Values], feeds: Mapping[int, Values]
-) -> tuple[Attention, ...]:
-    """Those of the proposed attentions of a file that give what the op gives, of random numbers in all runs.
+def confirm(proto: onnx.ModelProto, proposed: Iterable[Attention], occasion: Occasion) -> tuple[Attention, ...]:
+    """Those of the proposed attentions of a file that give what the op gives, of random numbers.
 
     One that does not is tried again with its inputs and result where they surely lie, at its GridSamples and its sum.
-    runs: by batch size, arrays of the types and shapes of the values, whose numbers do not count; feeds: what the file
-    was fed in each run.
     """
-    confirmed: list[Attention] = []
-    for attempt in (
-        proposed,
-        [replace(one, value=None, locations=None, weights=None, result=None) for one in proposed],
-    ):
-        missing = {one.candidate.total for one in proposed} - {one.candidate.total for one in confirmed}
-        left = [one for one in attempt if one.candidate.total in missing]
-        for start in range(0, len(left), AT_ONCE):
-            confirmed += _confirmed(proto, left[start : start + AT_ONCE], runs, feeds)
-    return tuple(confirmed)
+    confirmed = []
+    for one in proposed:
+        surely = replace(one, value=None, locations=None, weights=None, result=None)
+        confirmed.append(next((attempt for attempt in (one, surely) if _computes(proto, attempt, occasion)), None))
+    return tuple(one for one in confirmed if one is not None)
 
 
-def _confirmed(
-    proto: onnx.ModelProto, attentions: Sequence[Attention], runs: Mapping[int, Values], feeds: Mapping[int, Values]
-) -> list[Attention]:
-    if not attentions:
-        return []
-    injected = sorted({name for one in attentions for name in one.inputs})
-    some = next(iter(runs.values()))
-    cut = _cut(proto, {name: some[name] for name in injected}, [one.output for one in attentions])
-    run = FileRun(cut, optimized=False)
-    right = set(range(len(attentions)))
-    for batch, seen in runs.items():
-        random = np.random.default_rng(batch)
-        values = {name: random.uniform(-1.2, 1.2, seen[name].shape).astype(seen[name].dtype) for name in injected}
-        outputs = run.run({**feeds[batch], **values})
-        right &= {place for place in right if _gives(attentions[place], values, outputs, batch)}
-    return [attentions[place] for place in sorted(right)]
+def _computes(proto: onnx.ModelProto, attention: Attention, occasion: Occasion) -> bool:
+    """Whether an attention of a file gives what the op gives."""
+    random = np.random.default_rng(0)
+    shapes = {name: occasion.shapes[name] for name in attention.inputs}
+    values = {name: random.uniform(-1.2, 1.2, shape).astype(np.float32) for name, shape in shapes.items()}
+    injected = {**occasion.asked, **values}
+    run = FileRun(_cut(proto, injected, attention.output), optimized=False)
+    result = run.run({**occasion.feeds, **injected})[attention.output]
+    return _gives(attention, values, result, occasion.batch)
 
 
-def _cut(proto: onnx.ModelProto, injected: Values, outputs: Sequence[str]) -> onnx.ModelProto:
-    """A copy of a file that takes some of its values as inputs, and gives others."""
+def _cut(proto: onnx.ModelProto, injected: Values, output: str) -> onnx.ModelProto:
+    """A copy of a file that takes some of its values as inputs and gives another.
+
+    Among them are the shapes that it asks for, or all that stands before a value would be computed for its shape.
+    """
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
     graph = copy.graph
-    replace_items(graph.output, [onnx.ValueInfoProto(name=name) for name in outputs])
+    replace_items(graph.output, [onnx.ValueInfoProto(name=output)])
     for node in graph.node:
         node.output[:] = [f"{name}/made" if name in injected else name for name in node.output]
     known = {value.name for value in graph.input}
     for name, value in injected.items():
         if name not in known:
             kind = helper.np_dtype_to_tensor_dtype(value.dtype)
-            graph.input.append(helper.make_tensor_value_info(name, kind, [None] * value.ndim))
+            graph.input.append(helper.make_tensor_value_info(name, kind, value.shape))
     weights = [tensor for tensor in graph.initializer if tensor.name not in injected]
     replace_items(graph.initializer, weights)
     prune(graph)
     return copy
 
 
-def _gives(attention: Attention, values: Values, outputs: Values, batch: int) -> bool:
-    """Whether the file gives of these values what the op does."""
+def _gives(attention: Attention, values: Values, result: Array, batch: int) -> bool:
+    """Whether a result is what the op gives of these values."""
     candidate, heads, channels = attention.candidate, attention.heads, attention.channels
     queries, points = attention.queries, sum(attention.level_points)
     if attention.value is None:
@@ -176,7 +172,6 @@ def _gives(attention: Attention, values: Values, outputs: Values, batch: int) ->
         weights = values[candidate.weights].reshape(batch, heads, queries, points).transpose(0, 2, 1, 3)
     else:
         weights = values[attention.weights].reshape(batch, queries, heads, points)
-    result = outputs[attention.output]
     if attention.result is None:
         result = result.reshape(batch, heads * channels, queries).transpose(0, 2, 1)
     sides = [side for shape in attention.level_shapes for side in shape]
@@ -242,19 +237,3 @@ def _named(candidate: Candidate, canonical: _Canonical, seen: Mapping[str, Array
         weights=first(candidate.weight_layouts, canonical.weights),
         result=first(candidate.results, canonical.result),
     )
-
-
-def in_both(one: Attention | None, other: Attention | None) -> Attention | None:
-    """What two runs agree on: names that hold in both; None where the attentions differ."""
-    if one is None or other is None:
-        return None
-
-    def both(first: str | None, second: str | None) -> str | None:
-        return first if first == second else None
-
-    value, locations = both(one.value, other.value), both(one.locations, other.locations)
-    weights, result = both(one.weights, other.weights), both(one.result, other.result)
-    one, other = (
-        replace(found, value=value, locations=locations, weights=weights, result=result) for found in (one, other)
-    )
-    return one if one == other else None

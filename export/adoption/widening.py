@@ -19,34 +19,41 @@ _TYPE_ATTRIBUTES = ("to", "dtype", "output_dtype", "stash_type")
 """Attributes of standard operators that name a type."""
 
 
-def widen(proto: onnx.ModelProto) -> bool:
-    """Give every value of 16 bits in a file whose functions are inlined 32, in place; whether there was one.
+def widen(proto: onnx.ModelProto) -> onnx.ModelProto | None:
+    """Give every value of 16 bits in a file whose functions are inlined 32, in place; the file as it was before, None
+    where nothing changes.
 
     Casts that then change nothing go. Some converters leave casts to float32 in the midst of float16,
     which no runtime takes; widened, these files are valid.
     """
-    found = False
+    if not any(any(_halves(graph)) for graph in all_graphs(proto.graph)):
+        return None
+    before = onnx.ModelProto()
+    before.CopyFrom(proto)
     for graph in all_graphs(proto.graph):
-        attributes = [attribute for node in graph.node for attribute in node.attribute]
-        sparse = [weight.values for weight in graph.sparse_initializer]
-        tensors = [*graph.initializer, *sparse, *_tensors(attributes)]
-        values = [*graph.input, *graph.output, *graph.value_info]
-        types = [attribute for attribute in attributes if attribute.name in _TYPE_ATTRIBUTES and attribute.i in HALVES]
-        halves = [tensor for tensor in tensors if tensor.data_type in HALVES]
-        found |= bool(types or halves) or any(value.type.tensor_type.elem_type in HALVES for value in values)
+        types, tensors, values = _halves(graph)
         for attribute in types:
             attribute.i = TensorProto.FLOAT
-        for tensor in halves:
+        for tensor in tensors:
             widened = numpy_helper.to_array(tensor).astype("float32")
             tensor.CopyFrom(numpy_helper.from_array(widened, tensor.name))
-        for value in (*graph.input, *graph.output):
-            if value.type.tensor_type.elem_type in HALVES:
-                value.type.tensor_type.elem_type = TensorProto.FLOAT
-        if found:
-            del graph.value_info[:]  # converters note types there that nodes do not have
-    if found:
-        _drop_idle_casts(proto)
-    return found
+        for value in values:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
+        del graph.value_info[:]  # converters note types there that nodes do not have
+    _drop_idle_casts(proto)
+    return before
+
+
+def _halves(
+    graph: onnx.GraphProto,
+) -> tuple[list[onnx.AttributeProto], list[onnx.TensorProto], list[onnx.ValueInfoProto]]:
+    """Attributes of a graph's nodes that name a type of 16 bits, and tensors, inputs and outputs that have one."""
+    attributes = [attribute for node in graph.node for attribute in node.attribute]
+    sparse = [weight.values for weight in graph.sparse_initializer]
+    types = [one for one in attributes if one.name in _TYPE_ATTRIBUTES and one.i in HALVES]
+    tensors = [one for one in (*graph.initializer, *sparse, *_tensors(attributes)) if one.data_type in HALVES]
+    values = [one for one in (*graph.input, *graph.output) if one.type.tensor_type.elem_type in HALVES]
+    return types, tensors, values
 
 
 def _tensors(attributes: Iterable[onnx.AttributeProto]) -> Iterable[TensorProto]:

@@ -204,7 +204,7 @@ def test_softmax_leaves_the_last_class_out(tmp_path: Path, classes: str) -> None
 
 
 def test_a_lost_detection_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("asag.export.adoption.adopt.confirm", lambda proto, proposed, runs, feeds: wrong(proposed))
+    monkeypatch.setattr("asag.export.adoption.adopt.confirm", lambda proto, proposed, occasion: wrong(proposed))
     with pytest.raises(ValueError, match=r"\d+ of \d+ detections differ, first in made-up picture 0; nothing was"):
         adopted(make_toy(), tmp_path)
     assert not (tmp_path / "adopted.onnx").exists()
@@ -224,7 +224,7 @@ def test_queries_that_nearly_tie_get_a_second_look(tmp_path: Path, monkeypatch: 
     assert adopted(make_toy(), tmp_path).comparison.differing == ()
     assert looks == [2, 1]
     looks.clear()
-    pictures = ("a", "b", "c", "d", "e")  # of eight
+    pictures = ("a", "b", "c", "d")  # of six
     with pytest.raises(ValueError, match="detections differ, first in a; nothing was written"):
         adopted(make_toy(), tmp_path)
 
