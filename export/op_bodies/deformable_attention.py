@@ -16,65 +16,70 @@ def MultiScaleDeformableAttention(  # noqa: N802
     value, locations, weights, level_shapes: Sequence[int], level_points: Sequence[int]
 ):
     """A sample is a weighted sum of four gathered rows, one for each corner: in four products, since all corners of a
-    large encoder at once would take gigabytes.
+    large encoder at once would take gigabytes. Rows come from maps with a frame of zeros, so that corners outside need
+    no care.
     """
+    last = op.Constant(value_ints=[-1])
     heads = op.Shape(value, start=2, end=3)
-    cells = op.Shape(value, start=1, end=2)
-    # Of each level, then of each point.
+    # Of each level: its sides, its first cell in the value and its first in the framed maps.
     sides = op.Reshape(op.Constant(value_ints=level_shapes), op.Constant(value_ints=[-1, 2]))
     heights = op.Gather(sides, 0, axis=1)
     widths = op.Gather(sides, 1, axis=1)
-    firsts = op.CumSum(heights * widths, op.Constant(value_int=0), exclusive=1)
+    cells = heights * widths
+    firsts = op.CumSum(cells, op.Constant(value_int=0), exclusive=1)
+    framed = (heights + 2) * (widths + 2)
+    framed_ends = op.CumSum(framed, op.Constant(value_int=0))
+    framed_firsts = framed_ends - framed
+    framed_cells = op.ReduceSum(framed, keepdims=0)
+
+    # The framed maps, rows of channels. All about their cells depends on the attributes alone.
+    cell = op.Unsqueeze(op.Range(0, framed_cells, 1), last)
+    cell_level = op.ReduceSum(op.Cast(cell >= framed_ends, to=TensorProto.INT64), last, keepdims=0)
+    inner = op.Squeeze(cell, last) - op.Gather(framed_firsts, cell_level, axis=0)
+    cell_width = op.Gather(widths, cell_level, axis=0)
+    cell_height = op.Gather(heights, cell_level, axis=0)
+    line = inner / (cell_width + 2)
+    column = inner - line * (cell_width + 2) - 1
+    line = line - 1
+    inside = op.And(op.And(line >= 0, column >= 0), op.And(line < cell_height, column < cell_width))
+    source = op.Where(inside, op.Gather(firsts, cell_level, axis=0) + line * cell_width + column, op.ReduceSum(cells))
+    zeros = op.Expand(0.0, op.Concat(op.Shape(value, start=0, end=1), [1], op.Shape(value, start=2), axis=0))
+    maps = op.Gather(op.Concat(op.Cast(value, to=TensorProto.FLOAT), zeros, axis=1), source, axis=1)
+    rows = op.Reshape(maps, op.Concat([-1], op.Shape(value, start=3), axis=0))
+
+    # Of each point.
+    point = op.Unsqueeze(op.Range(0, op.Squeeze(op.Shape(locations, start=3, end=4)), 1), last)
     ends = op.CumSum(op.Constant(value_ints=level_points), op.Constant(value_int=0))
-    point = op.Unsqueeze(op.Range(0, op.Squeeze(op.Shape(locations, start=3, end=4)), 1), op.Constant(value_ints=[1]))
-    level = op.ReduceSum(op.Cast(point >= ends, to=TensorProto.INT64), op.Constant(value_ints=[1]), keepdims=0)
-    width = op.Gather(widths, level, axis=0)
-    columns = op.Cast(width, to=TensorProto.FLOAT)
-    lines = op.Cast(op.Gather(heights, level, axis=0), to=TensorProto.FLOAT)
+    level = op.ReduceSum(op.Cast(point >= ends, to=TensorProto.INT64), last, keepdims=0)
+    size = op.Cast(op.Gather(op.Gather(sides, [1, 0], axis=1), level, axis=0), to=TensorProto.FLOAT)
+    framed_width = op.Gather(widths, level, axis=0) + 2
 
-    # In cells. What is no number or far outside samples nothing, and must not become an index.
-    x = op.Gather(locations, 0, axis=4) * columns - 0.5
-    y = op.Gather(locations, 1, axis=4) * lines - 0.5
-    x = op.Max(op.Min(op.Where(op.IsNaN(x), -2.0, x), columns + 1.0), -2.0)
-    y = op.Max(op.Min(op.Where(op.IsNaN(y), -2.0, y), lines + 1.0), -2.0)
-    left = op.Floor(x)
-    top = op.Floor(y)
-    right = left + 1.0
-    bottom = top + 1.0
-    held_left = op.Max(op.Min(left, columns - 1.0), 0.0)
-    held_right = op.Max(op.Min(right, columns - 1.0), 0.0)
-    held_top = op.Max(op.Min(top, lines - 1.0), 0.0)
-    held_bottom = op.Max(op.Min(bottom, lines - 1.0), 0.0)
-    share = op.Cast(weights, to=TensorProto.FLOAT)
-    share_left = op.Where(op.Equal(left, held_left), right - x, 0.0)
-    share_right = op.Where(op.Equal(right, held_right), x - left, 0.0)
-    share_top = op.Where(op.Equal(top, held_top), bottom - y, 0.0) * share
-    share_bottom = op.Where(op.Equal(bottom, held_bottom), y - top, 0.0) * share
-
+    # In cells. What is no number or far outside samples the frame, and must not become an index.
+    places = locations * size - 0.5
+    places = op.Max(op.Min(op.Where(op.IsNaN(places), -1.0, places), size), -1.0)
+    corner = op.Min(op.Floor(places), size - 1.0)
+    part = places - corner
+    corner = op.Cast(corner, to=TensorProto.INT32)
     image = op.Reshape(op.Range(0, op.Squeeze(op.Shape(value, start=0, end=1)), 1), [-1, 1, 1, 1])
     head = op.Reshape(op.Range(0, op.Squeeze(heads), 1), [-1, 1])
-    first = image * cells + op.Gather(firsts, level, axis=0)
-    top_line = first + op.Cast(held_top, to=TensorProto.INT64) * width
-    bottom_line = first + op.Cast(held_bottom, to=TensorProto.INT64) * width
-    column_left = op.Cast(held_left, to=TensorProto.INT64)
-    column_right = op.Cast(held_right, to=TensorProto.INT64)
+    origin = (image * framed_cells + op.Gather(framed_firsts, level, axis=0) + framed_width + 1) * heads + head
+    right = op.Cast(heads, to=TensorProto.INT32)
+    down = op.Cast(framed_width * heads, to=TensorProto.INT32)
+    row = op.Cast(origin, to=TensorProto.INT32) + op.Gather(corner, 1, axis=4) * down
+    row = row + op.Gather(corner, 0, axis=4) * right
 
-    rows = op.Reshape(op.Cast(value, to=TensorProto.FLOAT), op.Concat([-1], op.Shape(value, start=3, end=4), axis=0))
-    row = op.Constant(value_ints=[3])
-    attended = op.MatMul(
-        op.Unsqueeze(share_top * share_left, row), op.Gather(rows, (top_line + column_left) * heads + head, axis=0)
-    )
-    attended = attended + op.MatMul(
-        op.Unsqueeze(share_top * share_right, row), op.Gather(rows, (top_line + column_right) * heads + head, axis=0)
-    )
-    attended = attended + op.MatMul(
-        op.Unsqueeze(share_bottom * share_left, row),
-        op.Gather(rows, (bottom_line + column_left) * heads + head, axis=0),
-    )
-    attended = attended + op.MatMul(
-        op.Unsqueeze(share_bottom * share_right, row),
-        op.Gather(rows, (bottom_line + column_right) * heads + head, axis=0),
-    )
+    share = op.Cast(weights, to=TensorProto.FLOAT)
+    lower = share * op.Gather(part, 1, axis=4)
+    upper = share - lower
+    x = op.Gather(part, 0, axis=4)
+    upper_right = upper * x
+    lower_right = lower * x
+    axis = op.Constant(value_ints=[3])
+    attended = op.MatMul(op.Unsqueeze(upper - upper_right, axis), op.Gather(rows, row, axis=0))
+    attended = attended + op.MatMul(op.Unsqueeze(upper_right, axis), op.Gather(rows, row + right, axis=0))
+    row = row + down
+    attended = attended + op.MatMul(op.Unsqueeze(lower - lower_right, axis), op.Gather(rows, row, axis=0))
+    attended = attended + op.MatMul(op.Unsqueeze(lower_right, axis), op.Gather(rows, row + right, axis=0))
     queries = op.Concat(op.Shape(locations, start=0, end=2), [-1], axis=0)
     result = op.CastLike(op.Reshape(attended, queries), value)
     return result
