@@ -69,17 +69,17 @@ def MultiScaleDeformableAttention(  # noqa: N802
     row = row + op.Gather(corner, 0, axis=4) * right
 
     share = op.Cast(weights, to=TensorProto.FLOAT)
-    lower = share * op.Gather(part, 1, axis=4)
-    upper = share - lower
     x = op.Gather(part, 0, axis=4)
-    upper_right = upper * x
-    lower_right = lower * x
+    y = op.Gather(part, 1, axis=4)
+    lower = share * y
+    upper = share * (1.0 - y)
+    left = 1.0 - x
     axis = op.Constant(value_ints=[3])
-    attended = op.MatMul(op.Unsqueeze(upper - upper_right, axis), op.Gather(rows, row, axis=0))
-    attended = attended + op.MatMul(op.Unsqueeze(upper_right, axis), op.Gather(rows, row + right, axis=0))
+    attended = op.MatMul(op.Unsqueeze(upper * left, axis), op.Gather(rows, row, axis=0))
+    attended = attended + op.MatMul(op.Unsqueeze(upper * x, axis), op.Gather(rows, row + right, axis=0))
     row = row + down
-    attended = attended + op.MatMul(op.Unsqueeze(lower - lower_right, axis), op.Gather(rows, row, axis=0))
-    attended = attended + op.MatMul(op.Unsqueeze(lower_right, axis), op.Gather(rows, row + right, axis=0))
+    attended = attended + op.MatMul(op.Unsqueeze(lower * left, axis), op.Gather(rows, row, axis=0))
+    attended = attended + op.MatMul(op.Unsqueeze(lower * x, axis), op.Gather(rows, row + right, axis=0))
     queries = op.Concat(op.Shape(locations, start=0, end=2), [-1], axis=0)
     result = op.CastLike(op.Reshape(attended, queries), value)
     return result
