@@ -49,6 +49,8 @@ def convert(published: Path, output: Path, preset: str | None) -> None:
     model.safetensors). The family, its configuration and classes are read off the tensors. The file is loaded without
     executing anything in it; optimizer state and arguments are left behind.
     """
+    if output.suffix.lower() != ".safetensors":
+        raise click.BadParameter(f"{output} should end in .safetensors", param_hint="--output")
     from asag.published import convert_published
 
     found = convert_published(published, output, preset)

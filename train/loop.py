@@ -26,6 +26,7 @@ from asag.train.pictures import pictured_images, read_table, write_curves, write
 from asag.train.processes import joined_processes
 from asag.train.reporting import EVALUATIONS_FILE, LOSSES_FILE, TrainingReport
 from asag.train.run import BEST_RECORD, Run, prepare_run
+from asag.train.run_folder import held_folder
 from asag.train.schedule import evaluation_interval, warmup_steps
 from asag.train.step import Piece, StepMaker
 from asag.train.transforms import RandomCrop, TrainingTransform
@@ -75,10 +76,10 @@ def train(config: TrainConfig, progress: bool = True) -> TrainResult:
     one writes. Sets the seeds of torch's global random numbers.
 
     Raises FileNotFoundError or ValueError, with a line that says what to do, for a missing or wrong dataset, a folder
-    that already holds a run, starting weights that do not fit, and a loss that is no longer finite; OSError when the
-    last weights cannot be written.
+    that holds a run or in which one is running, starting weights that do not fit, and a loss that is no longer finite;
+    OSError when the last weights cannot be written.
     """
-    with joined_processes() as processes:
+    with joined_processes() as processes, held_folder(config.output, processes.is_main):
         run = prepare_run(config, processes)
         began = time.perf_counter()
         with TrainingReport(
