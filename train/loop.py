@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from asag.checkpoint import save_detector
 from asag.runtime.coco_dataset import CocoFolder
 from asag.runtime.coco_evaluation import CocoResult
@@ -243,7 +241,7 @@ def _save(run: Run, report: TrainingReport, required: bool) -> None:
     output = run.config.output
     try:
         keep_state(output, run.state, run.computation(), run.config.keep_checkpoints)
-        _save_weights(output / WEIGHTS_FILE, run)
+        save_detector(output / WEIGHTS_FILE, run.state.deployable, run.info)
     except OSError as error:
         good = [step for step, _ in kept_states(output)]
         kept = f"the last good checkpoint is of step {good[-1]}" if good else "there is no earlier checkpoint"
@@ -251,13 +249,6 @@ def _save(run: Run, report: TrainingReport, required: bool) -> None:
         if required:
             raise OSError(f"{message}; free some space and resume the run") from None
         report.say(f"{message}; free some space, training goes on")
-
-
-def _save_weights(path: Path, run: Run) -> None:
-    try:
-        save_detector(path, run.state.deployable, run.info)
-    except SafetensorError as error:
-        raise OSError(f"cannot write {path}: {one_line(error)}") from None
 
 
 def _evaluate(run: Run, validation: CocoFolder, report: TrainingReport) -> Evaluation | None:
@@ -277,7 +268,7 @@ def _evaluate(run: Run, validation: CocoFolder, report: TrainingReport) -> Evalu
     report.evaluation(state.step, evaluation.coco.images, evaluation.values())
     if evaluation.score > _best_score(output / BEST_RECORD, state.step):
         try:
-            _save_weights(output / BEST_FILE, run)
+            save_detector(output / BEST_FILE, state.deployable, run.info)
             write_json(output / BEST_RECORD, {"step": state.step, "score": evaluation.score})
         except (OSError, ValueError) as error:
             report.say(f"the best weights, of step {state.step}, could not be written ({one_line(error)})")
