@@ -50,6 +50,8 @@ class Converted:
     config: Any
     alternatives: tuple[str, ...]
     """All presets with these tensors."""
+    overruled: Mapping[str, tuple[Any, Any]]
+    """Choices in which a named preset differs from what the file tells: name -> (the file's, the preset's)."""
 
 
 def identify(state: Mapping[str, Tensor], description: Mapping[str, Any] | None = None) -> tuple[Family, Any]:
@@ -127,6 +129,7 @@ def convert_published(source: str | Path, output: str | Path, preset: str | None
             raise ValueError(f"the tensors are not those of {preset}; they fit {listed}")
         alike = [name for name, known in fitting.items() if known.config == config]
         chosen = fitting.get(preset or next(iter(alike or fitting), ""))
+        told = family.choices_of(config)
         if chosen is not None:
             config = dataclasses.replace(config, **family.choices_of(chosen.config))
         detector = build_detector(config)
@@ -138,7 +141,12 @@ def convert_published(source: str | Path, output: str | Path, preset: str | None
     if chosen is not None:
         info = CheckpointInfo.of(chosen, classes)
     save_detector(output, detector, info)
-    return Converted(info.preset, config, tuple(fitting))
+    overruled = {}
+    if preset is not None and file.description:
+        overruled = {
+            name: (told[name], value) for name, value in family.choices_of(config).items() if value != told[name]
+        }
+    return Converted(info.preset, config, tuple(fitting), overruled)
 
 
 def categories(classes: int, description: Mapping[str, Any]) -> dict[int, str]:

@@ -58,3 +58,6 @@ def convert(published: Path, output: Path, preset: str | None) -> None:
     if preset is None and len(found.alternatives) > 1:
         others = ", ".join(other for other in found.alternatives if other != found.preset)
         console.print(f"the tensors also fit {others}: name yours with --preset", style="yellow", highlight=False)
+    for name, (told, value) in found.overruled.items():
+        line = f"{name.replace('_', ' ')} is {value} as in {preset}; the file by itself is read as {told}"
+        console.print(line, style="yellow", highlight=False)

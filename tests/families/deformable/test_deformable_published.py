@@ -130,6 +130,8 @@ def test_files_become_checkpoints(goldens: Path, tmp_path: Path) -> None:
     assert info.category_ids == tuple(COCO_CATEGORIES)
     head = detector.heads[2]  # type: ignore[index]
     assert torch.equal(head.class_logits.bias, state["class_embed.2.bias"][list(COCO_CATEGORIES)])
+    assert not converted.overruled
+    assert convert_published(file, ours, "sparse-detr-r50-20").overruled == {"keeping_ratio": (0.3, 0.2)}
     torch.save({"model": state}, file)
     assert convert_published(file, ours).preset == "sparse-detr-r50-10"
     assert convert_published(file, ours, "sparse-detr-r50-scrl-50").config.keeping_ratio == 0.5
