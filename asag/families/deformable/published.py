@@ -97,7 +97,7 @@ def _head_name(kind: str, number: int, layer: int, leaf: str, config: Deformable
 
 
 _OTHERS = (
-    # MMDetection's; those of the decoder's norms stand in the order of computation.
+    # MMDetection's, of its second and third version; the decoder's norms stand in the order of computation.
     (r"backbone\.(?!0\.body\.|conv_encoder\.)", "backbone.0.body."),
     (r"neck\.convs\.(\d)\.conv\.", r"input_proj.\1.0."),
     (r"neck\.convs\.(\d)\.gn\.", r"input_proj.\1.1."),
@@ -120,6 +120,22 @@ _OTHERS = (
     (r"bbox_head\.(transformer\.\w+\.layers\.\d+\.)ffns\.0\.layers\.0\.0\.", r"\1linear1."),
     (r"bbox_head\.(transformer\.\w+\.layers\.\d+\.)ffns\.0\.layers\.1\.", r"\1linear2."),
     (r"bbox_head\.(transformer\.(?:reference_points|enc_output|enc_output_norm|pos_trans|pos_trans_norm)\.)", r"\1"),
+    (r"level_embed$", "transformer.level_embed"),
+    (r"query_embedding\.", "query_embed."),
+    (r"reference_points_fc\.", "transformer.reference_points."),
+    (r"memory_trans_fc\.", "transformer.enc_output."),
+    (r"memory_trans_norm\.", "transformer.enc_output_norm."),
+    (r"pos_trans_fc\.", "transformer.pos_trans."),
+    (r"pos_trans_norm\.", "transformer.pos_trans_norm."),
+    (r"(encoder\.layers\.\d+\.)norms\.0\.", r"transformer.\1norm1."),
+    (r"(encoder\.layers\.\d+\.)norms\.1\.", r"transformer.\1norm2."),
+    (r"(decoder\.layers\.\d+\.)norms\.0\.", r"transformer.\1norm2."),
+    (r"(decoder\.layers\.\d+\.)norms\.1\.", r"transformer.\1norm1."),
+    (r"(decoder\.layers\.\d+\.)norms\.2\.", r"transformer.\1norm3."),
+    (r"(decoder\.layers\.\d+\.self_attn\.)attn\.", r"transformer.\1"),
+    (r"(\w+\.layers\.\d+\.)ffn\.layers\.0\.0\.", r"transformer.\1linear1."),
+    (r"(\w+\.layers\.\d+\.)ffn\.layers\.1\.", r"transformer.\1linear2."),
+    (r"((?:encoder|decoder)\.layers\.\d+\.(?:self|cross)_attn\.)", r"transformer.\1"),
     # Hugging Face's.
     (r"model\.backbone\.conv_encoder\.model\.", "backbone.0.body."),
     (r"model\.(input_proj\.)", r"\1"),
@@ -157,7 +173,8 @@ class PublishedDeformable:
         if "transformer.level_embed" not in named or not classes:
             return None
         _refuse_unknown(description)
-        return _config(named, list(classes.values()), "bbox_head.transformer.level_embeds" in state, description)
+        of_mmdetection = not state.keys().isdisjoint(("bbox_head.transformer.level_embeds", "level_embed"))
+        return _config(named, list(classes.values()), of_mmdetection, description)
 
     def translate(self, name: str, value: Tensor, config: DeformableConfig) -> Iterator[tuple[str, Tensor]] | None:
         """The tensor under our name, without the rows of ids that no category of COCO has."""

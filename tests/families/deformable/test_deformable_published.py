@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,36 @@ def test_names_of_other_programs() -> None:
         "model.query_position_embeddings.weight": "query_embed.weight",
     }.items():
         assert authors_name(theirs) == authors
+
+
+def third_version(name: str) -> str:
+    """MMDetection's name of a tensor since its third version."""
+    for second, third in {
+        "bbox_head.transformer.level_embeds": "level_embed",
+        "bbox_head.query_embedding.": "query_embedding.",
+        "bbox_head.transformer.reference_points.": "reference_points_fc.",
+        "bbox_head.transformer.enc_output_norm.": "memory_trans_norm.",
+        "bbox_head.transformer.enc_output.": "memory_trans_fc.",
+        "bbox_head.transformer.pos_trans_norm.": "pos_trans_norm.",
+        "bbox_head.transformer.pos_trans.": "pos_trans_fc.",
+        "bbox_head.transformer.": "",
+        ".ffns.0.": ".ffn.",
+    }.items():
+        name = name.replace(second, third)
+    name = re.sub(r"^(encoder\.layers\.\d+)\.attentions\.0\.", r"\1.self_attn.", name)
+    name = re.sub(r"^(decoder\.layers\.\d+)\.attentions\.0\.attn\.", r"\1.self_attn.attn.", name)
+    return re.sub(r"^(decoder\.layers\.\d+)\.attentions\.1\.", r"\1.cross_attn.", name)
+
+
+def test_both_versions_of_mmdetection_are_read_alike(goldens: Path) -> None:
+    second = thin(published_shapes(RECOLLECTED, "deformable_r50_300", 300), True)
+    third = {third_version(name): value for name, value in second.items()}
+    assert len(third) == len(second)
+    assert not any("transformer" in name or "attentions" in name for name in third)
+    assert identify(third) == identify(second)
+    assert [authors_name(third_version(name)) for name in second] == [authors_name(name) for name in second]
+    for kind in ("enc_output.weight", "enc_output_norm.bias", "pos_trans.bias", "pos_trans_norm.weight"):
+        assert authors_name(third_version(f"bbox_head.transformer.{kind}")) == f"transformer.{kind}"
 
 
 def hugging_face_model(options: dict[str, Any]) -> Any:
