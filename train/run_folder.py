@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
 @contextmanager
-def held_folder(folder: Path, holding: bool) -> Iterator[None]:
+def held_folder(folder: Path, holding: bool, patience: float = 8.0) -> Iterator[None]:
     """Make `folder` and keep other runs out of it until the block ends; a killed process lets go of it by itself.
 
     holding: whether this process is the one of its run that writes. A folder that nothing was written into is removed
-    again. Raises ValueError where another run is in the folder, or where it cannot be made. File systems without locks
-    keep nobody out.
+    again; patience: seconds to wait for the reading processes of a killed run, which end by themselves within five.
+    Raises ValueError where another run is in the folder, or where it cannot be made. File systems without locks keep
+    nobody out.
     """
     if not holding:
         yield
@@ -27,7 +29,7 @@ def held_folder(folder: Path, holding: bool) -> Iterator[None]:
     except OSError as error:
         raise ValueError(f"cannot write {folder}: {error.strerror or error}; name another folder") from None
     try:
-        _lock(descriptor, folder)
+        _lock(descriptor, folder, time.monotonic() + patience)
         yield
     finally:
         os.close(descriptor)
@@ -36,10 +38,16 @@ def held_folder(folder: Path, holding: bool) -> Iterator[None]:
                 folder.rmdir()
 
 
-def _lock(descriptor: int, folder: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"another run is training in {folder}: wait for its end, or name another folder") from None
-    except OSError:
-        return
+def _lock(descriptor: int, folder: Path, deadline: float) -> None:
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                told = f"another run is training in {folder}: wait for its end, or name another folder"
+                raise ValueError(told) from None
+            time.sleep(0.1)
+        except OSError:
+            return
+        else:
+            return

@@ -12,7 +12,7 @@ from asag.train.run_folder import held_folder
 def test_a_second_run_is_kept_out_while_the_first_lives(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "one"
     with held_folder(folder, True):
-        with pytest.raises(ValueError, match=r"another run is training in .*one: wait"), held_folder(folder, True):
+        with pytest.raises(ValueError, match=r"another run is training in .*one: wait"), held_folder(folder, True, 0.0):
             pass
         with held_folder(folder, False):  # the first run's other processes
             (folder / "losses.csv").touch()
