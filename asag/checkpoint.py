@@ -46,7 +46,10 @@ class CheckpointInfo:
 
 
 def save_detector(path: str | Path, detector: Detector, info: CheckpointInfo) -> None:
-    """Write weights and metadata to `path` (.safetensors), whole or not at all."""
+    """Write weights and metadata to `path` (.safetensors), whole or not at all.
+
+    Raises ValueError for another number of categories than classes, OSError where it cannot be written.
+    """
     path = Path(path)
     if len(info.category_ids) != detector.config.classes:
         raise ValueError(f"{len(info.category_ids)} categories for a detector of {detector.config.classes} classes")
@@ -65,6 +68,8 @@ def save_detector(path: str | Path, detector: Detector, info: CheckpointInfo) ->
         safetensors.torch.save_file(tensors, temporary, {_KEY: json.dumps(description)})
         temporary.chmod(ordinary)
         temporary.replace(path)
+    except safetensors.SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -50,6 +50,8 @@ class Converted:
     config: Any
     alternatives: tuple[str, ...]
     """All presets with these tensors."""
+    overruled: Mapping[str, tuple[Any, Any]]
+    """Choices in which a named preset differs from what the file tells: name -> (the file's, the preset's)."""
 
 
 def identify(state: Mapping[str, Tensor], description: Mapping[str, Any] | None = None) -> tuple[Family, Any]:
@@ -58,11 +60,14 @@ def identify(state: Mapping[str, Tensor], description: Mapping[str, Any] | None 
     Raises ValueError naming what was looked for where none does, or what is odd about the tensors.
     """
     formats = [(family, family.published()) for family in families.FAMILIES]
-    found = [
-        (family, config)
-        for family, published in formats
-        if (config := published.identify(state, description or {})) is not None
-    ]
+    found = []
+    for family, published in formats:
+        try:
+            config = published.identify(state, description or {})
+        except KeyError as missing:
+            raise ValueError(f"a {family.title} without the tensor {missing}; is the file whole?") from None
+        if config is not None:
+            found.append((family, config))
     if len(found) == 1:
         return found[0]
     if found:
@@ -81,7 +86,7 @@ def load_published(detector: Detector, state: Mapping[str, Tensor | np.ndarray])
     ours = detector.state_dict()
     loaded: dict[str, Tensor] = {}
     problems: dict[str, list[str]] = {"missing": [], "left over": [], "of another shape": []}
-    for name, value in state.items():
+    for name, value in sorted(state.items()):  # a layer's own tensor after the first one's, which may stand for all
         if name.endswith("num_batches_tracked"):
             continue
         tensor = torch.as_tensor(np.asarray(value) if isinstance(value, np.ndarray) else value)
@@ -111,8 +116,8 @@ def convert_published(source: str | Path, output: str | Path, preset: str | None
     """Read a published file or folder, write our checkpoint to `output`; returns what was found.
 
     preset: which one it is; by default the first with these tensors, or with these choices where the file tells them.
-    Raises FileNotFoundError or ValueError, naming
-    the file, when it cannot be read, no family knows it, or tensors and preset disagree.
+    Classes have the names that the file tells. Raises FileNotFoundError or ValueError, naming the file, when it cannot
+    be read, no family knows it, or tensors and preset disagree.
     """
     file = read_foreign(source)
     try:
@@ -124,18 +129,42 @@ def convert_published(source: str | Path, output: str | Path, preset: str | None
             raise ValueError(f"the tensors are not those of {preset}; they fit {listed}")
         alike = [name for name, known in fitting.items() if known.config == config]
         chosen = fitting.get(preset or next(iter(alike or fitting), ""))
+        told = family.choices_of(config)
         if chosen is not None:
             config = dataclasses.replace(config, **family.choices_of(chosen.config))
         detector = build_detector(config)
         load_published(detector, file.tensors)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
-    categories = categories_of(config.classes)
-    info = CheckpointInfo("custom", tuple(categories), tuple(categories.values()))
+    classes = categories(config.classes, file.description)
+    info = CheckpointInfo("custom", tuple(classes), tuple(classes.values()))
     if chosen is not None:
-        info = CheckpointInfo.of(chosen, categories)
+        info = CheckpointInfo.of(chosen, classes)
     save_detector(output, detector, info)
-    return Converted(info.preset, config, tuple(fitting))
+    overruled = {}
+    if preset is not None and file.description:
+        overruled = {
+            name: (told[name], value) for name, value in family.choices_of(config).items() if value != told[name]
+        }
+    return Converted(info.preset, config, tuple(fitting), overruled)
+
+
+def categories(classes: int, description: Mapping[str, Any]) -> dict[int, str]:
+    """{id: name} as MMDetection's `meta` or Hugging Face's `config.json` tells them; numbered from 1, as in annotations
+    that labelling tools write, unless they are those of a published dataset.
+    """
+    known, dataset, labels = categories_of(classes), description.get("dataset_meta"), description.get("id2label")
+    told: Any = description.get("CLASSES")
+    if isinstance(dataset, Mapping):
+        told = dataset.get("classes", dataset.get("CLASSES"))
+    if isinstance(labels, Mapping):
+        told = [labels.get(str(number)) for number in range(len(labels))]
+    if not isinstance(told, list | tuple) or not all(isinstance(name, str) for name in told):
+        return known
+    made_up = all(name.startswith("LABEL_") for name in told)
+    if len(set(told)) != classes or made_up or list(told) == list(known.values()):
+        return known
+    return dict(enumerate(told, start=1))
 
 
 def _same_tensors(family: Family, known: NamedPreset, config: Any) -> bool:

@@ -49,6 +49,8 @@ def convert(published: Path, output: Path, preset: str | None) -> None:
     model.safetensors). The family, its configuration and classes are read off the tensors. The file is loaded without
     executing anything in it; optimizer state and arguments are left behind.
     """
+    if output.suffix.lower() != ".safetensors":
+        raise click.BadParameter(f"{output} should end in .safetensors", param_hint="--output")
     from asag.published import convert_published
 
     found = convert_published(published, output, preset)
@@ -56,3 +58,6 @@ def convert(published: Path, output: Path, preset: str | None) -> None:
     if preset is None and len(found.alternatives) > 1:
         others = ", ".join(other for other in found.alternatives if other != found.preset)
         console.print(f"the tensors also fit {others}: name yours with --preset", style="yellow", highlight=False)
+    for name, (told, value) in found.overruled.items():
+        line = f"{name.replace('_', ' ')} is {value} as in {preset}; the file by itself is read as {told}"
+        console.print(line, style="yellow", highlight=False)

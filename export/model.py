@@ -84,7 +84,7 @@ def build_onnx(model: DeployedDetector) -> onnx.ModelProto:
     images = torch.zeros((2, 3, height, width), dtype=torch.uint8 if model.input_type == "uint8" else torch.float32)
     sizes = torch.tensor([[height, width], [height // 2, width // 2]], dtype=torch.float32)
     batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), _quiet(), _own_refusals():
         program = torch.onnx.export(
             model,
             (images, sizes),
@@ -129,6 +129,17 @@ def _drop_source_annotations(proto: onnx.ModelProto) -> None:
 def _count_operations(proto: onnx.ModelProto) -> dict[str, int]:
     names = [node.op_type for node in proto.graph.node if node.domain == DOMAIN]
     return {name: names.count(name) for name in sorted(set(names))}
+
+
+@contextlib.contextmanager
+def _own_refusals() -> Iterator[None]:
+    """What a forward pass refuses, an input too small for its queries for example, without the exporter's pages."""
+    try:
+        yield
+    except torch.onnx.OnnxExporterError as error:
+        if type(error.__cause__) is ValueError:
+            raise error.__cause__ from None
+        raise
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from asag.runtime.coco_evaluation import coco_records
 from asag.runtime.coco_file import Id
 from asag.runtime.drawing import draw_detections
 from asag.runtime.errors import one_line
-from asag.runtime.files import atomic_path
+from asag.runtime.files import atomic_path, write_bytes
 from asag.runtime.image_source import (
     IMAGES_FILE,
     RESULTS_FILE,
@@ -184,8 +185,9 @@ class _Writer:
             return
         frame = "" if source.frame is None else f"-{source.frame:06d}"
         picture = self._picture_path(source.path, frame + ending)
-        with atomic_path(picture) as temporary:
-            draw(self._score_threshold).save(temporary, "JPEG", quality=90)
+        encoded = io.BytesIO()  # written by Pillow, a picture would end early on a full disk, without an error
+        draw(self._score_threshold).save(encoded, "JPEG", quality=90)
+        write_bytes(picture, encoded.getvalue())
         record = {
             "id": image_id,
             "file_name": str(source.path),

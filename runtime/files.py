@@ -32,9 +32,10 @@ def atomic_path(path: str | os.PathLike[str], suffix: str | None = None) -> Iter
     os.close(descriptor)
     temporary = Path(name)
     try:
-        yield temporary
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(target)
+        with _naming(target):
+            yield temporary
+            temporary.chmod(0o666 & ~_umask())
+            temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -52,11 +53,23 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     except OSError as error:
         raise ValueError(f"cannot write {target}: {error.strerror or error}") from None
     try:
-        temporary.chmod(0o777 & ~_umask())
-        yield temporary
-        temporary.rename(target)
+        with _naming(target):
+            temporary.chmod(0o777 & ~_umask())
+            yield temporary
+            temporary.rename(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _naming(target: Path) -> Iterator[None]:
+    """Name the file where the system's error names none, as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.strerror is None:
+            raise
+        raise OSError(f"cannot write {target}: {error.strerror}") from error
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:

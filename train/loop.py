@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from asag.checkpoint import save_detector
 from asag.runtime.coco_dataset import CocoFolder
 from asag.runtime.coco_evaluation import CocoResult
@@ -26,6 +24,7 @@ from asag.train.pictures import pictured_images, read_table, write_curves, write
 from asag.train.processes import joined_processes
 from asag.train.reporting import EVALUATIONS_FILE, LOSSES_FILE, TrainingReport
 from asag.train.run import BEST_RECORD, Run, prepare_run
+from asag.train.run_folder import held_folder
 from asag.train.schedule import evaluation_interval, warmup_steps
 from asag.train.step import Piece, StepMaker
 from asag.train.transforms import RandomCrop, TrainingTransform
@@ -75,10 +74,10 @@ def train(config: TrainConfig, progress: bool = True) -> TrainResult:
     one writes. Sets the seeds of torch's global random numbers.
 
     Raises FileNotFoundError or ValueError, with a line that says what to do, for a missing or wrong dataset, a folder
-    that already holds a run, starting weights that do not fit, and a loss that is no longer finite; OSError when the
-    last weights cannot be written.
+    that holds a run or in which one is running, starting weights that do not fit, and a loss that is no longer finite;
+    OSError when the last weights cannot be written.
     """
-    with joined_processes() as processes:
+    with joined_processes() as processes, held_folder(config.output, processes.is_main):
         run = prepare_run(config, processes)
         began = time.perf_counter()
         with TrainingReport(
@@ -242,7 +241,7 @@ def _save(run: Run, report: TrainingReport, required: bool) -> None:
     output = run.config.output
     try:
         keep_state(output, run.state, run.computation(), run.config.keep_checkpoints)
-        _save_weights(output / WEIGHTS_FILE, run)
+        save_detector(output / WEIGHTS_FILE, run.state.deployable, run.info)
     except OSError as error:
         good = [step for step, _ in kept_states(output)]
         kept = f"the last good checkpoint is of step {good[-1]}" if good else "there is no earlier checkpoint"
@@ -250,13 +249,6 @@ def _save(run: Run, report: TrainingReport, required: bool) -> None:
         if required:
             raise OSError(f"{message}; free some space and resume the run") from None
         report.say(f"{message}; free some space, training goes on")
-
-
-def _save_weights(path: Path, run: Run) -> None:
-    try:
-        save_detector(path, run.state.deployable, run.info)
-    except SafetensorError as error:
-        raise OSError(f"cannot write {path}: {one_line(error)}") from None
 
 
 def _evaluate(run: Run, validation: CocoFolder, report: TrainingReport) -> Evaluation | None:
@@ -276,7 +268,7 @@ def _evaluate(run: Run, validation: CocoFolder, report: TrainingReport) -> Evalu
     report.evaluation(state.step, evaluation.coco.images, evaluation.values())
     if evaluation.score > _best_score(output / BEST_RECORD, state.step):
         try:
-            _save_weights(output / BEST_FILE, run)
+            save_detector(output / BEST_FILE, state.deployable, run.info)
             write_json(output / BEST_RECORD, {"step": state.step, "score": evaluation.score})
         except (OSError, ValueError) as error:
             report.say(f"the best weights, of step {state.step}, could not be written ({one_line(error)})")

@@ -153,7 +153,8 @@ def _point_panel(
             x, y = points.places[row, place] * factors[:2]
             if np.isfinite((x, y, spans[place])).all():
                 draw.circle((x, y), float(np.clip(spans[place] - 1, 1, 5)), fill=colour, outline="black")
-    return Panel(picture, f"{title}: {len(boxes)}; where the best {len(best)} look, in a colour each")
+    looking = f"; where the best {len(best)} look, in a colour each" if len(best) else ""
+    return Panel(picture, f"{title}: {len(boxes)}{looking}")
 
 
 def _heat_panel(title: str, gaussians: NDArray[np.float64], shown: Image.Image, factors: NDArray[np.float64]) -> Panel:

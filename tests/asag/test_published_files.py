@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from asag.checkpoint import load_detector
+from asag.datasets import COCO_CATEGORIES
 from asag.detector import Detector, build_detector
 from asag.families import find_preset
 from asag.families.asag.config import ASAGConfig
 from asag.families.asag.presets import PRESETS
 from asag.families.asag.published import translate_name
 from asag.foreign_files import read_foreign
-from asag.published import convert_published, identify
+from asag.published import categories, convert_published, identify
 from tests.builders import random_detector
 
 
@@ -83,6 +84,25 @@ def test_another_preset_than_the_tensors_is_refused(published: tuple[Path, Detec
     with pytest.raises(ValueError, match="no preset 'nothing'"):
         convert_published(published[0], output, "nothing")
     assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("description", "names"),
+    [
+        ({}, ("class 1", "class 2")),
+        ({"id2label": {"0": "cat", "1": "dog"}}, ("cat", "dog")),
+        ({"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}, ("class 1", "class 2")),
+        ({"CLASSES": ("cat", "dog")}, ("cat", "dog")),
+        ({"dataset_meta": {"classes": ["cat", "dog"]}}, ("cat", "dog")),
+        ({"dataset_meta": {"CLASSES": ["cat", "dog", "bird"]}}, ("class 1", "class 2")),
+    ],
+)
+def test_classes_have_the_names_that_a_file_tells(description: dict[str, Any], names: tuple[str, ...]) -> None:
+    assert categories(2, description) == dict(enumerate(names, start=1))
+
+
+def test_the_names_of_coco_keep_their_ids() -> None:
+    assert categories(80, {"CLASSES": tuple(COCO_CATEGORIES.values())}) == COCO_CATEGORIES
 
 
 HAVE_FILES = [
@@ -195,3 +215,11 @@ def test_other_content_is_named(tmp_path: Path) -> None:
         read_foreign(tmp_path / "missing.pth")
     with pytest.raises(FileNotFoundError, match=r"a folder without model\.safetensors"):
         read_foreign(tmp_path)
+
+
+def test_a_truncated_file_is_told_by_its_missing_tensor() -> None:
+    names = "refpoint_embed.weight", "refbbox_embed.weight", "transformer.point_transfer.0.weight"
+    state = {name: torch.zeros(2, 2) for name in (*names, "class_embed.0.layers.2.weight")}
+    state |= {f"backbone.0.body.layer{stage}.0.conv1.weight": torch.zeros(1) for stage in (1, 2, 3, 4)}
+    with pytest.raises(ValueError, match=r"a SAP-DETR without the tensor 'backbone\.0\.body\.conv1\.weight'"):
+        identify(state)

@@ -56,6 +56,7 @@ CASES = [
     ("export {bad}/no.safetensors -o {out}.onnx", "{bad}/no.safetensors: no such checkpoint"),
     ("export {bad}/damaged.safetensors -o {out}.onnx", "not a readable safetensors file"),
     ("export {checkpoint} -o {out}.txt", "should end in .onnx"),
+    ("zoo convert {bad}/damaged.safetensors -o {out}.pth", "out.pth should end in .safetensors"),
     ("export {checkpoint}", "Missing option '-o' / '--output'"),
     ("export {checkpoint} -o {out}.onnx --input-size 800", "'800' is no size; write HEIGHTxWIDTH"),
     ("export {checkpoint} -o {out}.onnx --input-size 100x128", "height and width must be multiples of 32"),

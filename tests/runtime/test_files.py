@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import errno
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
-from asag.runtime.files import atomic_path, write_bytes, write_json
+from asag.runtime.files import atomic_folder, atomic_path, write_bytes, write_json
 
 
 def test_write_makes_folders_and_replaces(tmp_path: Path) -> None:
@@ -40,3 +44,10 @@ def test_a_folder_or_a_file_in_the_way_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot write"):
         write_bytes(tmp_path / "file" / "inside", b"")
+
+
+@pytest.mark.parametrize("place", [atomic_path, atomic_folder])
+def test_a_full_disk_names_the_file(place: Callable[[Path], AbstractContextManager[Path]], tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"^cannot write .*target: No space left on device$"), place(tmp_path / "target"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert not list(tmp_path.iterdir())

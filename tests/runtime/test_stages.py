@@ -173,7 +173,7 @@ def test_points_as_fractions_of_the_padded_input_are_where_they_are_in_the_conte
 
 def test_points_of_what_is_not_found_are_not_drawn() -> None:
     panels = stage_panels(Image.new("RGB", (96, 64)), looking_stages(score=-2.0), 0.3)
-    assert panels[0].caption == "layer 0: 2; where the best 0 look, in a colour each"
+    assert panels[0].caption == "layer 0: 2"
     assert not (np.asarray(panels[0].picture) == class_colour(0)).all(axis=2).any()
 
 

@@ -94,8 +94,12 @@ def kept_counts(padded: Tensor, ratio: float) -> Tensor:
 
 
 def keep_best(scores: Tensor, padded: Tensor, ratio: float) -> Kept:
-    """The tokens with the largest scores [B, T], in as many places as an image that fills the input needs."""
+    """The tokens with the largest scores [B, T], in as many places as an image that fills the input needs.
+
+    Padding comes after all content: its scores are the batch's smallest, which a token with content may have as well.
+    """
     tokens = scores.shape[1]
+    scores = scores.masked_fill(padded, -torch.inf)
     # As float32 has it, like the counts.
     capacity = min(int(np.float32(tokens) * np.float32(ratio)) + 1, tokens)
     return Kept(*select_tokens(scores, kept_counts(padded, ratio), capacity))

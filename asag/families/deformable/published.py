@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from asag.datasets import COCO_CATEGORIES
-from asag.families.deformable.config import LEVELS, DeformableConfig, ModelSize
+from asag.families.deformable.config import BACKBONES, LEVELS, DeformableConfig, ModelSize
 from asag.foreign_files import renamed
 from asag.parts.backbones.resnet import resnet_of
 from asag.parts.backbones.swin import DEPTHS
@@ -97,7 +97,7 @@ def _head_name(kind: str, number: int, layer: int, leaf: str, config: Deformable
 
 
 _OTHERS = (
-    # MMDetection's; those of the decoder's norms stand in the order of computation.
+    # MMDetection's, of its second and third version; the decoder's norms stand in the order of computation.
     (r"backbone\.(?!0\.body\.|conv_encoder\.)", "backbone.0.body."),
     (r"neck\.convs\.(\d)\.conv\.", r"input_proj.\1.0."),
     (r"neck\.convs\.(\d)\.gn\.", r"input_proj.\1.1."),
@@ -120,10 +120,28 @@ _OTHERS = (
     (r"bbox_head\.(transformer\.\w+\.layers\.\d+\.)ffns\.0\.layers\.0\.0\.", r"\1linear1."),
     (r"bbox_head\.(transformer\.\w+\.layers\.\d+\.)ffns\.0\.layers\.1\.", r"\1linear2."),
     (r"bbox_head\.(transformer\.(?:reference_points|enc_output|enc_output_norm|pos_trans|pos_trans_norm)\.)", r"\1"),
+    (r"level_embed$", "transformer.level_embed"),
+    (r"query_embedding\.", "query_embed."),
+    (r"reference_points_fc\.", "transformer.reference_points."),
+    (r"memory_trans_fc\.", "transformer.enc_output."),
+    (r"memory_trans_norm\.", "transformer.enc_output_norm."),
+    (r"pos_trans_fc\.", "transformer.pos_trans."),
+    (r"pos_trans_norm\.", "transformer.pos_trans_norm."),
+    (r"(encoder\.layers\.\d+\.)norms\.0\.", r"transformer.\1norm1."),
+    (r"(encoder\.layers\.\d+\.)norms\.1\.", r"transformer.\1norm2."),
+    (r"(decoder\.layers\.\d+\.)norms\.0\.", r"transformer.\1norm2."),
+    (r"(decoder\.layers\.\d+\.)norms\.1\.", r"transformer.\1norm1."),
+    (r"(decoder\.layers\.\d+\.)norms\.2\.", r"transformer.\1norm3."),
+    (r"(decoder\.layers\.\d+\.self_attn\.)attn\.", r"transformer.\1"),
+    (r"(\w+\.layers\.\d+\.)ffn\.layers\.0\.0\.", r"transformer.\1linear1."),
+    (r"(\w+\.layers\.\d+\.)ffn\.layers\.1\.", r"transformer.\1linear2."),
+    (r"((?:encoder|decoder)\.layers\.\d+\.(?:self|cross)_attn\.)", r"transformer.\1"),
     # Hugging Face's.
     (r"model\.backbone\.conv_encoder\.model\.", "backbone.0.body."),
     (r"model\.(input_proj\.)", r"\1"),
     (r"model\.query_position_embeddings\.", "query_embed."),
+    # Heads stand here, in the detector, or in both; transformers 5 leaves out what is there twice.
+    (r"model\.decoder\.(class|bbox)_embed\.", r"\1_embed."),
     (r"model\.(encoder\.layers\.\d+\.)self_attn_layer_norm\.", r"transformer.\1norm1."),
     (r"model\.(encoder\.layers\.\d+\.)final_layer_norm\.", r"transformer.\1norm2."),
     (r"model\.(decoder\.layers\.\d+\.)self_attn_layer_norm\.", r"transformer.\1norm2."),
@@ -154,7 +172,9 @@ class PublishedDeformable:
         classes = {name: value for name, value in named.items() if re.fullmatch(r"class_embed\.\d+\.weight", name)}
         if "transformer.level_embed" not in named or not classes:
             return None
-        return _config(named, list(classes.values()), "bbox_head.transformer.level_embeds" in state, description)
+        _refuse_unknown(description)
+        of_mmdetection = not state.keys().isdisjoint(("bbox_head.transformer.level_embeds", "level_embed"))
+        return _config(named, list(classes.values()), of_mmdetection, description)
 
     def translate(self, name: str, value: Tensor, config: DeformableConfig) -> Iterator[tuple[str, Tensor]] | None:
         """The tensor under our name, without the rows of ids that no category of COCO has."""
@@ -170,7 +190,11 @@ class PublishedDeformable:
             return None
         if "class_logits" in ours and config.classes == len(COCO_CATEGORIES) and len(value) == ROWS_OF_COCO:
             value = value[_kept_rows(ours, config)]
-        return iter([(ours, value)])
+        if not ours.startswith("heads.0.class_logits."):
+            return iter([(ours, value)])
+        # transformers 5 has one for all layers, also where each has its own boxes; where there are more, they follow.
+        heads = config.size.decoder_layers if config.head_per_layer else 1
+        return iter([(ours.replace("heads.0.", f"heads.{layer}."), value) for layer in range(heads)])
 
 
 def _kept_rows(name: str, config: DeformableConfig) -> list[int]:
@@ -178,6 +202,26 @@ def _kept_rows(name: str, config: DeformableConfig) -> list[int]:
     kept = list(COCO_CATEGORIES)
     # Where the first logit says "object or not", it is the first of all rows that says so, not the first category's.
     return kept if config.rank_by_class or not name.startswith("proposal_head") else [0, *kept[1:]]
+
+
+_ONLY = {
+    "dilation": False,
+    "activation_function": "relu",
+    "position_embedding_type": "sine",
+    "position_embedding": "sine",
+}
+"""What a file may tell that no tensor shows, with the one value that is known here."""
+
+
+def _refuse_unknown(description: Mapping[str, Any]) -> None:
+    for name, value in _ONLY.items():
+        if (told := description.get(name, value)) != value:
+            raise ValueError(f"a Deformable DETR with {name}={told} is not known here; only {name}={value} is")
+    encoder, decoder = (description.get(f"{part}_attention_heads") for part in ("encoder", "decoder"))
+    if encoder != decoder:
+        raise ValueError(
+            f"a Deformable DETR of {encoder} heads in the encoder, {decoder} in the decoder is not known here"
+        )
 
 
 def _config(
@@ -191,12 +235,15 @@ def _config(
         "transformer.enc_output.weight" in named,
         "transformer.enc_mask_predictor.layer1.1.weight" in named,
     )
-    own_heads = any(not torch.equal(classes[0], other) for other in classes[1:])
+    boxes = [value for name, value in named.items() if re.fullmatch(r"bbox_embed\.\d+\.layers\.2\.weight", name)]
+    own_heads = any(not torch.equal(kind[0], other) for kind in (classes, boxes) for other in kind[1:])
     if two_stage and not own_heads:
         raise ValueError("a Deformable DETR of two stages with one head for all layers was never published")
     content = two_stage and len(named["transformer.pos_trans.weight"]) == channels
     backbone, width = _backbone(named)
-    size = _size(named, channels, width)
+    size = _size(named, channels, width, int(description.get("encoder_attention_heads", description.get("nheads", 8))))
+    if len(classes) not in (1, size.decoder_layers) and len(classes) <= size.decoder_layers:
+        raise ValueError(f"{len(classes)} class layers for {size.decoder_layers} decoder layers; is the file whole?")
     # Hugging Face's configuration has another name for those of two stages.
     told = description.get("two_stage_num_proposals", description.get("num_queries", 300))
     queries = int(told) if two_stage else len(named["query_embed.weight"])
@@ -226,21 +273,24 @@ def _backbone(named: Mapping[str, Tensor]) -> tuple[str, int]:
         first = "patch_embed.proj.weight"
     else:
         found, first = resnet_of(named, "backbone.0.body."), "conv1.weight"
-    if found is None:
-        raise ValueError("the backbone is none that is known here")
+    if found is None or f"backbone.0.body.{first}" not in named:
+        raise ValueError(
+            f"the backbone is none that is known here; known are {', '.join(BACKBONES)}, ResNets by their names in "
+            "torchvision and timm"
+        )
     return found, named[f"backbone.0.body.{first}"].shape[0]
 
 
-def _size(named: Mapping[str, Tensor], channels: int, width: int) -> ModelSize:
+def _size(named: Mapping[str, Tensor], channels: int, width: int, heads: int) -> ModelSize:
     def layers(part: str) -> int:
         return sum(
             re.fullmatch(rf"transformer\.{part}\.layers\.\d+\.linear1\.weight", name) is not None for name in named
         )
 
-    heads = ModelSize.attention_heads
     return ModelSize(
         backbone_width=width,
         channels=channels,
+        attention_heads=heads,
         points=len(named["transformer.encoder.layers.0.self_attn.attention_weights.bias"]) // (heads * LEVELS),
         feed_forward=len(named["transformer.encoder.layers.0.linear1.bias"]),
         encoder_layers=layers("encoder"),

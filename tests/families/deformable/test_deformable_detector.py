@@ -134,6 +134,13 @@ def test_no_image_keeps_more_tokens_than_there_are_places(tokens: int, ratio: fl
     assert kept.active.sum(1).tolist() == counts.clamp(max=tokens).tolist()
 
 
+def test_content_is_kept_before_padding_of_the_same_score() -> None:
+    """Padding has the smallest score of the batch, which here is a token's of the image itself."""
+    padded = torch.tensor([[True, False, True, False]])
+    kept = keep_best(torch.tensor([[-3.0, -3.0, -3.0, 1.0]]), padded, 0.75)
+    assert kept.indices[kept.active].tolist() == [1, 3]
+
+
 def test_kept_tokens_go_back_to_their_places() -> None:
     memory = torch.arange(5.0).reshape(1, 5, 1)
     kept = Kept(torch.tensor([[3, 1, 0]]), torch.tensor([[True, True, False]]))

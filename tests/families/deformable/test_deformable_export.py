@@ -49,6 +49,16 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_an_input_with_fewer_tokens_than_queries_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_detector(tmp_path / "few.safetensors", random_detector(small_config(queries=40)), small_info())
+    with pytest.raises(SystemExit) as stopped:
+        main(["export", f"{tmp_path}/few.safetensors", "-o", f"{tmp_path}/few.onnx", "--input-size", "32x32"])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "asag: an input of 22 cells has no room for 40 queries\n"
+
+
 def test_ops_and_stages_are_in_the_file(exported: Path) -> None:
     proto = onnx.load(exported / "float.onnx")
     operators = [node.op_type for node in proto.graph.node if node.domain == "asag"]

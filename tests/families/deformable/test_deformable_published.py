@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -81,6 +81,41 @@ def test_what_is_no_known_variant_is_said(goldens: Path) -> None:
         assert known.translate(name, torch.zeros(1), DeformableConfig()) is None
 
 
+def test_what_no_tensor_shows_is_taken_from_the_description_or_refused(goldens: Path) -> None:
+    state = thin(published_shapes(SPARSE, "deformable_detr_r50", 300), True)
+    known = PublishedDeformable()
+    for told in ({"nheads": 4}, {"encoder_attention_heads": 4, "decoder_attention_heads": 4}):
+        config = known.identify(state, told)
+        assert config is not None
+        assert (config.size.attention_heads, config.size.points) == (4, 8)
+    assert known.identify(state, {"dilation": False, "position_embedding": "sine"}) is not None
+    for unknown in (
+        {"dilation": True},
+        {"activation_function": "gelu"},
+        {"position_embedding": "learned"},
+        {"encoder_attention_heads": 8, "decoder_attention_heads": 4},
+    ):
+        with pytest.raises(ValueError, match="is not known here"):
+            known.identify(state, unknown)
+
+
+def test_heads_that_transformers_leaves_out(goldens: Path) -> None:
+    """Of equal ones it keeps one; the boxes of a refining decoder stand in the decoder alone."""
+    state = {
+        name.replace("bbox_embed", "model.decoder.bbox_embed"): value
+        for name, value in thin(published_shapes(SPARSE, "deformable_detr_r50", 300), False).items()
+        if not name.startswith("class_embed") or name.startswith("class_embed.0")
+    }
+    known, refined = PublishedDeformable(), PRESETS["deformable-detr-r50-refine"].config
+    assert known.identify(state, {}) == refined
+    (box,) = known.translate("model.decoder.bbox_embed.3.layers.1.bias", torch.ones(2), refined) or ()
+    assert box[0] == "heads.3.box_deltas.2.bias"
+    found = dict(known.translate("class_embed.0.bias", torch.ones(91), refined) or ())
+    assert list(found) == [f"heads.{layer}.class_logits.bias" for layer in range(6)]
+    with pytest.raises(ValueError, match="2 class layers for 6 decoder layers; is the file whole"):
+        known.identify(state | {"class_embed.1.weight": state["class_embed.0.weight"]}, {})
+
+
 @pytest.mark.slow
 def test_files_become_checkpoints(goldens: Path, tmp_path: Path) -> None:
     """Arguments beside the tensors tell the share of kept tokens; 91 rows of classes become 80."""
@@ -96,6 +131,8 @@ def test_files_become_checkpoints(goldens: Path, tmp_path: Path) -> None:
     assert info.category_ids == tuple(COCO_CATEGORIES)
     head = detector.heads[2]  # type: ignore[index]
     assert torch.equal(head.class_logits.bias, state["class_embed.2.bias"][list(COCO_CATEGORIES)])
+    assert not converted.overruled
+    assert convert_published(file, ours, "sparse-detr-r50-20").overruled == {"keeping_ratio": (0.3, 0.2)}
     torch.save({"model": state}, file)
     assert convert_published(file, ours).preset == "sparse-detr-r50-10"
     assert convert_published(file, ours, "sparse-detr-r50-scrl-50").config.keeping_ratio == 0.5
@@ -130,6 +167,36 @@ def test_names_of_other_programs() -> None:
         assert authors_name(theirs) == authors
 
 
+def third_version(name: str) -> str:
+    """MMDetection's name of a tensor since its third version."""
+    for second, third in {
+        "bbox_head.transformer.level_embeds": "level_embed",
+        "bbox_head.query_embedding.": "query_embedding.",
+        "bbox_head.transformer.reference_points.": "reference_points_fc.",
+        "bbox_head.transformer.enc_output_norm.": "memory_trans_norm.",
+        "bbox_head.transformer.enc_output.": "memory_trans_fc.",
+        "bbox_head.transformer.pos_trans_norm.": "pos_trans_norm.",
+        "bbox_head.transformer.pos_trans.": "pos_trans_fc.",
+        "bbox_head.transformer.": "",
+        ".ffns.0.": ".ffn.",
+    }.items():
+        name = name.replace(second, third)
+    name = re.sub(r"^(encoder\.layers\.\d+)\.attentions\.0\.", r"\1.self_attn.", name)
+    name = re.sub(r"^(decoder\.layers\.\d+)\.attentions\.0\.attn\.", r"\1.self_attn.attn.", name)
+    return re.sub(r"^(decoder\.layers\.\d+)\.attentions\.1\.", r"\1.cross_attn.", name)
+
+
+def test_both_versions_of_mmdetection_are_read_alike(goldens: Path) -> None:
+    second = thin(published_shapes(RECOLLECTED, "deformable_r50_300", 300), True)
+    third = {third_version(name): value for name, value in second.items()}
+    assert len(third) == len(second)
+    assert not any("transformer" in name or "attentions" in name for name in third)
+    assert identify(third) == identify(second)
+    assert [authors_name(third_version(name)) for name in second] == [authors_name(name) for name in second]
+    for kind in ("enc_output.weight", "enc_output_norm.bias", "pos_trans.bias", "pos_trans_norm.weight"):
+        assert authors_name(third_version(f"bbox_head.transformer.{kind}")) == f"transformer.{kind}"
+
+
 def hugging_face_model(options: dict[str, Any]) -> Any:
     """Random weights that all matter, on a backbone of random statistics."""
     transformers = pytest.importorskip("transformers", reason="the extra `reference` is not installed")
@@ -142,7 +209,7 @@ def hugging_face_model(options: dict[str, Any]) -> Any:
         model = transformers.DeformableDetrForObjectDetection(config).eval()
         for name, value in (*model.named_parameters(), *model.named_buffers()):
             if any(part in name for part in ("sampling_offsets.w", "attention_weights.w", "layers.2.weight")):
-                value.normal_(std=0.05)
+                value.normal_(std=0.1)
             elif "class_embed" in name and name.endswith("bias"):
                 value.normal_(-2, 0.5)
             elif name.endswith("running_mean"):
@@ -158,9 +225,7 @@ def hugging_face_model(options: dict[str, Any]) -> Any:
 )
 def test_hugging_face_says_the_same_of_a_padded_batch(options: dict[str, Any], tmp_path: Path) -> None:
     model = hugging_face_model(options)
-    model.config.save_pretrained(tmp_path)
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    safetensors.torch.save_file(state, tmp_path / "model.safetensors")
+    model.save_pretrained(tmp_path)
     converted = convert_published(tmp_path, tmp_path / "ours.safetensors")
     assert converted.config.queries == (60 if "two_stage" in options else 40)
     detector, _ = load_detector(tmp_path / "ours.safetensors")
