@@ -81,8 +81,8 @@ def stage_panels(image: Image.Image, seen: SeenStages, score_threshold: float) -
 
     Places are red, the coarsest with the thickest line, boxes without classes white; both on a darkened image. What
     scores at least ``score_threshold`` is coloured by class. The last stage is what the detections are chosen from; it
-    is drawn where it has points. Each detection whose points are drawn has a colour of its own, and a dot is the larger
-    the coarser the query looks there.
+    is drawn where it has points, or where the stage before it has some and no boxes. Each detection whose points are
+    drawn has a colour of its own, and a dot is the larger the coarser the query looks there.
     """
     scale = _PANEL_SIDE / max(image.size)
     shown = image.convert("RGB").resize(
@@ -105,6 +105,8 @@ def stage_panels(image: Image.Image, seen: SeenStages, score_threshold: float) -
             if gaussians is not None and len(best):
                 panels.append(_heat_panel(stage.title, gaussians[best[0]], shown, factors[:2]))
             boxes, points = reader.boxes(stage), reader.points(stage)
+            if points is None and stage is seen.metadata.stages[-1]:
+                points = reader.points_before(stage)
             if boxes is not None and points is not None and len(boxes.boxes) == len(points.places):
                 panels.append(_point_panel(stage.title, boxes, points, best, dark, factors))
             elif boxes is not None and stage is not seen.metadata.stages[-1]:
@@ -194,7 +196,7 @@ class _Reader:
             "input": np.array([width / content_width, height / content_height] * 2),
             "content": np.array([width, height] * 2, np.float64),
         }
-        self._first, self._input_size = seen.metadata.stages[0], seen.metadata.input_size
+        self._stages, self._input_size = seen.metadata.stages, seen.metadata.input_size
         self._scale["padded"] = self._scale["input"] * (*self._input_size[::-1], *self._input_size[::-1])
         self._valid: dict[str, NDArray | None] = {}
         latest = None
@@ -218,7 +220,7 @@ class _Reader:
     def _cells(self) -> NDArray[np.float64]:
         """All cells of the features' maps, `xyxy` [T, 4] in pixels of the input, in the order of their numbers."""
         parts = []
-        for name in self._first.value_names():
+        for name in self._stages[0].value_names():
             height, width = self._values[name].shape[-2:]
             side = np.array([self._input_size[1] / width, self._input_size[0] / height])
             corners = np.stack(np.meshgrid(np.arange(width), np.arange(height)), axis=-1).reshape(-1, 2) * side
@@ -248,6 +250,11 @@ class _Reader:
         points = points.reshape(len(points), -1, points.shape[-1])
         places = points[..., :2] * value.unit * self._scale[value.frame][:2]
         return _Points(places, points[..., 2] + np.log2(value.unit) if points.shape[-1] > 2 else None)
+
+    def points_before(self, stage: Stage) -> _Points | None:
+        """Where the queries looked in the stage before, if they had no boxes there."""
+        stages = self._stages[: self._stages.index(stage)]
+        return self.points(stages[-1]) if stages and self.boxes(stages[-1]) is None else None
 
     def gaussians(self, stage: Stage) -> NDArray[np.float64] | None:
         """Those of a stage's rows, [N, H, 4], in pixels of the original image; None where it has none."""

@@ -34,9 +34,11 @@ def stages(config: DeformableConfig) -> tuple[Stage, ...]:
     else:
         found.append(Stage("start", (queries, Value("points", "points", frame="content"))))
     last = config.size.decoder_layers - 1
-    for layer in range(last + 1):
-        values = (queries, boxes) if config.refine_boxes and layer < last else (queries,)
+    for layer in range(last):
+        values = (queries, boxes) if config.refine_boxes else (queries,)
         found.append(Stage(f"decoder_{layer}", values, "decoder", TOLERANCE))
+    looks = Value("points", "points", frame="padded")
+    found.append(Stage(f"decoder_{last}", (looks, queries), "decoder", TOLERANCE))
     return (*found, Stage("head", (Value("logits", "scores"), boxes), tolerance=TOLERANCE))
 
 

@@ -18,6 +18,7 @@ from asag.families.deformable.proposals import Candidates, best_first, proposal_
 from asag.parts.backbones.resnet import ResNet
 from asag.parts.backbones.swin import Swin
 from asag.parts.boxes import cxcywh_to_xyxy, inverse_sigmoid, xyxy_to_cxcywh
+from asag.parts.deformable_attention import Sampling
 from asag.parts.deformable_layers import BoxEmbedding, DecoderLayer, initialize_transformer
 from asag.parts.levels import Levels, levels_of
 
@@ -129,7 +130,12 @@ class DeformableDetector(Detector):
         content, references = queries.content, queries.references
         last = len(self.decoder) - 1
         for number, layer in enumerate(self.decoder):
-            content, _ = layer(content, queries.position, references, memory, levels)
+            assert isinstance(layer, DecoderLayer)
+            attended = layer.attend(content, queries.position)
+            places, weights = layer.sampling(attended, queries.position, references, levels)
+            if number == last:
+                (places,) = stage(f"decoder_{number}", points=places)
+            content = layer.gather(attended, Sampling(places, weights), memory, levels)
             values = {"queries": content}
             if self.config.refine_boxes and number < last:
                 values["boxes"] = self.head(number).boxes(content, inverse_sigmoid(references))
