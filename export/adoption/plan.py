@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from asag.datasets import COCO_CATEGORIES
-from asag.export.adoption.layouts import NORMALIZATIONS, Interface, Port
+from asag.export.adoption.layouts import NORMALIZATIONS, Interface, Port, Triple
+from asag.export.adoption.self_description import SelfDescription
 from asag.runtime.coco_file import read_coco_file
 
 COCO_SETS = ("coco80", "coco91")
@@ -14,8 +15,6 @@ COCO_SETS = ("coco80", "coco91")
 
 LIKELY_SETS = {80: "coco80", 91: "coco91"}
 """By the number of columns of a head."""
-
-Triple = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -87,8 +86,10 @@ def input_size(image: Port, wanted: tuple[int, int] | None) -> tuple[int, int]:
     return wanted
 
 
-def make_plan(interface: Interface, size: tuple[int, int], options: AdoptionOptions, head: int | None = None) -> Plan:
-    """The options where they are given, else what the layout's exporters do, which is noted.
+def make_plan(
+    interface: Interface, size: tuple[int, int], options: AdoptionOptions, said: SelfDescription, head: int | None
+) -> Plan:
+    """The options where they are given, else what the file says, else what the layout's exporters do, which is noted.
 
     head: how many classes the head seems to tell apart, for a hint where ranked detections do not say.
 
@@ -108,24 +109,34 @@ def make_plan(interface: Interface, size: tuple[int, int], options: AdoptionOpti
         "--interpolation",
         _INTERPOLATIONS[interface.layout.interpolation],
     )
-    mean, std = _normalization(interface, options, assumed)
+    mean, std = _normalization(interface, options, said, assumed)
     if not options.bgr:
         assumed.append("channels are red, green, blue; --bgr turns them round")
     softmax = _softmax(interface, options, assumed)
     columns = interface.columns
     if columns is not None and softmax:
         columns -= 1
-    if options.classes is None and columns is None:
+    classes = _classes(options.classes, said, columns, head, assumed)
+    return Plan(interface, size, resize, interpolation, mean, std, options.bgr, softmax, classes, tuple(assumed))
+
+
+def _classes(
+    wanted: str | None, said: SelfDescription, columns: int | None, head: int | None, assumed: list[str]
+) -> Classes:
+    if wanted is None and said.classes is not None and (columns is None or columns == len(said.classes)):
+        assumed.append(f"classes are the {len(said.classes)} that the file names; --classes changes them")
+        return Classes(tuple(said.classes), dict(said.classes))
+    if wanted is None and columns is None:
         likely = f" ({head} of them{_likely(head)})" if head else ""
         raise ValueError(f"ranked detections do not tell the classes; give --classes{likely}")
-    classes = read_classes(options.classes, columns)
-    if options.classes is None:
+    classes = read_classes(wanted, columns)
+    if wanted is None:
         count = len(classes.columns)
         assumed.append(f"classes are called 0..{count - 1}; --classes names them{_likely(count)}")
     elif len(classes.used) < len(classes.columns):
         left = len(classes.columns) - len(classes.used)
-        assumed.append(f"{left} of {len(classes.columns)} columns are no class of {options.classes} and left out")
-    return Plan(interface, size, resize, interpolation, mean, std, options.bgr, softmax, classes, tuple(assumed))
+        assumed.append(f"{left} of {len(classes.columns)} columns are no class of {wanted} and left out")
+    return classes
 
 
 _RESIZES = {
@@ -138,7 +149,9 @@ _INTERPOLATIONS = {
 }
 
 
-def _normalization(interface: Interface, options: AdoptionOptions, assumed: list[str]) -> tuple[Triple, Triple]:
+def _normalization(
+    interface: Interface, options: AdoptionOptions, said: SelfDescription, assumed: list[str]
+) -> tuple[Triple, Triple]:
     if (options.mean is None) != (options.std is None):
         raise ValueError("--mean and --std belong together; give both")
     if options.mean is not None and options.std is not None:
@@ -146,6 +159,10 @@ def _normalization(interface: Interface, options: AdoptionOptions, assumed: list
             raise ValueError("--normalization and --mean with --std exclude each other; give one")
         return options.mean, options.std
     name = options.normalization
+    if name is None and said.normalization is not None:
+        mean, std = said.normalization
+        assumed.append(f"RGB/255, then mean {mean} and standard deviation {std}, as the file says; --mean changes it")
+        return mean, std
     if name is None:
         name = interface.normalization
         what = "RGB/255" if name == "unit" else "RGB/255, then ImageNet's mean and standard deviation"
