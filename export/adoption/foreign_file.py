@@ -33,8 +33,8 @@ class ForeignFile:
     proto: onnx.ModelProto
     digest: str
     operator_set: int
-    half: onnx.ModelProto | None = None
-    said: SelfDescription = SelfDescription()
+    half: onnx.ModelProto | None
+    said: SelfDescription
 
     @property
     def inputs(self) -> tuple[Port, ...]:

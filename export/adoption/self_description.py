@@ -61,12 +61,7 @@ def _normalization(said: Any) -> tuple[Triple, Triple] | None:
     if not isinstance(said, dict):
         return None
     mean, std = _triple(said.get("mean")), _triple(said.get("std"))
-    if (
-        mean is None
-        or std is None
-        or not all(0 <= value <= 1 for value in mean)
-        or not all(0 < one <= 1 for one in std)
-    ):
+    if mean is None or std is None or min(mean) < 0 or min(std) <= 0 or max(*mean, *std) > 1:
         return None
     return mean, std
 
