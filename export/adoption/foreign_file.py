@@ -18,13 +18,16 @@ from asag.export.operator_set import STANDARD_DOMAINS, standard_operator_set
 from asag.runtime.errors import one_line
 from asag.runtime.metadata import PROPERTY_PREFIX
 
+ATTENTION = ("", "Attention")
+"""Of operator set 23: the standard says what it is made of, and TensorRT-RTX 1.7 builds that, but in float32 not this."""
+
 OLDEST, NEWEST = 16, 23
 """Operator sets that the ops' bodies can be in."""
 
 
 @dataclass(frozen=True)
 class ForeignFile:
-    """A foreign file in float32, its functions inlined; ``digest`` is the SHA-256 of its bytes.
+    """A foreign file in float32, its functions and Attention inlined; ``digest`` is the SHA-256 of its bytes.
 
     ``half`` is the file with its own types, where it computes in 16 bits; ``said`` is what it says of itself.
     """
@@ -66,6 +69,8 @@ def read_foreign(path: Path) -> ForeignFile:
     said = self_description(proto)
     if proto.functions:
         proto = onnx.inliner.inline_local_functions(proto)
+    if any(node.op_type == ATTENTION[1] and node.domain in STANDARD_DOMAINS for node in proto.graph.node):
+        proto = onnx.inliner.inline_selected_functions(proto, [ATTENTION], inline_schema_functions=True)
     half = widen(proto)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     try:
