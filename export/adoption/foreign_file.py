@@ -19,7 +19,7 @@ from asag.runtime.errors import one_line
 from asag.runtime.metadata import PROPERTY_PREFIX
 
 ATTENTION = ("", "Attention")
-"""Of operator set 23: the standard says what it is made of, and TensorRT-RTX 1.7 builds that, but in float32 not this."""
+"""Of operator set 23: TensorRT-RTX 1.7 does not build it in float32, but what the standard says it is made of."""
 
 OLDEST, NEWEST = 16, 23
 """Operator sets that the ops' bodies can be in."""

@@ -29,6 +29,10 @@ _UNSUPPORTED = ("mask", "keypoint")
 _MASKS = (*_FLOATS, *_INTEGERS, TensorProto.BOOL)
 
 
+class UnsupportedError(ValueError):
+    """A file that no layout can be named for."""
+
+
 @dataclass(frozen=True)
 class Port:
     """An input or output of a file; None for a side that the file leaves open."""
@@ -92,7 +96,7 @@ LAYOUTS = (
     Layout(
         "rtdetr",
         "RT-DETR, D-FINE, DEIM",
-        (_image("images"), Role("sizes", ("orig_target_sizes",), 2, (*_INTEGERS, *_FLOATS), (2,))),
+        (_image(), Role("sizes", ("orig_target_sizes",), 2, (*_INTEGERS, *_FLOATS), (2,), optional=True)),
         (
             Role("labels", ("labels",), 2, (*_INTEGERS, *_FLOATS)),
             Role("boxes", ("boxes",), 3, last=(4,)),
@@ -201,6 +205,12 @@ class Interface:
         return "mask" in self.inputs
 
     @property
+    def frame(self) -> str:
+        """Boxes are multiples of the sizes that a file is given; one that is given none counts pixels of its input."""
+        lacks_sizes = "sizes" not in self.inputs and any(role.name == "sizes" for role in self.layout.inputs)
+        return "pixels" if lacks_sizes else self.layout.frame
+
+    @property
     def normalization(self) -> str:
         """Files with a mask are of DETR's kin, which wants ImageNet's; RT-DETR and its kin, which take none, do not."""
         return "imagenet" if self.has_mask else self.layout.normalization
@@ -240,16 +250,18 @@ def graph_inputs(graph: onnx.GraphProto) -> tuple[Port, ...]:
 def recognise(inputs: Sequence[Port], outputs: Sequence[Port], name: str | None = None) -> Interface:
     """The layout of a file with these inputs and outputs; with `name`, that one, whatever its inputs are called.
 
-    Raises ValueError where they are no known layout or two, where the named one does not fit, and for the outputs of
-    other tasks.
+    Raises ValueError where they are no known layout or two, where the named one does not fit, and UnsupportedError for
+    the outputs of other tasks and for other images.
     """
     for task in _UNSUPPORTED:
         found = [port.name for port in outputs if task in port.name.lower()]
         if found:
-            raise ValueError(f"{task}s are not supported, and {found[0]} has them; export a detector of boxes alone")
+            raise UnsupportedError(
+                f"{task}s are not supported, and {found[0]} has them; export a detector of boxes alone"
+            )
     images = [port for port in inputs if len(port.dims) == 4]
     if len(images) == 1 and images[0].dims[1] not in (None, 3):
-        raise ValueError(f"inputs {images[0]} are no known layout: images are [B, 3, H, W]; export it for those")
+        raise UnsupportedError(f"inputs {images[0]} are no known layout: images are [B, 3, H, W]; export it for those")
     if name is not None:
         layout = next(layout for layout in LAYOUTS if layout.name == name)
         assigned = _assign(layout, inputs, outputs, by_name=False)
@@ -261,6 +273,8 @@ def recognise(inputs: Sequence[Port], outputs: Sequence[Port], name: str | None 
     if not fitting:
         raise ValueError(f"{_described(inputs, outputs)} are no known layout; name one with --layout")
     if fitting[0].layout.name == "ultralytics" and len(fitting) > 1:
+        if fitting[0].columns is None:
+            raise ValueError(f"{fitting[0].outputs['rows']} leaves its columns open; adoption runs it and sees them")
         raise ValueError(
             "six columns are a score and a class, or two classes; choose --layout ultralytics6 (Ultralytics since 8.4)"
             " or --layout ultralytics"

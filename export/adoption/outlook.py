@@ -11,7 +11,7 @@ import onnx
 from asag.export.adoption.attention import CUTTING_OPERATORS, find_candidates
 from asag.export.adoption.foreign_file import ForeignFile, read_foreign
 from asag.export.adoption.graph import GraphIndex, all_graphs, attribute_of
-from asag.export.adoption.layouts import Interface, Port, ports, recognise
+from asag.export.adoption.layouts import Interface, Port, UnsupportedError, ports, recognise
 from asag.export.adoption.plan import LIKELY_SETS
 
 LACKING = ("NonMaxSuppression", "NonZero", "RoiAlign")
@@ -40,9 +40,11 @@ def outlook(path: Path) -> tuple[dict[str, str], str | None]:
         found["types"] = "16 bits in part; the adopted file computes in float32"
     try:
         interface = recognise(foreign.inputs, _outputs(foreign))
+    except UnsupportedError as error:
+        return {"layout": str(error), **found}, None
     except ValueError as error:
-        hopeful = "--layout" in str(error)
-        return {"layout": str(error), **found}, " ".join([*_words(path), "--layout", "NAME"]) if hopeful else None
+        named = ["--layout", "NAME"] if "--layout" in str(error) else []
+        return {"layout": str(error), **found}, " ".join([*_words(path), *named])
     layout = interface.layout
     return {"layout": f"{layout.name} ({layout.title})", **found}, _command(foreign, interface, index)
 

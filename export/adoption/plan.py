@@ -109,10 +109,12 @@ def make_plan(
         "--interpolation",
         _INTERPOLATIONS[interface.layout.interpolation],
     )
-    mean, std = _normalization(interface, options, said, assumed)
+    softmax = _softmax(interface, options, assumed)
+    mean, std = _normalization("imagenet" if softmax else interface.normalization, options, said, assumed)
+    if interface.frame != interface.layout.frame:
+        assumed.append("boxes are pixels of the input, since the file is given no sizes")
     if not options.bgr:
         assumed.append("channels are red, green, blue; --bgr turns them round")
-    softmax = _softmax(interface, options, assumed)
     columns = interface.columns
     if columns is not None and softmax:
         columns -= 1
@@ -150,8 +152,9 @@ _INTERPOLATIONS = {
 
 
 def _normalization(
-    interface: Interface, options: AdoptionOptions, said: SelfDescription, assumed: list[str]
+    usual: str, options: AdoptionOptions, said: SelfDescription, assumed: list[str]
 ) -> tuple[Triple, Triple]:
+    """usual: the name of what the layout's exporters do; DETR, which alone has a softmax, wants ImageNet's."""
     if (options.mean is None) != (options.std is None):
         raise ValueError("--mean and --std belong together; give both")
     if options.mean is not None and options.std is not None:
@@ -164,7 +167,7 @@ def _normalization(
         assumed.append(f"RGB/255, then mean {mean} and standard deviation {std}, as the file says; --mean changes it")
         return mean, std
     if name is None:
-        name = interface.normalization
+        name = usual
         what = "RGB/255" if name == "unit" else "RGB/255, then ImageNet's mean and standard deviation"
         assumed.append(f"{what}; --normalization changes it")
     return NORMALIZATIONS[name]

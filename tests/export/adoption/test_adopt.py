@@ -12,6 +12,7 @@ import onnx
 import pytest
 import torch
 import torch.nn.functional as F
+from onnx import numpy_helper
 from PIL import Image
 
 from asag.export.adoption.adopt import AdoptionReport, adopt
@@ -88,7 +89,7 @@ def test_every_layout(layout: str, tmp_path: Path, classes: str) -> None:
     """Recognised, rewritten, and what its user would have found: one by one, and in batches."""
     wanted = "ultralytics6" if layout == "ultralytics6" else None
     report = adopted(make_toy(layout), tmp_path, classes=classes, layout=wanted)
-    assert report.metadata.layout == layout.replace("masked", "transformers")
+    assert report.metadata.layout == {"masked": "transformers", "sizeless": "rtdetr"}.get(layout, layout)
     assert (report.metadata.replaced, report.warnings) == (FUSED, ())
     assert "GridSample" not in operators(report.path)
     assert report.comparison.found == report.comparison.detections > 100
@@ -135,6 +136,25 @@ def test_operator_sets_batches_and_sizes(
     assert report.metadata.replaced == FUSED
     with open_session(report.path, threads=1) as session:
         assert (session.max_batch, session.metadata.input_size) == (batch, size)
+
+
+def test_a_fixed_batch_takes_fewer_pictures(tmp_path: Path) -> None:
+    report = adopted(make_toy(batch=2), tmp_path)
+    pictures = [np.asarray(made_up(number, SIZE)) for number in range(20, 23)]
+    with open_session(report.path, threads=1) as session:
+        alone = [session.detect([picture])[0] for picture in pictures]
+        for one, other in zip(alone, session.detect(pictures[:2]), strict=False):
+            assert compare_detections(0, one, other, len(other)).within(1e-5, 2e-3)
+
+
+def test_boxes_that_are_no_pixels_are_told(tmp_path: Path, classes: str) -> None:
+    proto = make_toy("rtdetr")
+    sizes = next(value for value in proto.graph.input if value.name == "orig_target_sizes")
+    proto.graph.input.remove(sizes)
+    proto.graph.initializer.append(numpy_helper.from_array(np.ones((2, 2), np.int64), sizes.name))
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
+    with pytest.raises(ValueError, match="boxes are no pixels of the input, none passes"):
+        adopted(proto, tmp_path, classes=classes)
 
 
 def test_open_height_and_width_are_fixed(tmp_path: Path) -> None:
