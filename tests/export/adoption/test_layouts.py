@@ -155,7 +155,7 @@ def test_inspect_knows_what_a_run_will_tell_and_has_no_command_for_masks(tmp_pat
     proto.graph.output[0].type.tensor_type.shape.dim[2].dim_param = "columns"
     onnx.save(proto, path)
     facts, command = outlook(path)
-    assert facts["layout"] == "output0 [?, 24, ?] leaves its columns open; adoption runs it and sees them"
+    assert facts["layout"] == "output0 [?, ?, ?] leaves its columns open; adoption runs it and sees them"
     assert command == f"asag adopt {path} -o foreign-adopted.onnx"
     proto.graph.node.add(op_type="Identity", input=[proto.graph.output[0].name], output=["masks"])
     proto.graph.output.add(name="masks", type=proto.graph.output[0].type)
