@@ -16,7 +16,7 @@ from onnx import numpy_helper
 from PIL import Image
 
 from asag.export.adoption.adopt import AdoptionReport, adopt
-from asag.export.adoption.comparison import Comparison, compare_files
+from asag.export.adoption.comparison import SAME, Comparison, compare_files, missing
 from asag.export.adoption.graph import all_graphs
 from asag.export.adoption.pictures import made_up
 from asag.export.adoption.plan import AdoptionOptions
@@ -145,6 +145,15 @@ def test_a_fixed_batch_takes_fewer_pictures(tmp_path: Path) -> None:
         alone = [session.detect([picture])[0] for picture in pictures]
         for one, other in zip(alone, session.detect(pictures[:2]), strict=False):
             assert compare_detections(0, one, other, len(other)).within(1e-5, 2e-3)
+
+
+@pytest.mark.parametrize(("width", "shift", "lacking"), [(0.5, 0.002, 0), (0.5, 0.02, 1), (50, 0.02, 0), (50, 0.2, 1)])
+def test_boxes_less_than_a_pixel_wide_are_compared_by_their_corners(width: float, shift: float, lacking: int) -> None:
+    def at(x: float) -> Detections:
+        box = np.array([[x, 5, x + width, 25]], np.float32)
+        return Detections(box, np.array([0.5], np.float32), np.array([3]), 0, (100, 100))
+
+    assert missing(at(10), at(10 + shift), 300, SAME)[0] == lacking
 
 
 def test_boxes_that_are_no_pixels_are_told(tmp_path: Path, classes: str) -> None:
