@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PureWindowsPath
@@ -219,7 +220,15 @@ def remedy_of_missing(folder: Path, name: str) -> str:
     last = PureWindowsPath(name).name  # knows both kinds of slashes
     if last != name and _is_file(folder / last):
         return f"{last} is there, so take the folders out of the names"
+    with os.scandir(folder) as entries:
+        if any(_folded(entry.name) == _folded(last) for entry in entries):
+            return "one of that name is there, but in other case or with accents composed otherwise (convmv --nfc)"
     return "complete them, or take them out of the file"
+
+
+def _folded(name: str) -> str:
+    """A name without what some file systems do not tell apart."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def _is_file(path: Path) -> bool:

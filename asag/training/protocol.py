@@ -64,11 +64,11 @@ class Training(Protocol):
 
     @property
     def weights(self) -> Mapping[str, float]:
-        """Of every loss that can occur, by its name."""
+        """Of every loss that can occur, by its name; 0 for a number that is only told."""
 
     @property
     def parts(self) -> Mapping[str, str]:
-        """Of every loss that can occur: what log and curves call the part that it belongs to."""
+        """Of every loss that can occur, but what is only told: what log and curves call the part that it belongs to."""
 
     @property
     def remarks(self) -> Sequence[str]:

@@ -112,10 +112,14 @@ def prune(graph: onnx.GraphProto) -> None:
 
 
 def mend(graph: onnx.GraphProto) -> None:
-    """Put nodes after those that they read of, and drop names of nodes that another has, in place.
+    """Put nodes after those that they read of, and drop names of nodes that another has, and nodes that are there
+    twice, in place.
 
     Converters are careless here, and runtimes do not all mind. Raises ValueError for nodes in a circle.
     """
+    first: dict[tuple[str, ...], onnx.NodeProto] = {}
+    pairs = [(node, first.setdefault(tuple(node.output), node)) for node in graph.node]
+    replace(graph.node, [node for node, other in pairs if node is other or not _same(node, other)])
     producer = {name: place for place, node in enumerate(graph.node) for name in node.output if name}
     before = {
         place: {producer[name] for name in (*node.input, *read_inside(node)) if name in producer}
@@ -132,6 +136,12 @@ def mend(graph: onnx.GraphProto) -> None:
     for node in graph.node:
         node.name = "" if node.name in seen else node.name
         seen.add(node.name)
+
+
+def _same(one: onnx.NodeProto, other: onnx.NodeProto) -> bool:
+    """Whether two nodes of the same outputs are one."""
+    fields = ("op_type", "domain", "input", "attribute")
+    return all(getattr(one, field) == getattr(other, field) for field in fields)
 
 
 def replace(field: Any, items: Iterable[Any]) -> None:

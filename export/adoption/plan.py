@@ -200,7 +200,10 @@ def read_classes(wanted: str | None, columns: int | None) -> Classes:
         return Classes(tuple(names), dict(names))
     if columns is None or (wanted != "coco80" and None in by_id and columns >= len(by_id)):
         return Classes((*by_id, *[None] * ((columns or len(by_id)) - len(by_id))), dict(names))
-    raise ValueError(f"the head tells {columns} classes apart, and {wanted} has {len(names)}{_likely(columns)}")
+    remedy = _likely(columns)
+    if columns == len(names) + 1 and not remedy:
+        remedy = "; where the last column means none, as in DETR, give --activation softmax"
+    raise ValueError(f"the head tells {columns} classes apart, and {wanted} has {len(names)}{remedy}")
 
 
 def _likely(columns: int) -> str:

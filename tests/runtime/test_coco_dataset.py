@@ -68,10 +68,17 @@ def test_what_does_not_count_is_a_warning(tmp_path: Path, caplog: pytest.LogCapt
 
 @pytest.mark.parametrize(
     ("name", "remedy"),
-    [("val2017/1.png", "1.png is there, so take"), (r"C:\own\1.png", "1.png is there"), ("2.png", "complete them")],
+    [
+        ("val2017/1.png", "1.png is there, so take"),
+        (r"C:\own\1.png", "1.png is there"),
+        ("1.PNG", "one of that name is there, but in other case"),
+        ("caf\u00e9.png", "one of that name is there, but in other case or with accents"),
+        ("2.png", "complete them"),
+    ],
 )
 def test_a_missing_picture_comes_with_what_to_do(tmp_path: Path, name: str, remedy: str) -> None:
     path = write_split(tmp_path, [entry()])
+    (tmp_path / "val2017" / "cafe\u0301.png").touch()
     content = json.loads(path.read_text())
     content["images"][0]["file_name"] = name
     path.write_text(json.dumps(content))

@@ -108,11 +108,11 @@ def test_every_place_that_names_a_type() -> None:
     assert widen(proto) is None
 
 
-def test_nodes_in_disorder_and_names_twice(tmp_path: Path) -> None:
+def test_nodes_in_disorder_and_nodes_and_names_twice(tmp_path: Path) -> None:
     proto = make_toy()
     nodes = list(proto.graph.node)
     del proto.graph.node[:]
-    proto.graph.node.extend(reversed(nodes))
+    proto.graph.node.extend(reversed([*nodes, nodes[3]]))
     for node in proto.graph.node:
         node.name = "node"
     with pytest.raises(onnx.checker.ValidationError):

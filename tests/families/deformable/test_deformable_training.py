@@ -14,8 +14,8 @@ from torch import Tensor
 
 from asag.families.deformable.presets import PRESETS
 from asag.families.deformable.published import PublishedDeformable
-from asag.families.deformable.training.attention_map import decoder_attention_map, wanted_tokens
-from asag.families.deformable.training.criterion import SELECTION, detection_losses
+from asag.families.deformable.training.attention_map import decoder_attention_map, kept_shares, wanted_tokens
+from asag.families.deformable.training.criterion import KEPT_SHARES, SELECTION, detection_losses
 from asag.families.deformable.training.forward import Selection, TrainingOutputs, training_outputs
 from asag.families.deformable.training.settings import DeformableSettings
 from asag.families.deformable.training.training import DeformableTraining
@@ -40,6 +40,8 @@ def published_loss(name: str) -> str:
     """What the published code calls one of our losses; the last layer has no number."""
     if name == SELECTION:
         return "loss_mask_prediction"
+    if name in KEPT_SHARES:
+        return f"corr_mask_attn_map_dec{name.removeprefix(KEPT_SHARES[0]) or '_all'}"
     kind, _, output = name.removeprefix("loss_").partition("_")
     output = output.replace("proposals", "enc").replace("encoder", "enc")
     return KINDS[f"loss_{kind}"] + ("" if output == "5" else f"_{output}")
@@ -47,11 +49,11 @@ def published_loss(name: str) -> str:
 
 def check_losses(losses: Mapping[str, Tensor], weights: Mapping[str, float], meta: Mapping[str, Any]) -> Tensor:
     """All of them, their weights and their weighted sum, which is returned."""
-    expected = {name: value for name, value in meta["losses"].items() if name.startswith("loss")}
+    expected = {name: value for name, value in meta["losses"].items() if name.startswith(("loss", "corr"))}
     assert {published_loss(name) for name in losses} == set(expected)
     for name, value in losses.items():
         assert float(value.detach()) == pytest.approx(expected[published_loss(name)], rel=LOSS_TOLERANCE), name
-        assert weights[name] == meta["weights"][published_loss(name)]
+        assert weights[name] == meta["weights"].get(published_loss(name), 0)
     total = torch.stack([value * weights[name] for name, value in losses.items()]).sum()
     assert float(total.detach()) == pytest.approx(meta["total"], rel=LOSS_TOLERANCE)
     return total
@@ -65,7 +67,8 @@ def given_selection(case: Mapping[str, Tensor], dam: NDArray) -> Selection:
     np.testing.assert_allclose(attention_map, dam, rtol=1e-5, atol=1e-4)
     counts = case["sparse_token_nums"].long()
     wanted = wanted_tokens(attention_map, case["mask_flatten"].bool(), counts, int(counts.max()))
-    return Selection(case["backbone_mask_prediction"], wanted)
+    shares = kept_shares(attention_map, case["backbone_topk_proposals"].long(), shapes)
+    return Selection(case["backbone_mask_prediction"], wanted, shares)
 
 
 @pytest.mark.parametrize("name", names(SPARSE, "criterion_"))
@@ -87,7 +90,7 @@ def test_losses(goldens: Path, name: str) -> None:
     objects = max(1, sum(len(target["labels"]) for target in targets))
     totals = torch.tensor([float(objects), float(len(targets))])
     losses = detection_losses(config, outputs, targets, totals, PartTimer(enabled=False))
-    check_losses(losses, {name: meta["weights"][published_loss(name)] for name in losses}, meta)
+    check_losses(losses, {name: meta["weights"].get(published_loss(name), 0) for name in losses}, meta)
 
 
 @pytest.mark.parametrize("name", names(SPARSE, "train_"))
@@ -162,7 +165,8 @@ def test_every_parameter_learns_and_has_a_rate(preset: str) -> None:
     totals = training.counts(batch, Step(0))
     assert totals.tolist() == [3, 2]
     losses = training.losses(training.outputs(batch, Step(0)), batch.targets, totals)
-    assert set(losses) == set(training.weights) == set(training.parts)
+    assert set(losses) == set(training.weights)
+    assert set(training.parts) == {name for name, weight in training.weights.items() if weight}
     torch.stack(list(losses.values())).sum().backward()
     assert [name for name, each in detector.named_parameters() if each.requires_grad and each.grad is None] == []
     groups = training.parameter_groups()

@@ -52,3 +52,16 @@ def wanted_tokens(attention_map: Tensor, padded: Tensor, counts: Tensor, most: i
     order = attention_map.masked_fill(padded, -torch.inf).topk(most, dim=1).indices
     within = torch.arange(most, device=order.device) < counts.unsqueeze(1)
     return torch.zeros_like(attention_map).scatter(1, order, within.float())
+
+
+@torch.no_grad()
+def kept_shares(attention_map: Tensor, kept: Tensor, shapes: LevelShapes) -> Tensor:
+    """[B, 1 + L], how much of what the decoder looks at are kept tokens: of all levels, then of each (section 4.3).
+
+    kept: [B, K], places of tokens.
+    """
+    found = torch.zeros_like(attention_map).scatter(1, kept, attention_map.gather(1, kept))
+    sizes = [height * width for height, width in shapes]
+    parts = [torch.stack([part.sum(1) for part in each.split(sizes, 1)], 1) for each in (found, attention_map)]
+    of_kept, of_all = (torch.cat((part.sum(1, keepdim=True), part), 1) for part in parts)
+    return of_kept / of_all.clamp(min=torch.finfo(of_all.dtype).tiny)

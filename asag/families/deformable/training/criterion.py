@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from asag.families.deformable.config import DeformableConfig
+from asag.families.deformable.config import LEVELS, DeformableConfig
 from asag.families.deformable.training.forward import TrainingOutputs
 from asag.training.assignment import PaddedObjects, assign, pad_targets
 from asag.training.protocol import Target
@@ -19,6 +19,8 @@ from asag.training.timing import PartTimer
 
 SELECTION = "loss_selection"
 """How well the scores of tokens tell what the decoder looks at."""
+KEPT_SHARES = ("kept_share", *(f"kept_share_{level}" for level in range(LEVELS)))
+"""How much of what the decoder looks at are kept tokens: of all levels, then of each. They are told, no losses."""
 
 
 def output_names(config: DeformableConfig) -> list[str]:
@@ -47,6 +49,8 @@ def detection_losses(
         scores, wanted = outputs.selection.scores, outputs.selection.wanted
         each = F.binary_cross_entropy_with_logits(scores, wanted, reduction="none")
         losses[SELECTION] = each.mean(1).sum() / totals[1]
+        shares = outputs.selection.kept_shares.sum(0) / totals[1]
+        losses |= dict(zip(KEPT_SHARES, shares, strict=True))
     return losses
 
 

@@ -11,7 +11,7 @@ from asag.families.deformable.detector import DeformableDetector, Queries, rows
 from asag.families.deformable.encoder import Kept, kept_counts
 from asag.families.deformable.heads import Head
 from asag.families.deformable.proposals import proposal_boxes
-from asag.families.deformable.training.attention_map import decoder_attention_map, wanted_tokens
+from asag.families.deformable.training.attention_map import decoder_attention_map, kept_shares, wanted_tokens
 from asag.parts.boxes import inverse_sigmoid
 from asag.parts.deformable_attention import Sampling
 from asag.parts.deformable_layers import DecoderLayer
@@ -37,6 +37,8 @@ class Selection:
     """[B, T] logits."""
     wanted: Tensor
     """[B, T] float, 0 or 1."""
+    kept_shares: Tensor
+    """[B, 1 + L], see :func:`asag.families.deformable.training.attention_map.kept_shares`."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ def training_outputs(detector: DeformableDetector, batch: Batch, step: Step, rec
     encoder = tuple(_say(head, tokens, of_kept) for head, tokens in zip(heads, stream, strict=False))
     looked_at = decoder_attention_map(samplings, levels.shapes)
     wanted = wanted_tokens(looked_at, levels.padded, kept.active.sum(1), kept.active.shape[1])
-    return TrainingOutputs(found, proposals, encoder, Selection(scores, wanted))
+    shares = kept_shares(looked_at, kept.indices, levels.shapes)
+    return TrainingOutputs(found, proposals, encoder, Selection(scores, wanted, shares))
 
 
 def _most_useful(scores: Tensor, counts: Tensor, most: int) -> Kept:

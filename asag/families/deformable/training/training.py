@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from asag.families.deformable.detector import DeformableDetector
-from asag.families.deformable.training.criterion import SELECTION, detection_losses, output_names
+from asag.families.deformable.training.criterion import KEPT_SHARES, SELECTION, detection_losses, output_names
 from asag.families.deformable.training.forward import TrainingOutputs, training_outputs
 from asag.families.deformable.training.settings import DeformableSettings
 from asag.training.protocol import Batch, ParameterGroup, Step, Target, rates_of
@@ -49,6 +49,7 @@ class DeformableTraining:
         self.parts = {f"{kind}_{name}": _part(name) for name in names for kind in LOSSES}
         if config.sparse:
             self.weights |= {SELECTION: 1.0}
+            self.weights |= dict.fromkeys(KEPT_SHARES, 0.0)
             self.parts |= {SELECTION: "selection"}
 
     def outputs(self, batch: Batch, step: Step) -> TrainingOutputs:
