@@ -13,6 +13,9 @@ from asag.runtime.coco_file import read_coco_file
 COCO_SETS = ("coco80", "coco91")
 """COCO's 80 categories in the order of their ids, or with their ids as columns, 11 of which are no category."""
 
+NO_CLASS = "N/A"
+"""In a list of names, of a column that is no class, such as the last one of RF-DETR."""
+
 LIKELY_SETS = {80: "coco80", 91: "coco91"}
 """By the number of columns of a head."""
 
@@ -186,13 +189,18 @@ def _softmax(interface: Interface, options: AdoptionOptions, assumed: list[str])
 def read_classes(wanted: str | None, columns: int | None) -> Classes:
     """The classes of a head of so many columns; None where ranked detections do not tell how many there are.
 
-    wanted: "coco80", "coco91", or a file: COCO's annotations, or a name per line. Classes are the columns in their
-    order where there are as many, else the columns that their ids count. Raises ValueError where neither fits.
+    wanted: "coco80", "coco91", or a file: COCO's annotations, or a name per line, N/A where a column is no class.
+    Classes are the columns in their order where there are as many, else the columns that their ids count. Raises
+    ValueError where neither fits.
     """
     if wanted is None:
         assert columns is not None, "ranked detections need classes"
         return Classes(tuple(range(columns)), {number: str(number) for number in range(columns)})
     names = COCO_CATEGORIES if wanted in COCO_SETS else _read_names(Path(wanted))
+    unused = {number for number, name in names.items() if name == NO_CLASS}
+    if unused and columns in (None, len(names)):
+        named = {number: name for number, name in names.items() if number not in unused}
+        return Classes(tuple(number if number in named else None for number in names), named)
     by_id = tuple(number if number in names else None for number in range(max(names) + 1))
     if wanted == "coco91":
         by_id = (*by_id, *[None] * (91 - len(by_id)))
@@ -202,7 +210,7 @@ def read_classes(wanted: str | None, columns: int | None) -> Classes:
         return Classes((*by_id, *[None] * ((columns or len(by_id)) - len(by_id))), dict(names))
     remedy = _likely(columns)
     if columns == len(names) + 1 and not remedy:
-        remedy = "; where the last column means none, as in DETR, give --activation softmax"
+        remedy = f"; where the last column means none, give --activation softmax for DETR, or add a line {NO_CLASS}"
     raise ValueError(f"the head tells {columns} classes apart, and {wanted} has {len(names)}{remedy}")
 
 

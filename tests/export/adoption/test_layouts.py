@@ -95,6 +95,10 @@ def test_classes(tmp_path: Path) -> None:
         read_classes(str(tmp_path / "names.txt"), 1)
     with pytest.raises(ValueError, match=r"tells 3 classes apart, and .* has 2; .* --activation softmax"):
         read_classes(str(tmp_path / "names.txt"), 3)
+    (tmp_path / "names.txt").write_text("cat\nN/A\ndog\nN/A\n")
+    for columns in (4, None):
+        classes = read_classes(str(tmp_path / "names.txt"), columns)
+        assert (classes.columns, classes.names) == ((0, None, 2, None), {0: "cat", 2: "dog"})
     with pytest.raises(FileNotFoundError, match=r"no such file of classes: .*; or say coco80 or coco91"):
         read_classes(str(tmp_path / "none.txt"), 2)
 
