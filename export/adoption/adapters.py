@@ -221,10 +221,10 @@ class _After:
     def _in_content(self, boxes: str) -> str:
         """Fractions of the content."""
         add, plan = self.add, self.plan
-        if plan.interface.frame == "input" and (plan.resize == "stretch" or plan.interface.has_mask):
+        if self.layout.frame == "input" and (plan.resize == "stretch" or plan.interface.has_mask):
             return boxes
         scale = add("Gather", HELD_SIZES, add.integers(1, 0, 1, 0), axis=1)  # width, height, width, height
-        if plan.interface.frame == "input":
+        if self.layout.frame == "input":
             sides = add.constant(plan.size[::-1] * 2, np.float32)
             boxes = add("Mul", boxes, sides)
         return add("Div", boxes, add("Unsqueeze", scale, add.integers(1)))

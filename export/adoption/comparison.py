@@ -112,7 +112,7 @@ def _check_plausible(boxes: Array, scores: Array, labels: Array, plan: Plan) -> 
         )
     if len(boxes) and np.median(np.abs(boxes)) > 4:
         raise ValueError(f"boxes reach {np.abs(boxes).max():.3g} times the image: it is not of layout {layout}")
-    if len(boxes) and plan.interface.frame == "pixels" and np.abs(boxes).max() * max(plan.size) <= 4:
+    if len(boxes) and plan.interface.layout.frame == "pixels" and np.abs(boxes).max() * max(plan.size) <= 4:
         raise ValueError(f"boxes are no pixels of the input, none passes {np.abs(boxes).max() * max(plan.size):.3g}")
     unknown = (labels < 0) & (scores >= LEAST_SCORE)
     if unknown.any() and None not in plan.classes.columns:

@@ -111,10 +111,10 @@ def foreign_detections(outputs: Mapping[str, Array], sizes: Array, plan: Plan) -
         boxes = rows["boxes"] if "boxes" in rows else rows["rows"][:, :4]
         if layout.boxes == "cxcywh":
             boxes = np.concatenate((boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2), 1)
-        if plan.interface.frame == "input":
+        if layout.frame == "input":
             boxes = boxes * ([plan.size[1], plan.size[0]] * 2)
         content = np.array([width, height, width, height])
-        if plan.interface.frame == "input" and plan.interface.has_mask:
+        if layout.frame == "input" and plan.interface.has_mask:
             content = np.array([plan.size[1], plan.size[0]] * 2)
         query, scores, column = _ranked(rows) if layout.ranked else _best(rows, plan, len(columns))
         known = (column >= 0) & (column < len(ids))

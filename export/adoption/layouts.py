@@ -92,16 +92,18 @@ def _image(*called: str) -> Role:
 
 _ROWS = Role("rows", (), 3)
 
+_DETECTIONS = (
+    Role("labels", ("labels",), 2, (*_INTEGERS, *_FLOATS)),
+    Role("boxes", ("boxes",), 3, last=(4,)),
+    Role("scores", ("scores",), 2),
+)
+
 LAYOUTS = (
     Layout(
         "rtdetr",
         "RT-DETR, D-FINE, DEIM",
-        (_image(), Role("sizes", ("orig_target_sizes",), 2, (*_INTEGERS, *_FLOATS), (2,), optional=True)),
-        (
-            Role("labels", ("labels",), 2, (*_INTEGERS, *_FLOATS)),
-            Role("boxes", ("boxes",), 3, last=(4,)),
-            Role("scores", ("scores",), 2),
-        ),
+        (_image("images"), Role("sizes", ("orig_target_sizes",), 2, (*_INTEGERS, *_FLOATS), (2,))),
+        _DETECTIONS,
         boxes="xyxy",
         frame="input",
         ranked=True,
@@ -109,6 +111,19 @@ LAYOUTS = (
         normalization="unit",
         resize="stretch",
         interpolation="antialias",
+    ),
+    Layout(
+        "dfineseg",
+        "D-FINE-seg's detectors",
+        (_image(),),
+        _DETECTIONS,
+        boxes="xyxy",
+        frame="pixels",
+        ranked=True,
+        logits=False,
+        normalization="unit",
+        resize="stretch",
+        interpolation="bilinear",
     ),
     Layout(
         "transformers",
@@ -203,12 +218,6 @@ class Interface:
     def has_mask(self) -> bool:
         """Whether the file is told where the content is."""
         return "mask" in self.inputs
-
-    @property
-    def frame(self) -> str:
-        """Boxes are multiples of the sizes that a file is given; one that is given none counts pixels of its input."""
-        lacks_sizes = "sizes" not in self.inputs and any(role.name == "sizes" for role in self.layout.inputs)
-        return "pixels" if lacks_sizes else self.layout.frame
 
     @property
     def normalization(self) -> str:

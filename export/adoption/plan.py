@@ -114,8 +114,6 @@ def make_plan(
     )
     softmax = _softmax(interface, options, assumed)
     mean, std = _normalization("imagenet" if softmax else interface.normalization, options, said, assumed)
-    if interface.frame != interface.layout.frame:
-        assumed.append("boxes are pixels of the input, since the file is given no sizes")
     if not options.bgr:
         assumed.append("channels are red, green, blue; --bgr turns them round")
     columns = interface.columns

@@ -57,7 +57,7 @@ def as_its_user(layout: str, picture: Image.Image) -> Detections:
     content = SIZE
     if layout in ("masked", "mmdeploy"):
         content = resized_size(picture.height, picture.width, *SIZE, limit=SIZE)
-    if layout in ("rfdetr", "ultralytics", "ultralytics6"):
+    if layout in ("dfineseg", "rfdetr", "ultralytics", "ultralytics6"):
         whole = torch.from_numpy(np.asarray(picture, np.float32)).permute(2, 0, 1)[None]
         pixels = F.interpolate(whole, SIZE, mode="bilinear", align_corners=False)[0].round()
     else:
@@ -89,7 +89,7 @@ def test_every_layout(layout: str, tmp_path: Path, classes: str) -> None:
     """Recognised, rewritten, and what its user would have found: one by one, and in batches."""
     wanted = "ultralytics6" if layout == "ultralytics6" else None
     report = adopted(make_toy(layout), tmp_path, classes=classes, layout=wanted)
-    assert report.metadata.layout == {"masked": "transformers", "sizeless": "rtdetr"}.get(layout, layout)
+    assert report.metadata.layout == layout.replace("masked", "transformers")
     assert (report.metadata.replaced, report.warnings) == (FUSED, ())
     assert "GridSample" not in operators(report.path)
     assert report.comparison.found == report.comparison.detections > 100

@@ -126,7 +126,7 @@ class Wrapped(nn.Module):
 
 PORTS = {
     "rtdetr": (("images", "orig_target_sizes"), ("labels", "boxes", "scores")),
-    "sizeless": (("input",), ("labels", "boxes", "scores")),
+    "dfineseg": (("input",), ("labels", "boxes", "scores")),
     "transformers": (("pixel_values",), ("logits", "pred_boxes")),
     "masked": (("pixel_values", "pixel_mask"), ("logits", "pred_boxes")),
     "rfdetr": (("input",), ("dets", "labels")),
@@ -134,7 +134,7 @@ PORTS = {
     "ultralytics6": (("images",), ("output0",)),
     "mmdeploy": (("input",), ("dets", "labels")),
 }
-"""Names of inputs and outputs; "masked" is transformers with a mask, "sizeless" rtdetr with boxes in pixels."""
+"""Names of inputs and outputs; "masked" is the layout transformers with a mask."""
 
 
 def toy_of(attention: Attention | None = None, columns: int = CLASSES, same_queries: bool = False) -> Toy:
