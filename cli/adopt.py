@@ -9,7 +9,7 @@ import click
 
 from asag.cli.console import EXISTING_FILE, FOLDER, HELP, OUTPUT_FILE, SizeType, console
 
-LAYOUTS = ("rtdetr", "transformers", "rfdetr", "mmdeploy", "ultralytics", "ultralytics6")
+LAYOUTS = ("rtdetr", "dfineseg", "transformers", "rfdetr", "mmdeploy", "ultralytics", "ultralytics6")
 
 
 class TripleType(click.ParamType):

@@ -59,4 +59,5 @@ def _with_outlook(found: Inspection) -> Inspection:
     except ValueError as error:
         return dataclasses.replace(found, notes=(*found.notes, str(error)))
     section = Section("as a foreign detector", ("name", "value"), tuple(facts.items()))
-    return dataclasses.replace(found, sections=(section, *found.sections), notes=(*found.notes, f"adopt it: {command}"))
+    notes = found.notes if command is None else (*found.notes, f"adopt it: {command}")
+    return dataclasses.replace(found, sections=(section, *found.sections), notes=notes)

@@ -116,7 +116,8 @@ class _Adoption:
         self.interface = self._recognise()
 
     def write(self, target: Path) -> AdoptionReport:
-        plan = make_plan(self.interface, self.size, self.options, head_size(GraphIndex(self.proto.graph)))
+        head = head_size(GraphIndex(self.proto.graph))
+        plan = make_plan(self.interface, self.size, self.options, self.foreign.said, head)
         extent = Extent(_rows(self.interface))
         pictures = verification_pictures(self.size, self.options.images)
         metadata = _metadata(plan, extent, self.foreign)

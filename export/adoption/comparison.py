@@ -23,15 +23,18 @@ LEAST_SCORE = 0.05
 
 @dataclass(frozen=True)
 class Closeness:
-    """How close two detections of a class are that are one: the least IoU, the largest difference of scores."""
+    """How close two detections of a class are that are one: the least IoU, or else the largest difference of corners in
+    pixels, which alone says anything of a box less than a pixel wide; and the largest difference of scores.
+    """
 
     iou: float
+    corner: float
     score: float
 
 
-SAME = Closeness(0.999, SCORE_TOLERANCE)
+SAME = Closeness(0.999, 0.01, SCORE_TOLERANCE)
 
-IN_HALF = Closeness(0.9, 0.02)
+IN_HALF = Closeness(0.9, 0.01, 0.02)
 """Where one of the files computes in 16 bits: near-equal queries change places, and numbers have three digits."""
 
 Array = NDArray[Any]
@@ -77,11 +80,11 @@ def compare_files(
             size = (picture.height, picture.width)
             wanted = _detections(theirs[place], size)
             given = postprocess({key: values[place : place + 1] for key, values in ours.items()}, [size], metadata)[0]
-            missing, difference_here = _missing(wanted, given, metadata.max_detections, close)
+            lacking, difference_here = missing(wanted, given, metadata.max_detections, close)
             total += len(wanted.above(LEAST_SCORE))
-            found += len(wanted.above(LEAST_SCORE)) - missing
+            found += len(wanted.above(LEAST_SCORE)) - lacking
             difference = max(difference, difference_here)
-            if missing:
+            if lacking:
                 differing.append(name)
     return Comparison(total, found, difference, tuple(differing))
 
@@ -109,6 +112,8 @@ def _check_plausible(boxes: Array, scores: Array, labels: Array, plan: Plan) -> 
         )
     if len(boxes) and np.median(np.abs(boxes)) > 4:
         raise ValueError(f"boxes reach {np.abs(boxes).max():.3g} times the image: it is not of layout {layout}")
+    if len(boxes) and plan.interface.layout.frame == "pixels" and np.abs(boxes).max() * max(plan.size) <= 4:
+        raise ValueError(f"boxes are no pixels of the input, none passes {np.abs(boxes).max() * max(plan.size):.3g}")
     unknown = (labels < 0) & (scores >= LEAST_SCORE)
     if unknown.any() and None not in plan.classes.columns:
         raise ValueError(
@@ -125,7 +130,7 @@ def _detections(found: tuple[Array, Array, Array], size: tuple[int, int]) -> Det
     )
 
 
-def _missing(wanted: Detections, given: Detections, most: int, close: Closeness) -> tuple[int, float]:
+def missing(wanted: Detections, given: Detections, most: int, close: Closeness) -> tuple[int, float]:
     """How many detections have no partner, and the largest difference of a pair's scores."""
     agreement = compare_detections(
         0,
@@ -134,6 +139,6 @@ def _missing(wanted: Detections, given: Detections, most: int, close: Closeness)
         most,
         score_tolerance=close.score,
     )
-    off = (agreement.ious < close.iou) & (agreement.ious > 0)
+    off = (agreement.ious < close.iou) & (agreement.box_differences > close.corner) & (agreement.ious > 0)
     off |= agreement.score_differences > close.score
     return agreement.unmatched_reference + int(off.sum()), agreement.score_difference

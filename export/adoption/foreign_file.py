@@ -12,10 +12,14 @@ import onnx.inliner
 
 from asag.export.adoption.graph import all_graphs, mend
 from asag.export.adoption.layouts import Port, graph_inputs, ports
+from asag.export.adoption.self_description import SelfDescription, self_description
 from asag.export.adoption.widening import widen
 from asag.export.operator_set import STANDARD_DOMAINS, standard_operator_set
 from asag.runtime.errors import one_line
 from asag.runtime.metadata import PROPERTY_PREFIX
+
+ATTENTION = ("", "Attention")
+"""Of operator set 23: TensorRT-RTX 1.7 does not build it in float32, but what the standard says it is made of."""
 
 OLDEST, NEWEST = 16, 23
 """Operator sets that the ops' bodies can be in."""
@@ -23,16 +27,17 @@ OLDEST, NEWEST = 16, 23
 
 @dataclass(frozen=True)
 class ForeignFile:
-    """A foreign file in float32, its functions inlined; ``digest`` is the SHA-256 of its bytes.
+    """A foreign file in float32, its functions and Attention inlined; ``digest`` is the SHA-256 of its bytes.
 
-    ``half`` is the file with its own types, where it computes in 16 bits.
+    ``half`` is the file with its own types, where it computes in 16 bits; ``said`` is what it says of itself.
     """
 
     path: Path
     proto: onnx.ModelProto
     digest: str
     operator_set: int
-    half: onnx.ModelProto | None = None
+    half: onnx.ModelProto | None
+    said: SelfDescription
 
     @property
     def inputs(self) -> tuple[Port, ...]:
@@ -61,12 +66,15 @@ def read_foreign(path: Path) -> ForeignFile:
         raise ValueError(f"cannot read {path} as ONNX, export it again: {one_line(error)}") from None
     if any(entry.key.startswith(PROPERTY_PREFIX) for entry in proto.metadata_props):
         raise ValueError(f"{path} is an asag model already")
+    said = self_description(proto)
     if proto.functions:
         proto = onnx.inliner.inline_local_functions(proto)
+    if any(node.op_type == ATTENTION[1] and node.domain in STANDARD_DOMAINS for node in proto.graph.node):
+        proto = onnx.inliner.inline_selected_functions(proto, [ATTENTION], inline_schema_functions=True)
     half = widen(proto)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     try:
-        return ForeignFile(path, proto, digest, _operator_set(proto), half)
+        return ForeignFile(path, proto, digest, _operator_set(proto), half, said)
     except ValueError as error:
         raise ValueError(f"{path}: {one_line(error)}") from None
 

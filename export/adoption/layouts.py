@@ -13,15 +13,24 @@ from typing import Literal
 import onnx
 from onnx import TensorProto
 
-UNIT = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+Triple = tuple[float, float, float]
+
+UNIT: tuple[Triple, Triple] = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+IMAGENET: tuple[Triple, Triple] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and standard deviation of pixels in 0..1, red, green, blue."""
 
 NORMALIZATIONS = {"unit": UNIT, "imagenet": IMAGENET}
 
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16)
 _INTEGERS = (TensorProto.INT64, TensorProto.INT32)
+_UNSUPPORTED = ("mask", "keypoint")
+"""What outputs are called that a detector has beside boxes, in another task."""
+
 _MASKS = (*_FLOATS, *_INTEGERS, TensorProto.BOOL)
+
+
+class UnsupportedError(ValueError):
+    """A file that no layout can be named for."""
 
 
 @dataclass(frozen=True)
@@ -83,16 +92,18 @@ def _image(*called: str) -> Role:
 
 _ROWS = Role("rows", (), 3)
 
+_DETECTIONS = (
+    Role("labels", ("labels",), 2, (*_INTEGERS, *_FLOATS)),
+    Role("boxes", ("boxes",), 3, last=(4,)),
+    Role("scores", ("scores",), 2),
+)
+
 LAYOUTS = (
     Layout(
         "rtdetr",
         "RT-DETR, D-FINE, DEIM",
         (_image("images"), Role("sizes", ("orig_target_sizes",), 2, (*_INTEGERS, *_FLOATS), (2,))),
-        (
-            Role("labels", ("labels",), 2, (*_INTEGERS, *_FLOATS)),
-            Role("boxes", ("boxes",), 3, last=(4,)),
-            Role("scores", ("scores",), 2),
-        ),
+        _DETECTIONS,
         boxes="xyxy",
         frame="input",
         ranked=True,
@@ -102,10 +113,23 @@ LAYOUTS = (
         interpolation="antialias",
     ),
     Layout(
+        "dfineseg",
+        "D-FINE-seg's detectors",
+        (_image(),),
+        _DETECTIONS,
+        boxes="xyxy",
+        frame="pixels",
+        ranked=True,
+        logits=False,
+        normalization="unit",
+        resize="stretch",
+        interpolation="bilinear",
+    ),
+    Layout(
         "transformers",
-        "transformers",
-        (_image("pixel_values"), Role("mask", ("pixel_mask",), 3, _MASKS, optional=True)),
-        (Role("logits", ("logits",), 3), Role("boxes", ("pred_boxes", "boxes"), 3, last=(4,))),
+        "transformers, and others that give DETR's logits and boxes",
+        (_image(), Role("mask", ("pixel_mask",), 3, _MASKS, optional=True)),
+        (Role("logits", ("logits", "pred_logits"), 3), Role("boxes", ("pred_boxes", "boxes"), 3, last=(4,))),
         boxes="cxcywh",
         frame="input",
         ranked=False,
@@ -235,23 +259,34 @@ def graph_inputs(graph: onnx.GraphProto) -> tuple[Port, ...]:
 def recognise(inputs: Sequence[Port], outputs: Sequence[Port], name: str | None = None) -> Interface:
     """The layout of a file with these inputs and outputs; with `name`, that one, whatever its inputs are called.
 
-    Raises ValueError where they are no known layout or two, where the named one does not fit, and for masks.
+    Raises ValueError where they are no known layout or two, where the named one does not fit, and UnsupportedError for
+    the outputs of other tasks and for other images.
     """
-    masks = [port.name for port in outputs if "mask" in port.name.lower()]
-    if masks:
-        raise ValueError(f"masks are not supported, and {masks[0]} is one; export the detector without them")
+    for task in _UNSUPPORTED:
+        found = [port.name for port in outputs if task in port.name.lower()]
+        if found:
+            raise UnsupportedError(
+                f"{task}s are not supported, and {found[0]} has them; export a detector of boxes alone"
+            )
+    images = [port for port in inputs if len(port.dims) == 4]
+    if len(images) == 1 and images[0].dims[1] not in (None, 3):
+        raise UnsupportedError(f"inputs {images[0]} are no known layout: images are [B, 3, H, W]; export it for those")
     if name is not None:
         layout = next(layout for layout in LAYOUTS if layout.name == name)
-        found = _assign(layout, inputs, outputs, by_name=False)
-        if found is None:
+        assigned = _assign(layout, inputs, outputs, by_name=False)
+        if assigned is None:
             raise ValueError(f"{_described(inputs, outputs)} are not those of layout {name}")
-        return found
-    fitting = [found for layout in LAYOUTS if (found := _assign(layout, inputs, outputs, by_name=True)) is not None]
+        return assigned
+    assigned_ones = (_assign(layout, inputs, outputs, by_name=True) for layout in LAYOUTS)
+    fitting = [assigned for assigned in assigned_ones if assigned is not None]
     if not fitting:
         raise ValueError(f"{_described(inputs, outputs)} are no known layout; name one with --layout")
     if fitting[0].layout.name == "ultralytics" and len(fitting) > 1:
+        if fitting[0].columns is None:
+            raise ValueError(f"{fitting[0].outputs['rows']} leaves its columns open; adoption runs it and sees them")
         raise ValueError(
-            "six columns are a score and a class, or two classes; choose --layout ultralytics6 or --layout ultralytics"
+            "six columns are a score and a class, or two classes; choose --layout ultralytics6 (Ultralytics since 8.4)"
+            " or --layout ultralytics"
         )
     return fitting[0]
 

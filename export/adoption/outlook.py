@@ -11,7 +11,7 @@ import onnx
 from asag.export.adoption.attention import CUTTING_OPERATORS, find_candidates
 from asag.export.adoption.foreign_file import ForeignFile, read_foreign
 from asag.export.adoption.graph import GraphIndex, all_graphs, attribute_of
-from asag.export.adoption.layouts import Interface, recognise
+from asag.export.adoption.layouts import Interface, Port, UnsupportedError, ports, recognise
 from asag.export.adoption.plan import LIKELY_SETS
 
 LACKING = ("NonMaxSuppression", "NonZero", "RoiAlign")
@@ -20,8 +20,11 @@ LACKING = ("NonMaxSuppression", "NonZero", "RoiAlign")
 _BEFORE_RANKING = ("Sigmoid", "Softmax", "Add", "Cast", *CUTTING_OPERATORS)
 
 
-def outlook(path: Path) -> tuple[dict[str, str], str]:
-    """What `asag adopt` would find in a foreign file, in words, and the command; raises as :func:`read_foreign`."""
+def outlook(path: Path) -> tuple[dict[str, str], str | None]:
+    """What `asag adopt` would find in a foreign file, in words, and the command, where one of the layouts may fit.
+
+    Raises as :func:`read_foreign`.
+    """
     foreign = read_foreign(path)
     graph = foreign.proto.graph
     index = GraphIndex(graph)
@@ -36,11 +39,19 @@ def outlook(path: Path) -> tuple[dict[str, str], str]:
     if foreign.half is not None:
         found["types"] = "16 bits in part; the adopted file computes in float32"
     try:
-        interface = recognise(foreign.inputs, foreign.outputs)
+        interface = recognise(foreign.inputs, _outputs(foreign))
+    except UnsupportedError as error:
+        return {"layout": str(error), **found}, None
     except ValueError as error:
-        return {"layout": str(error), **found}, " ".join([*_words(path), "--layout", "NAME"])
+        named = ["--layout", "NAME"] if "--layout" in str(error) else []
+        return {"layout": str(error), **found}, " ".join([*_words(path), *named])
     layout = interface.layout
     return {"layout": f"{layout.name} ({layout.title})", **found}, _command(foreign, interface, index)
+
+
+def _outputs(foreign: ForeignFile) -> tuple[Port, ...]:
+    """With the sides that exporters leave open although the graph tells them."""
+    return ports(onnx.shape_inference.infer_shapes(foreign.proto, data_prop=True).graph.output)
 
 
 def _words(path: Path) -> list[str]:
@@ -53,7 +64,8 @@ def _command(foreign: ForeignFile, interface: Interface, index: GraphIndex) -> s
         words += ["--input-size", "HxW"]
     columns = interface.columns or head_size(index)
     likely = LIKELY_SETS.get(columns or 0)
-    if likely or interface.layout.ranked:
+    named = foreign.said.classes is not None and columns in (None, len(foreign.said.classes))
+    if not named and (likely or interface.layout.ranked):
         words += ["--classes", likely or "FILE"]
     return " ".join(words)
 

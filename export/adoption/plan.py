@@ -6,16 +6,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from asag.datasets import COCO_CATEGORIES
-from asag.export.adoption.layouts import NORMALIZATIONS, Interface, Port
+from asag.export.adoption.layouts import NORMALIZATIONS, Interface, Port, Triple
+from asag.export.adoption.self_description import SelfDescription
 from asag.runtime.coco_file import read_coco_file
 
 COCO_SETS = ("coco80", "coco91")
 """COCO's 80 categories in the order of their ids, or with their ids as columns, 11 of which are no category."""
 
+NO_CLASS = "N/A"
+"""In a list of names, of a column that is no class, such as the last one of RF-DETR."""
+
 LIKELY_SETS = {80: "coco80", 91: "coco91"}
 """By the number of columns of a head."""
-
-Triple = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,10 @@ def input_size(image: Port, wanted: tuple[int, int] | None) -> tuple[int, int]:
     return wanted
 
 
-def make_plan(interface: Interface, size: tuple[int, int], options: AdoptionOptions, head: int | None = None) -> Plan:
-    """The options where they are given, else what the layout's exporters do, which is noted.
+def make_plan(
+    interface: Interface, size: tuple[int, int], options: AdoptionOptions, said: SelfDescription, head: int | None
+) -> Plan:
+    """The options where they are given, else what the file says, else what the layout's exporters do, which is noted.
 
     head: how many classes the head seems to tell apart, for a hint where ranked detections do not say.
 
@@ -108,24 +112,34 @@ def make_plan(interface: Interface, size: tuple[int, int], options: AdoptionOpti
         "--interpolation",
         _INTERPOLATIONS[interface.layout.interpolation],
     )
-    mean, std = _normalization(interface, options, assumed)
+    softmax = _softmax(interface, options, assumed)
+    mean, std = _normalization("imagenet" if softmax else interface.normalization, options, said, assumed)
     if not options.bgr:
         assumed.append("channels are red, green, blue; --bgr turns them round")
-    softmax = _softmax(interface, options, assumed)
     columns = interface.columns
     if columns is not None and softmax:
         columns -= 1
-    if options.classes is None and columns is None:
+    classes = _classes(options.classes, said, columns, head, assumed)
+    return Plan(interface, size, resize, interpolation, mean, std, options.bgr, softmax, classes, tuple(assumed))
+
+
+def _classes(
+    wanted: str | None, said: SelfDescription, columns: int | None, head: int | None, assumed: list[str]
+) -> Classes:
+    if wanted is None and said.classes is not None and (columns is None or columns == len(said.classes)):
+        assumed.append(f"classes are the {len(said.classes)} that the file names; --classes changes them")
+        return Classes(tuple(said.classes), dict(said.classes))
+    if wanted is None and columns is None:
         likely = f" ({head} of them{_likely(head)})" if head else ""
         raise ValueError(f"ranked detections do not tell the classes; give --classes{likely}")
-    classes = read_classes(options.classes, columns)
-    if options.classes is None:
+    classes = read_classes(wanted, columns)
+    if wanted is None:
         count = len(classes.columns)
         assumed.append(f"classes are called 0..{count - 1}; --classes names them{_likely(count)}")
     elif len(classes.used) < len(classes.columns):
         left = len(classes.columns) - len(classes.used)
-        assumed.append(f"{left} of {len(classes.columns)} columns are no class of {options.classes} and left out")
-    return Plan(interface, size, resize, interpolation, mean, std, options.bgr, softmax, classes, tuple(assumed))
+        assumed.append(f"{left} of {len(classes.columns)} columns are no class of {wanted} and left out")
+    return classes
 
 
 _RESIZES = {
@@ -138,7 +152,10 @@ _INTERPOLATIONS = {
 }
 
 
-def _normalization(interface: Interface, options: AdoptionOptions, assumed: list[str]) -> tuple[Triple, Triple]:
+def _normalization(
+    usual: str, options: AdoptionOptions, said: SelfDescription, assumed: list[str]
+) -> tuple[Triple, Triple]:
+    """usual: the name of what the layout's exporters do; DETR, which alone has a softmax, wants ImageNet's."""
     if (options.mean is None) != (options.std is None):
         raise ValueError("--mean and --std belong together; give both")
     if options.mean is not None and options.std is not None:
@@ -146,8 +163,12 @@ def _normalization(interface: Interface, options: AdoptionOptions, assumed: list
             raise ValueError("--normalization and --mean with --std exclude each other; give one")
         return options.mean, options.std
     name = options.normalization
+    if name is None and said.normalization is not None:
+        mean, std = said.normalization
+        assumed.append(f"RGB/255, then mean {mean} and standard deviation {std}, as the file says; --mean changes it")
+        return mean, std
     if name is None:
-        name = interface.normalization
+        name = usual
         what = "RGB/255" if name == "unit" else "RGB/255, then ImageNet's mean and standard deviation"
         assumed.append(f"{what}; --normalization changes it")
     return NORMALIZATIONS[name]
@@ -166,13 +187,18 @@ def _softmax(interface: Interface, options: AdoptionOptions, assumed: list[str])
 def read_classes(wanted: str | None, columns: int | None) -> Classes:
     """The classes of a head of so many columns; None where ranked detections do not tell how many there are.
 
-    wanted: "coco80", "coco91", or a file: COCO's annotations, or a name per line. Classes are the columns in their
-    order where there are as many, else the columns that their ids count. Raises ValueError where neither fits.
+    wanted: "coco80", "coco91", or a file: COCO's annotations, or a name per line, N/A where a column is no class.
+    Classes are the columns in their order where there are as many, else the columns that their ids count. Raises
+    ValueError where neither fits.
     """
     if wanted is None:
         assert columns is not None, "ranked detections need classes"
         return Classes(tuple(range(columns)), {number: str(number) for number in range(columns)})
     names = COCO_CATEGORIES if wanted in COCO_SETS else _read_names(Path(wanted))
+    unused = {number for number, name in names.items() if name == NO_CLASS}
+    if unused and columns in (None, len(names)):
+        named = {number: name for number, name in names.items() if number not in unused}
+        return Classes(tuple(number if number in named else None for number in names), named)
     by_id = tuple(number if number in names else None for number in range(max(names) + 1))
     if wanted == "coco91":
         by_id = (*by_id, *[None] * (91 - len(by_id)))
@@ -182,7 +208,7 @@ def read_classes(wanted: str | None, columns: int | None) -> Classes:
         return Classes((*by_id, *[None] * ((columns or len(by_id)) - len(by_id))), dict(names))
     remedy = _likely(columns)
     if columns == len(names) + 1 and not remedy:
-        remedy = "; where the last column means none, as in DETR, give --activation softmax"
+        remedy = f"; where the last column means none, give --activation softmax for DETR, or add a line {NO_CLASS}"
     raise ValueError(f"the head tells {columns} classes apart, and {wanted} has {len(names)}{remedy}")
 
 

@@ -131,15 +131,21 @@ class OnnxRuntimeSession(Session):
         return images.shape[0] if isinstance(images.shape[0], int) else None
 
     def run(self, tensors: Mapping[str, NDArray]) -> dict[str, NDArray]:
-        """Run one batch; see :meth:`runtime.session.Session.run`."""
+        """Run one batch; see :meth:`runtime.session.Session.run`. One that is smaller than the file's fixed batch is
+        filled with copies of its last image.
+        """
+        batch = len(tensors["images"])
+        missing = max(0, (self.max_batch or 0) - batch)
         feeds = {name: np.ascontiguousarray(tensors[name]) for name in INPUT_NAMES}
+        if missing:
+            feeds = {name: np.concatenate((array, np.repeat(array[-1:], missing, 0))) for name, array in feeds.items()}
         try:
             found = self._session.run(list(OUTPUT_NAMES), feeds)
         except Exception as error:  # as when opening
             raise ValueError(f"ONNX Runtime cannot run {self.path} (is it damaged?): {one_line(error)}") from None
         outputs = dict(zip(OUTPUT_NAMES, found, strict=True))
         self._check_outputs(outputs, len(feeds["images"]))
-        return outputs
+        return {name: values[:batch] for name, values in outputs.items()}
 
     def submit(self, tensors: Mapping[str, NDArray]) -> Pending:
         """Start a batch beside others where the session has several contexts; see :class:`runtime.session.Session`."""

@@ -25,7 +25,7 @@ class ImageAgreement:
     largest over the ``matched`` pairs. ``unmatched_reference`` and ``unmatched_candidate`` count detections without a
     partner. ``cut_ties`` are left out of these: the other list was cut at their score, and which of equals makes the
     cut is open. ``swaps`` are matched pairs at another rank, as near-equal scores change places.
-    ``score_differences`` and ``ious`` are those of each matched pair.
+    ``score_differences``, ``box_differences`` and ``ious`` are those of each matched pair.
     """
 
     image_id: Id
@@ -37,6 +37,7 @@ class ImageAgreement:
     score_difference: float
     box_difference: float
     score_differences: NDArray[np.float64] = dataclasses.field(default_factory=lambda: np.zeros(0), compare=False)
+    box_differences: NDArray[np.float64] = dataclasses.field(default_factory=lambda: np.zeros(0), compare=False)
     ious: NDArray[np.float64] = dataclasses.field(default_factory=lambda: np.zeros(0), compare=False)
 
     def within(self, score_tolerance: float = SCORE_TOLERANCE, box_tolerance: float = BOX_TOLERANCE) -> bool:
@@ -84,6 +85,7 @@ def compare_detections(
         score_difference=float(scores.max(initial=0.0)),
         box_difference=float(boxes.max(initial=0.0)),
         score_differences=scores,
+        box_differences=boxes.max(axis=1, initial=0.0),
         ious=_pair_ious(_wide(reference.boxes)[pairs[:, 0]], _wide(candidate.boxes)[pairs[:, 1]], boxes),
     )
 

@@ -12,10 +12,11 @@ import onnx
 import pytest
 import torch
 import torch.nn.functional as F
+from onnx import numpy_helper
 from PIL import Image
 
 from asag.export.adoption.adopt import AdoptionReport, adopt
-from asag.export.adoption.comparison import Comparison, compare_files
+from asag.export.adoption.comparison import SAME, Comparison, compare_files, missing
 from asag.export.adoption.graph import all_graphs
 from asag.export.adoption.pictures import made_up
 from asag.export.adoption.plan import AdoptionOptions
@@ -56,7 +57,7 @@ def as_its_user(layout: str, picture: Image.Image) -> Detections:
     content = SIZE
     if layout in ("masked", "mmdeploy"):
         content = resized_size(picture.height, picture.width, *SIZE, limit=SIZE)
-    if layout in ("rfdetr", "ultralytics", "ultralytics6"):
+    if layout in ("dfineseg", "rfdetr", "ultralytics", "ultralytics6"):
         whole = torch.from_numpy(np.asarray(picture, np.float32)).permute(2, 0, 1)[None]
         pixels = F.interpolate(whole, SIZE, mode="bilinear", align_corners=False)[0].round()
     else:
@@ -135,6 +136,34 @@ def test_operator_sets_batches_and_sizes(
     assert report.metadata.replaced == FUSED
     with open_session(report.path, threads=1) as session:
         assert (session.max_batch, session.metadata.input_size) == (batch, size)
+
+
+def test_a_fixed_batch_takes_fewer_pictures(tmp_path: Path) -> None:
+    report = adopted(make_toy(batch=2), tmp_path)
+    pictures = [np.asarray(made_up(number, SIZE)) for number in range(20, 23)]
+    with open_session(report.path, threads=1) as session:
+        alone = [session.detect([picture])[0] for picture in pictures]
+        for one, other in zip(alone, session.detect(pictures[:2]), strict=False):
+            assert compare_detections(0, one, other, len(other)).within(1e-5, 2e-3)
+
+
+@pytest.mark.parametrize(("width", "shift", "lacking"), [(0.5, 0.002, 0), (0.5, 0.02, 1), (50, 0.02, 0), (50, 0.2, 1)])
+def test_boxes_less_than_a_pixel_wide_are_compared_by_their_corners(width: float, shift: float, lacking: int) -> None:
+    def at(x: float) -> Detections:
+        box = np.array([[x, 5, x + width, 25]], np.float32)
+        return Detections(box, np.array([0.5], np.float32), np.array([3]), 0, (100, 100))
+
+    assert missing(at(10), at(10 + shift), 300, SAME)[0] == lacking
+
+
+def test_boxes_that_are_no_pixels_are_told(tmp_path: Path, classes: str) -> None:
+    proto = make_toy("rtdetr")
+    sizes = next(value for value in proto.graph.input if value.name == "orig_target_sizes")
+    proto.graph.input.remove(sizes)
+    proto.graph.initializer.append(numpy_helper.from_array(np.ones((2, 2), np.int64), sizes.name))
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
+    with pytest.raises(ValueError, match="boxes are no pixels of the input, none passes"):
+        adopted(proto, tmp_path, classes=classes)
 
 
 def test_open_height_and_width_are_fixed(tmp_path: Path) -> None:

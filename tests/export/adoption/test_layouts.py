@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
@@ -11,6 +12,7 @@ from onnx import TensorProto, helper
 
 from asag.cli.adopt import LAYOUTS, adopt
 from asag.cli.inspect import inspect
+from asag.export.adoption.execution import FileRun
 from asag.export.adoption.foreign_file import read_foreign
 from asag.export.adoption.layouts import LAYOUT_NAMES, Port, recognise
 from asag.export.adoption.outlook import outlook
@@ -37,6 +39,7 @@ def test_the_command_knows_every_layout() -> None:
         ((Port("x", FLOAT, (1, 64, 64)),), rows(9), "are no known layout"),
         ((Port("images", FLOAT, (1, 4, 64, 64)),), rows(9), "are no known layout"),
         ((IMAGES,), (*rows(9), Port("masks", FLOAT, (None, 300, 16, 16))), "masks are not supported"),
+        ((IMAGES,), (*rows(9), Port("keypoints", FLOAT, (None, 300, 17, 3))), "keypoints are not supported"),
     ],
 )
 def test_what_is_no_layout(inputs: tuple[Port, ...], outputs: tuple[Port, ...], message: str) -> None:
@@ -71,6 +74,13 @@ def test_a_mask_tells_detr_and_its_kin() -> None:
     assert (masked.normalization, masked.resize) == ("imagenet", "fit")
 
 
+def test_others_give_what_detr_gives() -> None:
+    boxes = Port("boxes", FLOAT, (None, 100, 4))
+    assert recognise((IMAGES,), (Port("logits", FLOAT, (None, 100, 3)), boxes)).layout.name == "transformers"
+    boxes = Port("pred_boxes", FLOAT, (None, 100, 4))
+    assert recognise((IMAGES,), (Port("pred_logits", FLOAT, (None, 100, 3)), boxes)).layout.name == "transformers"
+
+
 def test_classes(tmp_path: Path) -> None:
     assert read_classes("coco80", 80).ids[:12] == (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 13)
     wide = read_classes("coco91", 91)
@@ -85,6 +95,10 @@ def test_classes(tmp_path: Path) -> None:
         read_classes(str(tmp_path / "names.txt"), 1)
     with pytest.raises(ValueError, match=r"tells 3 classes apart, and .* has 2; .* --activation softmax"):
         read_classes(str(tmp_path / "names.txt"), 3)
+    (tmp_path / "names.txt").write_text("cat\nN/A\ndog\nN/A\n")
+    for columns in (4, None):
+        classes = read_classes(str(tmp_path / "names.txt"), columns)
+        assert (classes.columns, classes.names) == ((0, None, 2, None), {0: "cat", 2: "dog"})
     with pytest.raises(FileNotFoundError, match=r"no such file of classes: .*; or say coco80 or coco91"):
         read_classes(str(tmp_path / "none.txt"), 2)
 
@@ -137,6 +151,38 @@ def test_inspect_says_how_to_adopt(tmp_path: Path) -> None:
     result = CliRunner().invoke(inspect, [str(path)])
     assert result.exit_code == 0
     assert f"adopt it: {command}" in result.output
+
+
+def test_inspect_knows_what_a_run_will_tell_and_has_no_command_for_masks(tmp_path: Path) -> None:
+    path = tmp_path / "foreign.onnx"
+    proto = make_toy("ultralytics")
+    proto.graph.output[0].type.tensor_type.shape.dim[2].dim_param = "columns"
+    onnx.save(proto, path)
+    facts, command = outlook(path)
+    assert facts["layout"] == "output0 [?, ?, ?] leaves its columns open; adoption runs it and sees them"
+    assert command == f"asag adopt {path} -o foreign-adopted.onnx"
+    proto.graph.node.add(op_type="Identity", input=[proto.graph.output[0].name], output=["masks"])
+    proto.graph.output.add(name="masks", type=proto.graph.output[0].type)
+    onnx.save(proto, path)
+    facts, command = outlook(path)
+    assert facts["layout"].startswith("masks are not supported")
+    assert command is None
+
+
+def test_attention_is_spelled_out(tmp_path: Path) -> None:
+    values = [helper.make_tensor_value_info(name, FLOAT, [1, 2, 5, 4]) for name in ("query", "key", "value", "result")]
+    node = helper.make_node("Attention", ["query", "key", "value"], ["result"])
+    proto = helper.make_model(
+        helper.make_graph([node], "graph", values[:3], values[3:]),
+        opset_imports=[helper.make_opsetid("", 23)],
+        ir_version=10,
+    )
+    onnx.save(proto, tmp_path / "foreign.onnx")
+    spelled_out = read_foreign(tmp_path / "foreign.onnx").proto
+    assert "Attention" not in {inner.op_type for inner in spelled_out.graph.node}
+    feeds = {value.name: np.random.default_rng(0).normal(size=(1, 2, 5, 4)).astype(np.float32) for value in values[:3]}
+    results = [FileRun(one).run(feeds)["result"] for one in (proto, spelled_out)]
+    np.testing.assert_allclose(*results, atol=1e-6)
 
 
 def test_ranked_detections_need_classes(tmp_path: Path) -> None:

@@ -120,12 +120,13 @@ class Wrapped(nn.Module):
             return torch.cat((chosen, scores[..., None], labels[..., None].float()), -1)
         if self.layout == "mmdeploy":
             return torch.cat((corners(chosen) * self.sides, scores[..., None]), -1), labels
-        assert more is not None
-        return labels, corners(chosen) * more.repeat(1, 2).unsqueeze(1), scores
+        sides = self.sides if more is None else more.repeat(1, 2).unsqueeze(1)
+        return labels, corners(chosen) * sides, scores
 
 
 PORTS = {
     "rtdetr": (("images", "orig_target_sizes"), ("labels", "boxes", "scores")),
+    "dfineseg": (("input",), ("labels", "boxes", "scores")),
     "transformers": (("pixel_values",), ("logits", "pred_boxes")),
     "masked": (("pixel_values", "pixel_mask"), ("logits", "pred_boxes")),
     "rfdetr": (("input",), ("dets", "labels")),
