@@ -171,6 +171,18 @@ def test_points_as_fractions_of_the_padded_input_are_where_they_are_in_the_conte
     np.testing.assert_array_equal(found, expected)
 
 
+def test_points_of_a_stage_without_boxes_are_drawn_with_those_of_the_last() -> None:
+    seen = looking_stages(score=2.0)
+    looking = dataclasses.replace(LOOKING[2], values=LOOKING[2].values[:1])
+    panel, _ = stage_panels(
+        Image.new("RGB", (96, 64)),
+        dataclasses.replace(seen, metadata=toy_metadata(stages=(LOOKING[0], looking, LOOKING[3]))),
+        0.3,
+    )
+    assert panel.caption == "head: 2; where the best 1 look, in a colour each"
+    assert (np.asarray(panel.picture)[240, 120] == class_colour(0)).all()
+
+
 def test_points_of_what_is_not_found_are_not_drawn() -> None:
     panels = stage_panels(Image.new("RGB", (96, 64)), looking_stages(score=-2.0), 0.3)
     assert panels[0].caption == "layer 0: 2"
