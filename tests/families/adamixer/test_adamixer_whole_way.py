@@ -51,7 +51,7 @@ def test_the_tiny_preset_goes_the_whole_way(tmp_path: Path, capsys: pytest.Captu
     expected = ["features", "start", "decoder 0", "decoder 1", "decoder 2", "head", "detections"]
     assert [stage["stage"] for stage in stages["stages"]] == expected
     assert stages["first"] is None
-    assert "decoder 2: 40; where the best" in (tmp_path / "parity.html").read_text()
+    assert "decoder 2: 40" in (tmp_path / "parity.html").read_text()
 
     assert asag("detect", data / "val2017", "--model", half, "--stages", "-o", tmp_path / "pictures") == 0
     assert len(list((tmp_path / "pictures").glob("*-stages.jpg"))) == 3
