@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from asag.cli.console import EXISTING_FILE, FOLDER, HELP, OUTPUT_FILE, SizeType, console
+from asag.cli.console import EXISTING_FILE, FOLDER, HELP, OUTPUT_FILE, SizeType, check_ending, console
 
 LAYOUTS = ("rtdetr", "dfineseg", "transformers", "rfdetr", "mmdeploy", "ultralytics", "ultralytics6")
 
@@ -66,8 +66,7 @@ def adopt(foreign: Path, output: Path, **options: Any) -> None:
     What the file does not say is assumed and printed. In the end both files are run on the same pictures; nothing is
     written when a detection above 0.05 has no partner.
     """
-    if output.suffix.lower() != ".onnx":
-        raise click.BadParameter(f"{output} should end in .onnx", param_hint="--output")
+    check_ending(output, ".onnx")
     from asag.export.adoption.adopt import adopt as adopt_file
     from asag.export.adoption.plan import AdoptionOptions
 

@@ -34,6 +34,12 @@ HELP = {"help_option_names": ["-h", "--help"]}
 ProgressCallback = Callable[[int, int], None]
 
 
+def check_ending(output: Path, ending: str) -> None:
+    """click.BadParameter unless a file that is to be written has the ending of its kind."""
+    if output.suffix.lower() != ending:
+        raise click.BadParameter(f"{output} should end in {ending}", param_hint="--output")
+
+
 @contextlib.contextmanager
 def progress_bar(description: str) -> Iterator[ProgressCallback]:
     """A bar with counts and remaining time; yields the callback that moves it, called with (done, all)."""

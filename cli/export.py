@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from asag.cli.console import EXISTING_FILE, HELP, OUTPUT_FILE, SizeType, choice_options, console
+from asag.cli.console import EXISTING_FILE, HELP, OUTPUT_FILE, SizeType, check_ending, choice_options, console
 
 
 @click.command(context_settings=HELP, short_help="Write a checkpoint as one ONNX file.")
@@ -54,8 +54,7 @@ def export(
     file: any ONNX runtime can execute them, and one that knows them may use its own kernels. Classes, normalization,
     input size, the stages' names and a digest of the weights travel in the file's metadata.
     """
-    if output.suffix.lower() != ".onnx":
-        raise click.BadParameter(f"{output} should end in .onnx", param_hint="--output")
+    check_ending(output, ".onnx")
     if not checkpoint.is_file():  # before PyTorch, which takes seconds to load, finds it out
         raise FileNotFoundError(f"{checkpoint}: no such checkpoint")
     from asag.checkpoint import load_detector

@@ -12,6 +12,7 @@ from asag.cli.console import (
     HELP,
     OUTPUT_FILE,
     DatasetChoice,
+    check_ending,
     console,
     dataset_options,
     phase_bars,
@@ -53,8 +54,7 @@ def quantize(
     falls further with no layer in int8, nothing is written and the exit code is 2. Without --data the accuracy is
     unknown until `asag parity`.
     """
-    if output.suffix.lower() != ".onnx":
-        raise click.BadParameter(f"{output} should end in .onnx", param_hint="--output")
+    check_ending(output, ".onnx")
     if dataset.folder is None and max_ap_drop is not None:
         raise click.UsageError("--max-ap-drop needs --data to measure it on")
     from asag.export.quantization import quantize_int8

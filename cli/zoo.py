@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from asag.cli.console import HELP, OUTPUT_FILE, console
+from asag.cli.console import HELP, OUTPUT_FILE, check_ending, console
 
 
 @click.group(context_settings=HELP, invoke_without_command=True, short_help="The presets and their published accuracy.")
@@ -49,8 +49,7 @@ def convert(published: Path, output: Path, preset: str | None) -> None:
     model.safetensors). The family, its configuration and classes are read off the tensors. The file is loaded without
     executing anything in it; optimizer state and arguments are left behind.
     """
-    if output.suffix.lower() != ".safetensors":
-        raise click.BadParameter(f"{output} should end in .safetensors", param_hint="--output")
+    check_ending(output, ".safetensors")
     from asag.published import convert_published
 
     found = convert_published(published, output, preset)

@@ -112,6 +112,7 @@ class _Adoption:
         self.size = (0, 0)
         self.odd_places = False
         self.candidates = () if options.keep_grid_sample else find_candidates(GraphIndex(self.proto.graph))
+        self.observed = [name for candidate in self.candidates for name in names_to_observe(candidate)]
         self.blank = Occasion(0, {}, {}, {})
         self.interface = self._recognise()
 
@@ -179,10 +180,9 @@ class _Adoption:
     ) -> tuple[tuple[Port, ...], Occasion]:
         """The outputs with the sides that a run gives them, and what else there is to know of that run."""
         feeds = _blank(inputs, batch)
-        observed = [name for candidate in self.candidates for name in names_to_observe(candidate)]
         asked = asked_shapes(self.proto.graph)
-        found = FileRun(self.proto, [*(port.name for port in outputs), *asked], measured=observed).run(feeds)
-        shapes = {name: tuple(found[shape_of(name)]) for name in observed}
+        found = FileRun(self.proto, [*(port.name for port in outputs), *asked], measured=self.observed).run(feeds)
+        shapes = {name: tuple(found[shape_of(name)]) for name in self.observed}
         return with_dims(outputs, found), Occasion(batch, feeds, shapes, {name: found[name] for name in asked})
 
     def _compare(
@@ -213,12 +213,11 @@ class _Adoption:
     ) -> tuple[Attention, ...]:
         if not self.candidates:
             return ()
-        observed = [name for candidate in self.candidates for name in names_to_observe(candidate)]
         batch = self.interface.batch or 1
         whole = dataclasses.replace(metadata, resize="stretch")
         tensors = prepare([pictures[number % len(pictures)] for number in range(batch)], whole)
         feeds = foreign_feeds(tensors["images"], tensors["sizes"], plan)
-        seen = FileRun(self.proto, observed, optimized=False).run(feeds)
+        seen = FileRun(self.proto, self.observed, optimized=False).run(feeds)
         self.odd_places = any(np.isnan(seen[level.grid]).any() for one in self.candidates for level in one.levels)
         proposed = [propose(candidate, seen, batch) for candidate in self.candidates]
         del seen  # gigabytes, in large encoders
